@@ -1,0 +1,40 @@
+"""Conv2Former for timm: importing this package registers every variant.
+
+    import conv2former, timm
+    model = timm.create_model("conv2former_t")
+"""
+
+from .errors import CheckpointError, ConfigError, DataError, UserError
+from .models import (
+    CheckpointInfo,
+    Conv2Former,
+    Conv2FormerBlock,
+    ConvMlp,
+    ConvMod,
+    Variant,
+    inspect_checkpoint,
+    list_variants,
+    load_weights,
+    register_variant,
+    variant,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "ConfigError",
+    "Conv2Former",
+    "Conv2FormerBlock",
+    "ConvMlp",
+    "ConvMod",
+    "DataError",
+    "UserError",
+    "Variant",
+    "inspect_checkpoint",
+    "list_variants",
+    "load_weights",
+    "register_variant",
+    "variant",
+]

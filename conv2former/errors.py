@@ -1,0 +1,44 @@
+"""The errors that a user can cause. Scripts print their text and exit with code 2; nothing else is caught."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "UserError", "closest", "raise_mistakes", "shorten"]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: its text says what is wrong, where, and what to do."""
+
+
+class ConfigError(UserError):
+    """A wrong configuration: a YAML file, an override, or a variant definition."""
+
+
+class DataError(UserError):
+    """A data set that is missing, empty, or not what the configuration says."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A weight file that cannot be read or does not fit. Also a RuntimeError, which is what torch and timm raise."""
+
+
+def closest(word: object, choices: Iterable[str]) -> str:
+    """Returns `` (did you mean 'x'?)`` for the choice nearest to `word`, or an empty string if none is near."""
+    match = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def shorten(items: Iterable[object], limit: int = 20) -> str:
+    """Joins `items` with commas, naming at most `limit` of them and counting the rest."""
+    texts = [str(item) for item in items]
+    rest = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def raise_mistakes(where: object, mistakes: list[str]) -> None:
+    """Raises one ConfigError that lists every mistake found in `where`; does nothing if there is none."""
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise ConfigError(f"{where}: {count}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))

@@ -1,0 +1,21 @@
+"""The networks: block, backbone, variants and weights. Needs torch, timm and PyYAML only."""
+
+from .backbone import Conv2Former
+from .block import Conv2FormerBlock, ConvMlp, ConvMod
+from .variants import Variant, list_variants, variant
+from .weights import CheckpointInfo, inspect_checkpoint, load_weights
+from .zoo import register_variant
+
+__all__ = [
+    "CheckpointInfo",
+    "Conv2Former",
+    "Conv2FormerBlock",
+    "ConvMlp",
+    "ConvMod",
+    "Variant",
+    "inspect_checkpoint",
+    "list_variants",
+    "load_weights",
+    "register_variant",
+    "variant",
+]

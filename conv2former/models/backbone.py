@@ -1,0 +1,316 @@
+"""The Conv2Former backbone with timm's whole model contract.
+
+`Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition` - https://arxiv.org/abs/2211.11943
+Architecture after the authors' code, github.com/HVision-NKU/Conv2Former (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, to_ntuple, trunc_normal_
+from timm.models import checkpoint_seq, named_apply
+from timm.models._features import feature_take_indices  # not exported by timm.models
+from torch import nn
+
+from .block import Conv2FormerBlock
+from .weights import adapt_classifier, check_fit, rename_keys_in_place, unwrap_checkpoint
+
+__all__ = ["Conv2Former"]
+
+
+class Stem(nn.Sequential):
+    """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H // 4, W // 4). BatchNorm comes after GELU."""
+
+    def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
+        mid = dim // 2
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(in_chans, mid, 3, stride=2, padding=1, bias=False, **dd),
+                act1=nn.GELU(),
+                norm1=nn.BatchNorm2d(mid, **dd),
+                conv2=nn.Conv2d(mid, mid, 3, padding=1, bias=False, **dd),
+                act2=nn.GELU(),
+                norm2=nn.BatchNorm2d(mid, **dd),
+                conv3=nn.Conv2d(mid, dim, 2, stride=2, bias=False, **dd),
+            )
+        )
+
+
+class Downsample(nn.Module):
+    """LayerNorm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
+
+    With `dilation` the stride is 1 and the kernel dilated, for a network with a smaller output stride. The padding is then
+    at the end only, which keeps the kernel on the pixels that it would see with stride 2.
+    """
+
+    def __init__(self, in_dim: int, dim: int, dilation: int | None = None, **dd: Any) -> None:
+        super().__init__()
+        self.pad = dilation or 0
+        self.norm = LayerNorm2d(in_dim, eps=1e-6, **dd)
+        self.conv = nn.Conv2d(in_dim, dim, 2, stride=1 if dilation else 2, dilation=dilation or 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        if self.pad > 0:
+            x = F.pad(x, (0, self.pad, 0, self.pad))
+        return self.conv(x)
+
+
+class Stage(nn.Module):
+    """A downsampling, except in the first stage, and a row of blocks."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Conv2FormerBlock]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+def _init_weights(module: nn.Module, name: str, head_init_scale: float = 1.0) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if name == "head.fc" and head_init_scale != 1.0:
+            with torch.no_grad():
+                module.weight.mul_(head_init_scale)
+
+
+class Conv2Former(nn.Module):
+    """Conv2Former: a ConvNet of four stages whose blocks replace self-attention by convolutional modulation.
+
+    State dicts in the authors' and birder's layouts load as they are, through `load_state_dict` and every timm route. A
+    classifier for another number of classes is replaced with a warning; anything else that differs is a `CheckpointError`.
+
+    Args:
+        in_chans: channels of the input image.
+        num_classes: size of the classifier, 0 for none.
+        global_pool: timm's pooling name; '' for none, which makes the classifier a 1x1 convolution over the map.
+        output_stride: stride of the last stage, 8, 16 or 32; below 32 the last stages are dilated instead of strided.
+        dims: channels of the four stages, even.
+        depths: blocks of the four stages.
+        kernel_size: side of the modulation's depthwise kernels, odd; one for all stages or one for each.
+        mlp_ratio: hidden channels of the MLPs as a multiple of the stage's channels.
+        ls_init_value: initial layer scale; None for no layer scale.
+        head_hidden_size: channels of the 1x1 convolution between the last stage and the pooling.
+        head_init_scale: factor on the classifier's initial weights, below 1 for fine-tuning.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: drop path of the last block; it grows linearly from 0 over all blocks of the network.
+        device, dtype: where and how to create the parameters.
+
+    Raises:
+        ValueError: a shape is impossible: not four stages, an even kernel, an odd or non-positive width, ...
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        dims: tuple[int, ...] = (72, 144, 288, 576),
+        depths: tuple[int, ...] = (3, 3, 12, 3),
+        kernel_size: int | tuple[int, ...] = 11,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = 1e-6,
+        head_hidden_size: int = 1280,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        kernel_sizes = to_ntuple(4)(kernel_size)
+        if not len(dims) == len(depths) == len(kernel_sizes) == 4:
+            raise ValueError(f"expected 4 stages: dims {dims}, depths {depths}, kernel_size {kernel_size}")
+        if min(dims) < 2 or any(dim % 2 for dim in dims) or min(depths) < 1:
+            raise ValueError(f"dims must be positive and even, depths positive: dims {dims}, depths {depths}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32: {output_stride}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.feature_info: list[dict[str, Any]] = []
+
+        self.stem = Stem(in_chans, dims[0], **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # linear over all, split by stage
+        stages = []
+        stride, dilation = 4, 1
+        for i in range(4):
+            downsample: nn.Module = nn.Identity()
+            if i > 0 and stride < output_stride:
+                downsample = Downsample(dims[i - 1], dims[i], **dd)
+                stride *= 2
+            elif i > 0:
+                downsample = Downsample(dims[i - 1], dims[i], dilation=dilation, **dd)
+                dilation *= 2
+            blocks = [
+                Conv2FormerBlock(dims[i], kernel_sizes[i], mlp_ratio, rate, ls_init_value, dilation, **dd) for rate in rates[i]
+            ]
+            stages.append(Stage(downsample, blocks))
+            self.feature_info.append({"num_chs": dims[i], "reduction": stride, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dims[-1]
+
+        self.head_conv = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(dims[-1], head_hidden_size, 1, **dd),
+                act=nn.GELU(),
+                norm=LayerNorm2d(head_hidden_size, eps=1e-6, **dd),
+            )
+        )
+        self.head = ClassifierHead(
+            head_hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, use_conv=not global_pool, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        named_apply(lambda module, name: _init_weights(module, name, head_init_scale), self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Returns parameters to exclude from weight decay beyond those of one dimension: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns timm's patterns for layer groups, from the stem to the classifier, for layer-wise rate decay.
+
+        The groups are those of ConvNeXt's fine-tuning recipe, carried over to any depth: a stage is one group with the
+        downsampling before it; a stage of more than four blocks is divided into up to nine. That gives about 12 groups for
+        every variant, so one decay factor means the same for all of them. The 1x1 convolution of the head goes with the
+        last stage: the classifier alone is new in fine-tuning.
+
+        Args:
+            coarse: one group per stage.
+        """
+        if coarse:
+            blocks: list[tuple[str, tuple[int, ...] | None]] = [(r"^stages\.(\d+)", None)]
+        else:
+            blocks = [(r"^stages\.(\d+)\.downsample", (0,))]
+            for s, stage in enumerate(self.stages):
+                depth = len(stage.blocks)
+                parts = min(depth, 9) if depth > 4 else 1
+                blocks += [(rf"^stages\.({s})\.blocks\.{b}\.", (b * parts // depth,)) for b in range(depth)]
+        return {"stem": r"^stem", "blocks": [*blocks, (r"^head_conv", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations, or stops doing so."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Returns the classifier layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replaces the classifier by a fresh one, and the pooling if a name is given.
+
+        Args:
+            num_classes: size of the new classifier, 0 for none.
+            global_pool: timm's pooling name, '' for none, None for the present one.
+            reset_other: remove the head's 1x1 convolution and norm as well; pooling then sees the last stage.
+        """
+        self.num_classes = num_classes
+        if reset_other:
+            self.head_conv = nn.Sequential()
+        if global_pool is not None:
+            self.head.use_conv = not global_pool
+        in_features = self.num_features if reset_other else self.head.in_features
+        self.head.reset(num_classes, global_pool, in_features=in_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+        _init_weights(self.head.fc, "head.fc")
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns the outputs of the chosen stages, and the final features with them.
+
+        Args:
+            x: images, (N, in_chans, H, W).
+            indices: the last n stages if int, all if None, the given ones if a list; negative ones count from the end.
+            norm: part of timm's signature; there is no norm after the last stage to apply.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: only 'NCHW'.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            The list of stage outputs, (N, dims[i], H / s, W / s) for strides s of 4, 8, 16, 32; unless `intermediates_only`,
+            a pair of the final features and that list.
+        """
+        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages after the last one asked for, and the head.
+
+        Args:
+            indices: stages to keep, as in `forward_intermediates`.
+            prune_norm: part of timm's signature; there is no norm after the last stage to remove.
+            prune_head: remove the head even if the last stage stays.
+
+        Returns:
+            The indices asked for, counted from the start.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "", reset_other=True)
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps images, (N, in_chans, H, W), to the last stage's features, (N, dims[-1], H / 32, W / 32)."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Maps features, (N, dims[-1], H, W), to logits, (N, num_classes), or, `pre_logits`, to (N, head_hidden_size)."""
+        x = self.head_conv(x)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps images, (N, in_chans, H, W), to logits, (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        if not prefix:  # otherwise a part of a bigger model, whose own loading reports what differs
+            inner, name = unwrap_checkpoint(state_dict)
+            if name:
+                inner = dict(inner)
+                state_dict.clear()
+                state_dict.update(inner)
+        rename_keys_in_place(state_dict, prefix)
+        if not prefix and strict:
+            adapt_classifier(self, state_dict)
+            check_fit(self, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)

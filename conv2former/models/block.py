@@ -1,0 +1,158 @@
+"""The Conv2Former block and its two halves, usable on their own in any network.
+
+`Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition` - https://arxiv.org/abs/2211.11943
+
+Every module maps (N, C, H, W) to (N, C, H, W) for any H and W, in either memory format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d
+from torch import nn
+
+from .weights import rename_keys_in_place
+
+__all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
+
+
+class _RenamesForeignKeys(nn.Module):
+    """Loads state dicts in the authors' and in birder's layout as if they were in this project's own."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_keys_in_place(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_kernel_size(kernel_size: int) -> None:
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be a positive odd number, so that 'same' padding exists: {kernel_size!r}")
+
+
+def _depthwise(dim: int, kernel_size: int, dilation: int, **dd: Any) -> nn.Conv2d:
+    padding = dilation * (kernel_size // 2)
+    return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
+
+
+class ConvMod(_RenamesForeignKeys):
+    """Convolutional modulation: ``proj(conv_dw(gelu(a(h))) * v(h))`` with ``h = norm(x)``.
+
+    The depthwise convolution gathers spatial context the way attention weights do; the product applies it to the values.
+    Nothing stands between the convolution and the product: the paper's ablation loses accuracy with an activation or a
+    normalisation there.
+
+    Args:
+        dim: channels C of input and output.
+        kernel_size: side of the depthwise kernel, odd. The map may be smaller than the kernel.
+        dilation: dilation of the depthwise convolution.
+        device, dtype: where and how to create the parameters.
+
+    Raises:
+        ValueError: `kernel_size` is even or not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 11,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        _check_kernel_size(kernel_size)
+        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.a = nn.Conv2d(dim, dim, 1, **dd)
+        self.act = nn.GELU()
+        self.conv_dw = _depthwise(dim, kernel_size, dilation, **dd)
+        self.v = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
+        x = self.norm(x)
+        return self.proj(self.conv_dw(self.act(self.a(x))) * self.v(x))
+
+
+class ConvMlp(_RenamesForeignKeys):
+    """MLP of 1x1 convolutions with a 3x3 depthwise residual inside: ``fc2(h + gelu(conv_dw(h)))``, ``h = gelu(fc1(norm(x)))``.
+
+    The 3x3 residual is in the authors' code and missing in the paper's text.
+
+    Args:
+        dim: channels C of input and output.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+        dilation: dilation of the 3x3 depthwise convolution.
+        device, dtype: where and how to create the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_dim = int(dim * mlp_ratio)
+        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.act = nn.GELU()
+        self.conv_dw = _depthwise(hidden_dim, 3, dilation, **dd)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
+        x = self.act(self.fc1(self.norm(x)))
+        x = x + self.act(self.conv_dw(x))
+        return self.fc2(x)
+
+
+class Conv2FormerBlock(_RenamesForeignKeys):
+    """One residual block: convolutional modulation, then the MLP, each with layer scale and drop path.
+
+    Args:
+        dim: channels C of input and output.
+        kernel_size: side of the modulation's depthwise kernel, odd.
+        mlp_ratio: hidden channels of the MLP as a multiple of `dim`.
+        drop_path: probability, in [0, 1), to skip a branch for a sample while training.
+        ls_init_value: initial layer scale, one learned value per channel; None for no layer scale. Inside a deep network
+            the authors start at 1e-6, so a fresh block is close to the identity.
+        dilation: dilation of both depthwise convolutions.
+        device, dtype: where and how to create the parameters.
+
+    Raises:
+        ValueError: `kernel_size` is even or not positive, or `drop_path` is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 11,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ls_init_value: float | None = 1e-6,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1): {drop_path!r}")
+        self.attn = ConvMod(dim, kernel_size, dilation, **dd)
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
+        self.mlp = ConvMlp(dim, mlp_ratio, dilation, **dd)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W)."""
+        x = x + self.drop_path(self.ls1(self.attn(x)))
+        x = x + self.drop_path(self.ls2(self.mlp(x)))
+        return x

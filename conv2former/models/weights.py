@@ -1,0 +1,346 @@
+"""Weight files: safe reading, the layouts of others, which network a file holds, and loading that says what differs.
+
+Three layouts of the same network are understood: this project's, that of the authors' code
+(github.com/HVision-NKU/Conv2Former), and that of birder (github.com/birder-project/birder).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, shorten
+from .variants import find_variant
+
+__all__ = ["CheckpointInfo", "inspect_checkpoint", "load_weights", "read_checkpoint"]
+
+_logger = logging.getLogger(__name__)
+
+CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+FIRST_CONV = "stem.conv1"
+
+# ------------------------------------------------------------------------------------------------ layouts of others
+
+_STEM = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2", "6": "conv3"}
+_RULES: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # the authors' backbone (downsample_layers, stages.S.B, head, pred) and birder's (stem, body.stageN, features, ...)
+        (r"^(?:downsample_layers\.0|stem)\.([02356])\.", lambda m: f"stem.{_STEM[m[1]]}."),
+        (r"^downsample_layers\.(\d+)\.([01])\.", lambda m: f"stages.{m[1]}.downsample.{('norm', 'conv')[int(m[2])]}."),
+        (r"^body\.stage(\d+)\.downsample\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{('norm', 'conv')[int(m[2])]}."),
+        (r"^body\.stage(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^(?:head|features)\.([02])\.", lambda m: f"head_conv.{'conv' if m[1] == '0' else 'norm'}."),
+        (r"^(?:pred|classifier)\.", "head.fc."),
+        # a block, and its halves when they are loaded alone
+        (r"(^|\.)attn\.(?:att|attn)\.([02])\.", lambda m: f"{m[1]}attn.{'a' if m[2] == '0' else 'conv_dw'}."),
+        (r"^(?:att|attn)\.([02])\.", lambda m: "a." if m[1] == "0" else "conv_dw."),
+        (r"(^|\.)mlp\.pos\.", r"\1mlp.conv_dw."),
+        (r"^pos\.", "conv_dw."),
+        (r"(^|\.)layer_scale_([12])$", r"\1ls\2.gamma"),
+    )
+]
+_FOREIGN = {
+    "authors": re.compile(r"(?:^|\.)(?:downsample_layers\.\d|att\.[02]\.|pred\.)"),
+    "birder": re.compile(r"(?:^|\.)(?:body\.stage\d|attn\.attn\.[02]\.|features\.[02]\.)"),
+}
+
+
+def _native_key(key: str) -> str:
+    key = re.sub(r"(^|\.)_orig_mod\.", r"\1", key)  # torch.compile
+    key = re.sub(r"^(?:module\.)+", "", key)  # DistributedDataParallel, ModelEma
+    for pattern, replacement in _RULES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def rename_keys_in_place(state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Renames the keys below `prefix` from any known layout, wrapper prefixes removed, to this project's own.
+
+    Keys that are already right, and keys of other modules, stay as they are.
+    """
+    for key in [k for k in state_dict if isinstance(k, str) and k.startswith(prefix)]:
+        native = prefix + _native_key(key[len(prefix) :])
+        if native != key:
+            value = state_dict.pop(key)
+            if native.endswith(".gamma") and isinstance(value, torch.Tensor) and value.ndim > 1:
+                value = value.reshape(-1)  # birder keeps layer scale as (1, C, 1, 1)
+            state_dict[native] = value
+
+
+def _layout(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return next((name for name, pattern in _FOREIGN.items() if any(pattern.search(key) for key in keys)), "conv2former")
+
+
+# -------------------------------------------------------------------------------------------------- reading of files
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a `.safetensors` or `torch.save` file to the CPU without running any code from it.
+
+    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` (the recipe in the authors'
+    and timm's checkpoints) are allowed.
+
+    Args:
+        path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be untarred.
+
+    Returns:
+        What the file holds: a state dict, or a training checkpoint with the state dict inside.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a weight file (a '.pth.tar' file must not be unpacked)")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        import safetensors.torch  # a dependency of timm
+
+        try:
+            return dict(safetensors.torch.load_file(path))
+        except Exception as e:  # noqa: BLE001 - safetensors raises its own class, OSError and ValueError
+            raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(_refusal(path, e)) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AttributeError) as e:
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
+        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read ({reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
+    return content
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001 - only names things for the message; a file that is no pickle at all ends here
+        names = []
+    if names:
+        return (
+            f"{path} is refused: to open it, code outside the file would run ({', '.join(names)}). "
+            "If you trust its source, load it there and save the state dict alone with torch.save"
+        )
+    return f"{path} is not a checkpoint that torch can read ({str(error).strip().splitlines()[0]})"
+
+
+def unwrap_checkpoint(content: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, Any], str]:
+    """Finds the state dict in what a file holds, averaged weights first.
+
+    Returns:
+        The state dict, keys as in the file, and the name it has in the file: '' where the file is the state dict itself.
+    """
+    names = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model", "state")
+    for name in names:
+        if isinstance(content.get(name), dict) and content[name]:
+            return content[name], name
+    return content, ""
+
+
+def native_state_dict(content: dict[str, Any], use_ema: bool = True) -> dict[str, Any]:
+    """Returns a new state dict in this project's layout from a state dict or checkpoint in any known one."""
+    state_dict = dict(unwrap_checkpoint(content, use_ema)[0])
+    rename_keys_in_place(state_dict)
+    return state_dict
+
+
+# -------------------------------------------------------------------------------------------- which network is this
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a state dict tell about its network. `kernel_size` is one number if all stages agree."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    kernel_size: int | tuple[int, ...]
+    in_chans: int
+    num_classes: int
+
+    @property
+    def variant(self) -> str | None:
+        """Name of the variant with this shape, or None."""
+        return find_variant(self.dims, self.depths, self.kernel_size)
+
+    def __str__(self) -> str:
+        shape = f"dims {list(self.dims)}, depths {list(self.depths)}, kernel size {self.kernel_size}"
+        return f"{self.variant} ({shape})" if self.variant else f"a Conv2Former with {shape}"
+
+
+def identify(state_dict: dict[str, Any]) -> Architecture | None:
+    """Reads the architecture off a state dict in this project's layout; None if it is not a Conv2Former's."""
+    blocks: dict[int, set[int]] = {}
+    for key in state_dict:
+        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.conv_dw\.weight$", key):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    first_conv = state_dict.get(f"{FIRST_CONV}.weight")
+    if first_conv is None or sorted(blocks) != list(range(len(blocks))) or not blocks:
+        return None
+    kernels = [state_dict[f"stages.{s}.blocks.{min(blocks[s])}.attn.conv_dw.weight"] for s in sorted(blocks)]
+    sizes = tuple(int(kernel.shape[-1]) for kernel in kernels)
+    classifier = state_dict.get(CLASSIFIER[0])
+    return Architecture(
+        dims=tuple(int(kernel.shape[0]) for kernel in kernels),
+        depths=tuple(max(blocks[s]) + 1 for s in sorted(blocks)),
+        kernel_size=sizes[0] if len(set(sizes)) == 1 else sizes,
+        in_chans=int(first_conv.shape[1]),
+        num_classes=0 if classifier is None else int(classifier.shape[0]),
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a weight file is, from its tensors and its bookkeeping.
+
+    Attributes:
+        variant: name of the variant, or None if its shape is none of the known ones.
+        dims, depths, kernel_size: of the network, as in the variants' YAML files.
+        in_chans, num_classes: channels of the input, size of the classifier (0 without one).
+        num_parameters: of the network in the file.
+        layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
+        has_ema: whether averaged weights are in the file; they are what loading takes.
+        epoch, metric: as the training script saved them, None where it did not.
+        recipe: the training arguments or configuration in the file; empty where there is none.
+        class_names: names in index order, None where the file has none.
+    """
+
+    variant: str | None
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    kernel_size: int | tuple[int, ...]
+    in_chans: int
+    num_classes: int
+    num_parameters: int
+    layout: str
+    has_ema: bool
+    epoch: int | None = None
+    metric: float | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+    """Tells which variant a weight file is, its metric, its epoch and the recipe in it, running no code from the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds code, or is not a Conv2Former's.
+    """
+    content = read_checkpoint(path)
+    raw, _ = unwrap_checkpoint(content)
+    state_dict = native_state_dict(content)
+    architecture = identify(state_dict)
+    if architecture is None:
+        raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(raw, 5)}")
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    recipe = content.get("args") or content.get("config") or {}
+    recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
+    epoch, metric = content.get("epoch"), content.get("metric", content.get("best_metric"))
+    return CheckpointInfo(
+        variant=architecture.variant,
+        dims=architecture.dims,
+        depths=architecture.depths,
+        kernel_size=architecture.kernel_size,
+        in_chans=architecture.in_chans,
+        num_classes=architecture.num_classes,
+        num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
+        layout=_layout(raw),
+        has_ema=any(content.get(name) for name in ("state_dict_ema", "model_ema")),
+        epoch=epoch if isinstance(epoch, int) else None,
+        metric=float(metric) if isinstance(metric, (int, float)) else None,
+        recipe=recipe if isinstance(recipe, dict) else {},
+        class_names=content.get("class_names"),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def check_fit(model: nn.Module, state_dict: dict[str, Any], ignore: Iterable[str] = ()) -> None:
+    """Checks that a state dict in this project's layout has just the keys and shapes of `model`.
+
+    Args:
+        model: a Conv2Former.
+        state_dict: what is to be loaded.
+        ignore: keys that may differ.
+
+    Raises:
+        CheckpointError: they differ; says in one sentence how the networks do, or lists the keys.
+    """
+    own = model.state_dict()
+    skip = set(ignore)
+    # torch fills in the batch counter where an old file lacks it; nothing reads it here
+    missing = [k for k in own if k not in state_dict and k not in skip and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state_dict if k not in own and k not in skip]
+    reshaped = [k for k, t in own.items() if k not in skip and k in state_dict and state_dict[k].shape != t.shape]
+    if not (missing or unexpected or reshaped):
+        return
+    theirs, ours = identify(state_dict), identify(own)
+    if theirs is None:
+        raise CheckpointError(f"this is not a Conv2Former checkpoint: its keys are {shorten(state_dict, 5)}")
+    if ours and (theirs.dims, theirs.depths, theirs.kernel_size) != (ours.dims, ours.depths, ours.kernel_size):
+        fix = f"create '{theirs.variant}' instead" if theirs.variant else "register a variant of that shape and create it"
+        raise CheckpointError(f"the checkpoint is {theirs}, the model is {ours}: {fix}")
+    lines = ["the checkpoint does not fit the model:"]
+    if missing:
+        lines.append(f"  missing keys: {shorten(missing)}")
+    if unexpected:
+        lines.append(f"  unexpected keys: {shorten(unexpected)}")
+    if reshaped:
+        shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]
+        lines.append(f"  wrong shapes: {shorten(shapes)}")
+    raise CheckpointError("\n".join(lines))
+
+
+def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Makes the classifier in `state_dict` fit the model's, in place, and logs a warning where it is not used.
+
+    A classifier for another number of classes, or none, leaves the model's own as it is.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if key in CLASSIFIER}
+    theirs = state_dict.get(CLASSIFIER[0])
+    if theirs is not None and own and theirs.shape[0] == own[CLASSIFIER[0]].shape[0]:
+        if theirs.numel() == own[CLASSIFIER[0]].numel():  # Linear, or the 1x1 convolution that it is without pooling
+            state_dict[CLASSIFIER[0]] = theirs.reshape(own[CLASSIFIER[0]].shape)
+        return
+    if theirs is None and not own:
+        return
+    found = "no classifier" if theirs is None else f"a classifier for {theirs.shape[0]} classes"
+    kept = f"the model's own classifier for {own[CLASSIFIER[0]].shape[0]} classes stays as it is" if own else "it is left out"
+    _logger.warning("the checkpoint has %s: %s; all other weights are loaded", found, kept)
+    for key in CLASSIFIER:
+        state_dict.pop(key, None)
+    state_dict.update(own)
+
+
+def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
+    """Loads a weight file into a Conv2Former; every tensor must fit, but the classifier may be for other classes.
+
+    Args:
+        model: a Conv2Former.
+        path: a file in this project's, the authors' or birder's layout; see `read_checkpoint`.
+        use_ema: take the averaged weights where the file has them.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is unchanged.
+    """
+    try:
+        model.load_state_dict(native_state_dict(read_checkpoint(path), use_ema))
+    except CheckpointError as e:
+        text = str(e)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None
