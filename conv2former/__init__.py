@@ -1,7 +1,7 @@
 """Conv2Former for timm: importing this package registers every variant.
 
-    import conv2former, timm
-    model = timm.create_model("conv2former_t")
+import conv2former, timm
+model = timm.create_model("conv2former_t")
 """
 
 from .errors import CheckpointError, ConfigError, DataError, UserError

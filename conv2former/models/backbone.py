@@ -4,20 +4,26 @@
 Architecture after the authors' code, github.com/HVision-NKU/Conv2Former (Apache-2.0).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, to_ntuple, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    to_ntuple,
+    trunc_normal_,
+)
 from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices  # not exported by timm.models
 from torch import nn
 
-from .block import Conv2FormerBlock
-from .weights import adapt_classifier, check_fit, rename_keys_in_place, unwrap_checkpoint
+from .block import Conv2FormerBlock, RenamesForeignKeys
+from .weights import adapt_classifier, check_fit, native_state_dict
 
 __all__ = ["Conv2Former"]
 
@@ -43,8 +49,8 @@ class Stem(nn.Sequential):
 class Downsample(nn.Module):
     """LayerNorm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
 
-    With `dilation` the stride is 1 and the kernel dilated, for a network with a smaller output stride. The padding is then
-    at the end only, which keeps the kernel on the pixels that it would see with stride 2.
+    With `dilation` the stride is 1 and the kernel dilated, for a network with a smaller output stride. The padding is
+    then at the end only, which keeps the kernel on the pixels that it would see with stride 2.
     """
 
     def __init__(self, in_dim: int, dim: int, dilation: int | None = None, **dd: Any) -> None:
@@ -86,11 +92,12 @@ def _init_weights(module: nn.Module, name: str, head_init_scale: float = 1.0) ->
                 module.weight.mul_(head_init_scale)
 
 
-class Conv2Former(nn.Module):
+class Conv2Former(RenamesForeignKeys):
     """Conv2Former: a ConvNet of four stages whose blocks replace self-attention by convolutional modulation.
 
     State dicts in the authors' and birder's layouts load as they are, through `load_state_dict` and every timm route. A
-    classifier for another number of classes is replaced with a warning; anything else that differs is a `CheckpointError`.
+    classifier for another number of classes is replaced with a warning; anything else that differs is a
+    `CheckpointError`.
 
     Args:
         in_chans: channels of the input image.
@@ -111,6 +118,8 @@ class Conv2Former(nn.Module):
     Raises:
         ValueError: a shape is impossible: not four stages, an even kernel, an odd or non-positive width, ...
     """
+
+    pretrained_cfg: dict[str, Any]  # set by timm's builder
 
     def __init__(
         self,
@@ -141,10 +150,11 @@ class Conv2Former(nn.Module):
             raise ValueError(f"output_stride must be 8, 16 or 32: {output_stride}")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = []
 
         self.stem = Stem(in_chans, dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # linear over all, split by stage
+        # linear over all blocks of the network, then split by stage
+        rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         stride, dilation = 4, 1
         for i in range(4):
@@ -156,7 +166,8 @@ class Conv2Former(nn.Module):
                 downsample = Downsample(dims[i - 1], dims[i], dilation=dilation, **dd)
                 dilation *= 2
             blocks = [
-                Conv2FormerBlock(dims[i], kernel_sizes[i], mlp_ratio, rate, ls_init_value, dilation, **dd) for rate in rates[i]
+                Conv2FormerBlock(dims[i], kernel_sizes[i], mlp_ratio, rate, ls_init_value, dilation, **dd)
+                for rate in rates[i]
             ]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dims[i], "reduction": stride, "module": f"stages.{i}"})
@@ -176,6 +187,9 @@ class Conv2Former(nn.Module):
         self.head_hidden_size = self.head.num_features
         named_apply(lambda module, name: _init_weights(module, name, head_init_scale), self)
 
+    def _stages(self) -> list[Stage]:
+        return cast("list[Stage]", list(self.stages))
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns parameters to exclude from weight decay beyond those of one dimension: none."""
@@ -186,8 +200,9 @@ class Conv2Former(nn.Module):
         """Returns timm's patterns for layer groups, from the stem to the classifier, for layer-wise rate decay.
 
         The groups are those of ConvNeXt's fine-tuning recipe, carried over to any depth: a stage is one group with the
-        downsampling before it; a stage of more than four blocks is divided into up to nine. That gives about 12 groups for
-        every variant, so one decay factor means the same for all of them. The 1x1 convolution of the head goes with the
+        downsampling before it; a stage of more than four blocks is divided into up to nine. That gives about 12 groups
+        for every variant, so one decay factor means the same for all of them. The 1x1 convolution of the head goes
+        with the
         last stage: the classifier alone is new in fine-tuning.
 
         Args:
@@ -197,7 +212,7 @@ class Conv2Former(nn.Module):
             blocks: list[tuple[str, tuple[int, ...] | None]] = [(r"^stages\.(\d+)", None)]
         else:
             blocks = [(r"^stages\.(\d+)\.downsample", (0,))]
-            for s, stage in enumerate(self.stages):
+            for s, stage in enumerate(self._stages()):
                 depth = len(stage.blocks)
                 parts = min(depth, 9) if depth > 4 else 1
                 blocks += [(rf"^stages\.({s})\.blocks\.{b}\.", (b * parts // depth,)) for b in range(depth)]
@@ -206,7 +221,7 @@ class Conv2Former(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations, or stops doing so."""
-        for stage in self.stages:
+        for stage in self._stages():
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -252,8 +267,8 @@ class Conv2Former(nn.Module):
             intermediates_only: leave out the final features.
 
         Returns:
-            The list of stage outputs, (N, dims[i], H / s, W / s) for strides s of 4, 8, 16, 32; unless `intermediates_only`,
-            a pair of the final features and that list.
+            The list of stage outputs, (N, dims[i], H / s, W / s) for strides s of 4, 8, 16, 32; unless
+            `intermediates_only`, a pair of the final features and that list.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
@@ -282,7 +297,7 @@ class Conv2Former(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        self.num_features = self.feature_info[max_index]["num_chs"]
+        self.num_features = cast(int, self.feature_info[max_index]["num_chs"])
         if prune_head or prune_end:
             self.reset_classifier(0, "", reset_other=True)
         return take_indices
@@ -292,7 +307,7 @@ class Conv2Former(nn.Module):
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Maps features, (N, dims[-1], H, W), to logits, (N, num_classes), or, `pre_logits`, to (N, head_hidden_size)."""
+        """Maps features, (N, dims[-1], H, W), to logits, (N, num_classes); `pre_logits`: to (N, head_hidden_size)."""
         x = self.head_conv(x)
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
@@ -300,17 +315,17 @@ class Conv2Former(nn.Module):
         """Maps images, (N, in_chans, H, W), to logits, (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
-    ) -> None:
-        if not prefix:  # otherwise a part of a bigger model, whose own loading reports what differs
-            inner, name = unwrap_checkpoint(state_dict)
-            if name:
-                inner = dict(inner)
-                state_dict.clear()
-                state_dict.update(inner)
-        rename_keys_in_place(state_dict, prefix)
-        if not prefix and strict:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict, or a checkpoint with one inside, in this project's, the authors' or birder's layout.
+
+        As `torch.nn.Module.load_state_dict`, with two differences while `strict`: a classifier for another number of
+        classes is left out with a warning, and what differs otherwise is explained before any weight is changed.
+
+        Raises:
+            CheckpointError: `strict`, and the networks differ in more than the number of classes.
+        """
+        state_dict = native_state_dict(state_dict)
+        if strict:
             adapt_classifier(self, state_dict)
             check_fit(self, state_dict)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        return super().load_state_dict(state_dict, strict, assign)

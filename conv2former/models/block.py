@@ -5,8 +5,6 @@
 Every module maps (N, C, H, W) to (N, C, H, W) for any H and W, in either memory format.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,8 +16,11 @@ from .weights import rename_keys_in_place
 __all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
 
 
-class _RenamesForeignKeys(nn.Module):
-    """Loads state dicts in the authors' and in birder's layout as if they were in this project's own."""
+class RenamesForeignKeys(nn.Module):
+    """Loads state dicts in the authors' and in birder's layout as if they were in this project's own.
+
+    Also where the module is a part of a bigger one: torch calls this for every module, with the module's own keys.
+    """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rename_keys_in_place(state_dict, prefix)
@@ -36,12 +37,12 @@ def _depthwise(dim: int, kernel_size: int, dilation: int, **dd: Any) -> nn.Conv2
     return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
 
 
-class ConvMod(_RenamesForeignKeys):
+class ConvMod(RenamesForeignKeys):
     """Convolutional modulation: ``proj(conv_dw(gelu(a(h))) * v(h))`` with ``h = norm(x)``.
 
-    The depthwise convolution gathers spatial context the way attention weights do; the product applies it to the values.
-    Nothing stands between the convolution and the product: the paper's ablation loses accuracy with an activation or a
-    normalisation there.
+    The depthwise convolution gathers spatial context the way attention weights do; the product applies it to the
+    values. Nothing stands between the convolution and the product: the paper's ablation loses accuracy with an
+    activation or a normalisation there.
 
     Args:
         dim: channels C of input and output.
@@ -77,8 +78,8 @@ class ConvMod(_RenamesForeignKeys):
         return self.proj(self.conv_dw(self.act(self.a(x))) * self.v(x))
 
 
-class ConvMlp(_RenamesForeignKeys):
-    """MLP of 1x1 convolutions with a 3x3 depthwise residual inside: ``fc2(h + gelu(conv_dw(h)))``, ``h = gelu(fc1(norm(x)))``.
+class ConvMlp(RenamesForeignKeys):
+    """MLP of 1x1 convolutions with a 3x3 depthwise residual: ``fc2(h + gelu(conv_dw(h)))``, ``h = gelu(fc1(norm(x)))``.
 
     The 3x3 residual is in the authors' code and missing in the paper's text.
 
@@ -113,7 +114,7 @@ class ConvMlp(_RenamesForeignKeys):
         return self.fc2(x)
 
 
-class Conv2FormerBlock(_RenamesForeignKeys):
+class Conv2FormerBlock(RenamesForeignKeys):
     """One residual block: convolutional modulation, then the MLP, each with layer scale and drop path.
 
     Args:
@@ -121,8 +122,8 @@ class Conv2FormerBlock(_RenamesForeignKeys):
         kernel_size: side of the modulation's depthwise kernel, odd.
         mlp_ratio: hidden channels of the MLP as a multiple of `dim`.
         drop_path: probability, in [0, 1), to skip a branch for a sample while training.
-        ls_init_value: initial layer scale, one learned value per channel; None for no layer scale. Inside a deep network
-            the authors start at 1e-6, so a fresh block is close to the identity.
+        ls_init_value: initial layer scale, one learned value per channel; None for no layer scale. Inside a deep
+            network the authors start at 1e-6, so a fresh block is close to the identity.
         dilation: dilation of both depthwise convolutions.
         device, dtype: where and how to create the parameters.
 

@@ -10,7 +10,7 @@ import argparse
 import logging
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,14 @@ _STEM = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2", "6": "conv3"}
 _RULES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # the authors' backbone (downsample_layers, stages.S.B, head, pred) and birder's (stem, body.stageN, features, ...)
+        # the authors' backbone (downsample_layers, stages.S.B, head, pred) and birder's (stem, body.stageN, features,
+        # ...)
         (r"^(?:downsample_layers\.0|stem)\.([02356])\.", lambda m: f"stem.{_STEM[m[1]]}."),
         (r"^downsample_layers\.(\d+)\.([01])\.", lambda m: f"stages.{m[1]}.downsample.{('norm', 'conv')[int(m[2])]}."),
-        (r"^body\.stage(\d+)\.downsample\.([01])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.{('norm', 'conv')[int(m[2])]}."),
+        (
+            r"^body\.stage(\d+)\.downsample\.([01])\.",
+            lambda m: f"stages.{int(m[1]) - 1}.downsample.{('norm', 'conv')[int(m[2])]}.",
+        ),
         (r"^body\.stage(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}."),
         (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"^(?:head|features)\.([02])\.", lambda m: f"head_conv.{'conv' if m[1] == '0' else 'norm'}."),
@@ -89,11 +93,12 @@ def _layout(keys: Iterable[str]) -> str:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a `.safetensors` or `torch.save` file to the CPU without running any code from it.
 
-    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` (the recipe in the authors'
-    and timm's checkpoints) are allowed.
+    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` (the recipe in the
+    authors' and timm's checkpoints) are allowed.
 
     Args:
-        path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be untarred.
+        path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be
+            untarred.
 
     Returns:
         What the file holds: a state dict, or a training checkpoint with the state dict inside.
@@ -111,40 +116,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
         try:
             return dict(safetensors.torch.load_file(path))
-        except Exception as e:  # noqa: BLE001 - safetensors raises its own class, OSError and ValueError
+        except Exception as e:
             raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise CheckpointError(_refusal(path, e)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AttributeError) as e:
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
-        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read ({reason})") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(_refusal(path)) from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
+        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
     return content
 
 
-def _refusal(path: Path, error: Exception) -> str:
+def _refusal(path: Path) -> str:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # noqa: BLE001 - only names things for the message; a file that is no pickle at all ends here
+    except Exception:
         names = []
     if names:
         return (
             f"{path} is refused: to open it, code outside the file would run ({', '.join(names)}). "
             "If you trust its source, load it there and save the state dict alone with torch.save"
         )
-    return f"{path} is not a checkpoint that torch can read ({str(error).strip().splitlines()[0]})"
+    return f"{path} is not a checkpoint that torch can read"
 
 
-def unwrap_checkpoint(content: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, Any], str]:
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].split(". ")[0]
+    return f" ({text})" if " " in text else ""  # the text of a bare EOFError or KeyError tells nobody anything
+
+
+def unwrap_checkpoint(content: Mapping[str, Any], use_ema: bool = True) -> tuple[Mapping[str, Any], str]:
     """Finds the state dict in what a file holds, averaged weights first.
 
     Returns:
-        The state dict, keys as in the file, and the name it has in the file: '' where the file is the state dict itself.
+        The state dict, keys as in the file, and the name it has in the file: '' where the file is the state dict
+        itself.
     """
     names = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model", "state")
     for name in names:
@@ -153,7 +163,7 @@ def unwrap_checkpoint(content: dict[str, Any], use_ema: bool = True) -> tuple[di
     return content, ""
 
 
-def native_state_dict(content: dict[str, Any], use_ema: bool = True) -> dict[str, Any]:
+def native_state_dict(content: Mapping[str, Any], use_ema: bool = True) -> dict[str, Any]:
     """Returns a new state dict in this project's layout from a state dict or checkpoint in any known one."""
     state_dict = dict(unwrap_checkpoint(content, use_ema)[0])
     rename_keys_in_place(state_dict)
@@ -294,7 +304,9 @@ def check_fit(model: nn.Module, state_dict: dict[str, Any], ignore: Iterable[str
     if theirs is None:
         raise CheckpointError(f"this is not a Conv2Former checkpoint: its keys are {shorten(state_dict, 5)}")
     if ours and (theirs.dims, theirs.depths, theirs.kernel_size) != (ours.dims, ours.depths, ours.kernel_size):
-        fix = f"create '{theirs.variant}' instead" if theirs.variant else "register a variant of that shape and create it"
+        fix = (
+            f"create '{theirs.variant}' instead" if theirs.variant else "register a variant of that shape and create it"
+        )
         raise CheckpointError(f"the checkpoint is {theirs}, the model is {ours}: {fix}")
     lines = ["the checkpoint does not fit the model:"]
     if missing:
@@ -321,7 +333,11 @@ def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
     if theirs is None and not own:
         return
     found = "no classifier" if theirs is None else f"a classifier for {theirs.shape[0]} classes"
-    kept = f"the model's own classifier for {own[CLASSIFIER[0]].shape[0]} classes stays as it is" if own else "it is left out"
+    kept = (
+        f"the model's own classifier for {own[CLASSIFIER[0]].shape[0]} classes stays as it is"
+        if own
+        else "it is left out"
+    )
     _logger.warning("the checkpoint has %s: %s; all other weights are loaded", found, kept)
     for key in CLASSIFIER:
         state_dict.pop(key, None)
@@ -337,7 +353,8 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
         use_ema: take the averaged weights where the file has them.
 
     Raises:
-        CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is unchanged.
+        CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is
+            unchanged.
     """
     try:
         model.load_state_dict(native_state_dict(read_checkpoint(path), use_ema))

@@ -9,7 +9,6 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model, resolve_pretrained_cfg
-from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .backbone import Conv2Former
@@ -32,7 +31,8 @@ def _cfg(tag: PretrainedTag | None) -> dict[str, Any]:
         "crop_pct": source.crop_pct,
         "crop_mode": source.crop_mode,
         "interpolation": "bicubic",
-        # The authors' README says so; their code may have evaluated with mean = std = 0.5 and crop 0.9: see docs/facts.md.
+        # The authors' README says so; their code may have evaluated with mean = std = 0.5 and crop 0.9: see
+        # docs/facts.md.
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": FIRST_CONV,
@@ -47,11 +47,12 @@ def _cfg(tag: PretrainedTag | None) -> dict[str, Any]:
     return cfg
 
 
-def _filter_fn(state_dict: dict[str, Any], model: nn.Module, is_backbone: bool) -> dict[str, Any]:
+def _filter_fn(state_dict: dict[str, Any], model: Conv2Former, is_backbone: bool) -> dict[str, Any]:
     """Prepares a file for timm's `load_pretrained`, which would load nothing at all in silence if every key were wrong.
 
-    timm drops strictness for the whole model when the class counts differ or the input has other channels, so the check is
-    made here. It also takes the class count from the registry instead of from the file, so the file's is noted for it.
+    timm drops strictness for the whole model when the class counts differ or the input has other channels, so the
+    check is made here. It also takes the class count from the registry instead of from the file, so the file's is
+    noted for it.
     """
     state_dict = native_state_dict(state_dict)
     first_conv = state_dict.get(f"{FIRST_CONV}.weight")
@@ -78,7 +79,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Conv2Former:
 
 
 def _require_source(name: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> None:
-    """Raises CheckpointError, saying where the authors keep the file and what to do with it, if there is no file to load."""
+    """Raises CheckpointError if there is no file to load; it says where the authors keep it and what to do with it."""
     cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     if cfg.has_weights or cfg.state_dict:
         return
@@ -104,7 +105,7 @@ def _entrypoint(new: Variant) -> Callable[..., Conv2Former]:
 
 def _register(new: Variant) -> None:
     add_variant(new)
-    cfgs = {f"{new.name}.{tag.tag}": _cfg(tag) for tag in new.pretrained} or {new.name: _cfg(None)}
+    cfgs: dict[str, Any] = {f"{new.name}.{tag.tag}": _cfg(tag) for tag in new.pretrained} or {new.name: _cfg(None)}
     default_cfgs.update(generate_default_cfgs(cfgs))
     globals()[new.name] = register_model(_entrypoint(new))
 
