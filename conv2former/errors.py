@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "UserError", "closest", "raise_mistakes", "shorten"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingError", "UserError", "closest", "raise_mistakes", "shorten"]
 
 
 class UserError(ValueError):
@@ -22,6 +22,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError, RuntimeError):
     """A weight file that cannot be read or does not fit. Also a RuntimeError, which is what torch and timm raise."""
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on, such as one whose loss is not a number. The last checkpoint is as it was."""
 
 
 def closest(word: object, choices: Iterable[str]) -> str:

@@ -75,9 +75,12 @@ def rename_keys_in_place(state_dict: dict[str, Any], prefix: str = "") -> None:
     """
     for key in [k for k in state_dict if isinstance(k, str) and k.startswith(prefix)]:
         native = prefix + _native_key(key[len(prefix) :])
-        if native != key:
-            value = state_dict.pop(key)
-            if native.endswith(".gamma") and isinstance(value, torch.Tensor) and value.ndim > 1:
+        value = state_dict[key]
+        if native.endswith("norm.eps") and abs(float(value) - 1e-6) < 1e-12:
+            del state_dict[key]  # birder keeps it as a buffer
+        elif native != key:
+            del state_dict[key]
+            if native.endswith(".gamma") and value.ndim > 1:
                 value = value.reshape(-1)  # birder keeps layer scale as (1, C, 1, 1)
             state_dict[native] = value
 

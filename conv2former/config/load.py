@@ -1,0 +1,136 @@
+"""From YAML files and the command line to a checked `Config`.
+
+Order, the later ones win: the schema's defaults, the files named by `base:`, the file, the overrides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from .._yaml import parse_yaml_value, read_yaml
+from ..errors import ConfigError, closest, raise_mistakes
+from .schema import Config
+
+__all__ = ["check_config", "differences", "load_config"]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration.
+
+    Args:
+        path: the YAML file; None for the defaults alone.
+        overrides: `a.b=value`, `--a.b=value`, or `--a.b` followed by the value; values are read as YAML.
+
+    Raises:
+        ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
+    """
+    raw = _read_with_bases(Path(path), ()) if path else {}
+    for key, value in _split_overrides(overrides):
+        node: Any = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(node.setdefault(parent, {}), dict):
+                raise ConfigError(f"{key}: '{parent}' is not a section")
+            node = node[parent]
+        node[last] = value
+    _read_variant_file(raw, Path())  # named on the command line: relative to the working directory
+    return check_config(raw, path or "the configuration")
+
+
+def check_config(raw: Mapping[str, Any], where: object) -> Config:
+    """Checks a configuration given as plain types.
+
+    Raises:
+        ConfigError: it has mistakes; all are listed with their dotted paths. `where` says whose they are.
+    """
+    mistakes = []
+    config = None
+    try:
+        config = Config.model_validate(dict(raw))
+    except ValidationError as e:
+        mistakes = [_describe(error) for error in e.errors()]
+    raise_mistakes(where, mistakes or (config.conflicts() if config else []))
+    assert config is not None
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns `dotted.key: old -> new` for every value that differs between two plain configurations."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a file over its bases. Mappings are merged, everything else, lists too, is replaced."""
+    resolved = path.resolve()
+    if resolved in chain:
+        raise ConfigError(f"{chain[0]}: 'base:' goes in a circle: {' -> '.join(p.name for p in (*chain, resolved))}")
+    raw = read_yaml(path)
+    bases = raw.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: expected a file name or a list of them, found {bases!r}")
+    _read_variant_file(raw, path.parent)
+    layers = [_read_with_bases(path.parent / base, (*chain, resolved)) for base in bases]
+    return functools.reduce(_merge, [*layers, raw], {})
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both else value
+    return merged
+
+
+def _read_variant_file(raw: dict[str, Any], folder: Path) -> None:
+    """Puts the content of `model.variant` in the place of its path, so that a saved configuration needs no other file."""
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("variant"), str):
+        path = folder / model["variant"]
+        raw["model"] = {**model, "variant": {"name": path.stem, **read_yaml(path)}}
+
+
+def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--") or not rest:
+                raise ConfigError(f"'{word}': expected key=value, for example optim.base_lr=1e-3")
+            text = rest.pop(0)
+        pairs.append((key, parse_yaml_value(text)))
+    return pairs
+
+
+def _valid_keys(location: Sequence[str | int]) -> list[str]:
+    """Returns the keys of the section that holds the last word of `location`."""
+    section: type[BaseModel] = Config
+    for word in location[:-1]:
+        annotation = section.model_fields[str(word)].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def _describe(error: Any) -> str:
+    location = error["loc"]
+    dotted = ".".join(str(word) for word in location)
+    if error["type"] == "extra_forbidden":
+        keys = _valid_keys(location)
+        return f"{dotted}: unknown key{closest(location[-1], keys) or '; valid: ' + ', '.join(keys)}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{dotted}: {message}, found {error['input']!r}"

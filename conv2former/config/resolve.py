@@ -1,0 +1,53 @@
+"""Values that follow from a configuration, the number of devices and the size of the data: computed once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import DataError
+from .schema import Config
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run.
+
+    Attributes:
+        global_batch_size: images per optimizer step, over all devices and accumulation steps.
+        lr: peak learning rate for that batch.
+        steps_per_epoch: optimizer steps; images that do not fill a global batch wait for another epoch's order.
+        epochs: warm-up and cool-down included.
+    """
+
+    global_batch_size: int
+    lr: float
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+
+def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
+    """Works out batch, rate and steps.
+
+    Raises:
+        DataError: the training set is smaller than one global batch.
+    """
+    global_batch_size = config.train.batch_size * config.train.accum_steps * world_size
+    if num_train_images < global_batch_size:
+        raise DataError(
+            f"the training set has {num_train_images} images, fewer than one global batch of {global_batch_size} "
+            f"({config.train.batch_size} x {config.train.accum_steps} accumulation steps x {world_size} devices): "
+            "lower train.batch_size"
+        )
+    return Plan(
+        global_batch_size=global_batch_size,
+        lr=config.optim.base_lr * global_batch_size / config.optim.base_batch_size,
+        steps_per_epoch=num_train_images // global_batch_size,
+        epochs=config.schedule.epochs + config.schedule.cooldown_epochs,
+    )

@@ -1,0 +1,173 @@
+"""The configuration of a training run: one class per YAML section, every key with its unit and default.
+
+pydantic checks types and ranges; what involves two keys is in `Config.conflicts`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Config"]
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Interval = tuple[Above0, Above0]
+Rgb = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    # protected_namespaces: pydantic would reserve every name that begins with model_
+    # coerce_numbers_to_str: a folder may be called 2024
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which network, and from which weights it starts."""
+
+    name: str = "conv2former_t"  # in timm's registry; with `variant`, the variant's name
+    variant: dict[str, Any] | None = None  # a variant of your own: the path of its YAML file, or its content
+    checkpoint: str | None = None  # weights to start from; a classifier for other classes is replaced
+    drop_path_rate: Rate | None = None  # null: the variant's train_drop_path_rate
+    drop_rate: Rate = 0.0  # dropout before the classifier
+    head_init_scale: Above0 = 1.0  # factor on the fresh classifier's weights; small for fine-tuning
+    grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+
+
+class DataConfig(Section):
+    """Where the images are, and their size and normalisation."""
+
+    source: Literal["folder", "hf", "digits"] = "folder"
+    # folder: a folder with one folder per split, in it one per class.
+    # hf: a local folder of parquet, arrow or image files that `datasets` reads, or a name on the Hugging Face hub.
+    # digits: where scikit-learn's digits are written, once, as a parquet data set.
+    root: str = ""
+    train_split: str = "train"
+    val_split: str | None = None  # null: validation, val, valid or test, whichever exists first
+    image_key: str = "image"  # hf only: columns of the data set
+    label_key: str = "label"
+    num_classes: Positive | None = None  # null: as many as the data has; otherwise checked against it
+    img_size: Annotated[int, Field(ge=32)] = 224
+    mean: Rgb = (0.485, 0.456, 0.406)
+    std: tuple[Above0, Above0, Above0] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of the evaluation
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875  # of the evaluation: resize to img_size / crop_pct, crop
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    workers: Count = 8  # loader processes per device; they do not change what is trained
+
+
+class AugmentConfig(Section):
+    """Augmentation of the training images, in timm's terms. The defaults are the ImageNet recipe."""
+
+    scale: Interval = (0.08, 1.0)  # of the random crop's area
+    ratio: Interval = (3 / 4, 4 / 3)  # of its sides
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: NonNegative = 0.4  # without effect where auto_augment is set, as in timm
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # a timm policy string
+    re_prob: Probability = 0.25  # random erasing
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: NonNegative = 0.8  # alpha; 0 turns it off
+    cutmix: NonNegative = 1.0
+    mix_prob: Probability = 1.0  # of a batch to be mixed at all
+    mix_switch_prob: Probability = 0.5  # of cutmix, where both are on
+    smoothing: Rate = 0.1  # of the labels
+
+
+class OptimConfig(Section):
+    """The optimizer. Weight decay leaves out parameters of one dimension: norms, biases, layer scale."""
+
+    opt: str = "adamw"  # a timm optimizer name
+    base_lr: Above0 = 1e-3  # learning rate at base_batch_size; scaled linearly to the global batch size
+    base_batch_size: Positive = 1024
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Rate, Rate] | None = None  # null: the optimizer's own, for AdamW (0.9, 0.999)
+    eps: Above0 | None = None  # null: the optimizer's own, for AdamW 1e-8
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # rate factor from a layer group to the one below
+    clip_grad: Above0 | None = None  # largest gradient norm
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine to `min_lr`, set anew for every step."""
+
+    epochs: Positive = 300  # warm-up included
+    warmup_epochs: Count = 5
+    warmup_lr: NonNegative = 1e-6  # at the first step
+    min_lr: NonNegative = 1e-6
+    cooldown_epochs: Count = 10  # at min_lr, after `epochs`
+
+
+class TrainConfig(Section):
+    """One step and the order of the run."""
+
+    batch_size: Positive = 128  # images per device and forward pass
+    accum_steps: Positive = 1  # forward passes per optimizer step; global batch = batch_size x accum_steps x devices
+    eval_batch_size: Positive | None = None  # null: batch_size
+    eval_every: Positive = 1  # epochs; the last epoch is always evaluated
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    channels_last: bool = True
+    compile: bool = False  # torch.compile
+    seed: Count = 0
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights; evaluated and saved beside the raw ones."""
+
+    decay: Rate | None = None  # null: no average
+    warmup: bool = True  # grow the decay from 0 with the step
+
+
+class CheckpointConfig(Section):
+    """When the run is saved. Every evaluated epoch and the end always are."""
+
+    every_steps: Positive | None = None  # also every so many optimizer steps
+    keep: Positive = 2  # newest ones to keep, besides the best
+
+
+class LogConfig(Section):
+    """What the run writes down."""
+
+    every_steps: Positive = 50
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def conflicts(self) -> list[str]:
+        """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""
+        found = []
+        if not self.data.root:
+            found.append("data.root: missing; give the folder of the data set, or its name on the Hugging Face hub")
+        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+            found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
+        if self.schedule.warmup_epochs >= self.schedule.epochs:
+            warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
+            found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
+        if self.schedule.min_lr > self.optim.base_lr:
+            found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
+        for key in ("scale", "ratio"):
+            low, high = getattr(self.augment, key)
+            if low > high:
+                found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the whole configuration as plain built-in types, for YAML and for checkpoints."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,200 @@
+"""Puts a run together, in the one order that works, from a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import Config, Plan
+from ..data import Stream, seed_all
+from ..errors import ConfigError, closest
+from ..models import Conv2Former, Variant, list_variants, load_weights, variant
+from ..models.variants import parse_variant
+from ..models.zoo import add_and_register
+from .distributed import World
+
+__all__ = ["Run", "autocast_for", "build_model", "build_run", "find_variant_of"]
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass
+class Run:
+    """Everything that a training step touches.
+
+    Attributes:
+        model: the raw network; what is saved, averaged and evaluated.
+        forward: the network to train through: compiled and wrapped for several processes, where that is asked for.
+        ema: the average, or None.
+        mixup: mixes a batch of images and labels, or None.
+        criterion: (N, classes) logits and targets, as the batch has them, to a mean loss.
+    """
+
+    config: Config
+    plan: Plan
+    world: World
+    model: Conv2Former
+    forward: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    mixup: Mixup | None
+    criterion: nn.Module
+    autocast: Autocast
+
+
+def find_variant_of(config: Config) -> Variant:
+    """Returns the definition of the configured network, registering it with timm if it is the user's own.
+
+    Raises:
+        ConfigError: the variant has mistakes, or there is none of that name.
+    """
+    model = config.model
+    if model.variant is not None:
+        own = parse_variant(model.variant, "model.variant")
+        add_and_register(own, "model.variant")
+        return own
+    if model.name not in list_variants():
+        names = list_variants()
+        raise ConfigError(
+            f"model.name: no variant '{model.name}'{closest(model.name, names)}: {', '.join(names)}, "
+            "or give your own as model.variant"
+        )
+    return variant(model.name)
+
+
+def drop_path_rate_of(config: Config) -> float:
+    """Returns the configured drop path rate, the variant's own where none is set."""
+    rate = config.model.drop_path_rate
+    return find_variant_of(config).train_drop_path_rate if rate is None else rate
+
+
+def build_model(config: Config, num_classes: int) -> Conv2Former:
+    """Builds the network on the CPU, with the configured starting weights.
+
+    Raises:
+        ConfigError: there is no such variant.
+        CheckpointError: the starting weights cannot be read or do not fit.
+    """
+    model = timm.create_model(
+        find_variant_of(config).name,
+        num_classes=num_classes,
+        drop_rate=config.model.drop_rate,
+        drop_path_rate=drop_path_rate_of(config),
+        head_init_scale=config.model.head_init_scale,
+    )
+    assert isinstance(model, Conv2Former)
+    if config.model.checkpoint:
+        load_weights(model, config.model.checkpoint)
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    return model
+
+
+def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
+    """Returns the precision in effect, `auto` decided, and what makes its context.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return precision, partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run:
+    """Builds the network and all that trains it. Every process builds the same.
+
+    Raises:
+        ConfigError: a name is unknown, or a setting does not go with the device.
+        CheckpointError: the starting weights cannot be read or do not fit.
+    """
+    precision, autocast = autocast_for(config.train.precision, world.device)
+    seed_all(Stream.INIT, config.train.seed)
+    model = build_model(config, num_classes)
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    model = model.to(world.device, memory_format=memory_format)
+    ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
+    optimizer = _build_optimizer(config, plan, model)
+    mixup = _build_mixup(config, num_classes)
+    forward: nn.Module = torch.compile(model) if config.train.compile else model
+    if world.size > 1:
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
+    schedule = config.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=schedule.epochs,
+        warmup_epochs=schedule.warmup_epochs,
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        cooldown_epochs=schedule.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=plan.steps_per_epoch,
+    )
+    return Run(
+        config=config,
+        plan=plan,
+        world=world,
+        model=model,
+        forward=forward,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        mixup=mixup,
+        criterion=create_classification_loss(smoothing=config.augment.smoothing, soft_targets=mixup is not None),
+        autocast=autocast,
+    )
+
+
+def _build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    optim = config.optim
+    try:
+        info = get_optimizer_info(optim.opt)
+    except ValueError:
+        names = timm.optim.list_optimizers()
+        raise ConfigError(f"optim.opt: timm has no optimizer '{optim.opt}'{closest(optim.opt, names)}") from None
+    optional = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
+    for key, (value, is_known) in optional.items():
+        if value is not None and not is_known:
+            raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
+    return create_optimizer_v2(
+        model,
+        optim.opt,
+        lr=plan.lr,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        **{key: value for key, (value, _) in optional.items() if value is not None},
+    )
+
+
+def _build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    augment = config.augment
+    if not (augment.mixup or augment.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch_prob,
+        label_smoothing=augment.smoothing,
+        num_classes=num_classes,
+    )

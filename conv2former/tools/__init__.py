@@ -1,0 +1,1 @@
+"""What the scripts call and the tests import."""

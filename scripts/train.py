@@ -1,0 +1,69 @@
+"""Trains a Conv2Former from a configuration: on a CPU, on one GPU, or on many under torchrun.
+
+python scripts/train.py --config configs/quickstart.yaml
+torchrun --nproc-per-node=8 scripts/train.py --config configs/imagenet1k/conv2former_t.yaml data.root=/data/imagenet
+
+Every key of the configuration can be set on the command line: optim.base_lr=1e-3 or --optim.base_lr 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from conv2former.config import load_config
+from conv2former.engine import dry_run, join_world, train
+from conv2former.tools.cli import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("--output", metavar="FOLDER", help="run folder (default: runs/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: go on where the run folder stopped (default); never: refuse a folder with a run; or a checkpoint",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, train on one synthetic batch and stop")
+    args, overrides = parser.parse_known_args()
+
+    config = load_config(args.config, overrides)
+    if args.print_config:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return
+    output = Path(args.output or Path("runs") / Path(args.config).stem)
+    with join_world() as world:
+        if args.dry_run:
+            lines = dry_run(config, world)
+        else:
+            lines = summary(train(config, output, world, args.resume), output)
+        if world.is_main:
+            print("\n".join(lines))
+
+
+def summary(report: dict, output: Path) -> list[str]:
+    """Returns what a person wants to know at the end of a run."""
+    if not report:  # not the main process
+        return []
+    minutes, seconds = divmod(round(report["seconds"]), 60)
+    return [
+        "",
+        f"top-1 {report['top1']:.2f} % on {report['n']} images ({report['weights']} weights, epoch {report['epoch']} "
+        f"of {report['epochs']}), trained in {minutes} min {seconds} s",
+        f"  checkpoint   {report['checkpoint']}",
+        f"  TensorBoard  {report['tensorboard'] or 'off'}",
+        f"  curves       {report['curves']}",
+        f"  report       {output / 'report.json'}",
+        f"next: python scripts/validate.py --checkpoint {report['checkpoint']}",
+    ]
+
+
+if __name__ == "__main__":
+    run_cli(main)
