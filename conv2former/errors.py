@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingError", "UserError", "closest", "raise_mistakes", "shorten"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "TrainingError",
+    "UserError",
+    "closest",
+    "raise_mistakes",
+    "shorten",
+]
 
 
 class UserError(ValueError):

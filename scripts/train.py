@@ -31,7 +31,9 @@ def main() -> None:
         help="auto: go on where the run folder stopped (default); never: refuse a folder with a run; or a checkpoint",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, train on one synthetic batch and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, train on one synthetic batch and stop"
+    )
     args, overrides = parser.parse_known_args()
 
     config = load_config(args.config, overrides)

@@ -5,6 +5,7 @@ Order, the later ones win: the schema's defaults, the files named by `base:`, th
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from .._yaml import parse_yaml_value, read_yaml
 from ..errors import ConfigError, closest, raise_mistakes
 from .schema import Config
 
-__all__ = ["check_config", "differences", "load_config"]
+__all__ = ["apply_overrides", "check_config", "differences", "load_config"]
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -30,6 +31,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
     """
     raw = _read_with_bases(Path(path), ()) if path else {}
+    return check_config(apply_overrides(raw, overrides), path or "the configuration")
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns a plain, unchecked configuration with overrides applied; see `load_config`.
+
+    Raises:
+        ConfigError: an override is not `key=value`, or its key goes through something that is not a section.
+    """
+    raw = copy.deepcopy(dict(config))
     for key, value in _split_overrides(overrides):
         node: Any = raw
         *parents, last = key.split(".")
@@ -39,7 +50,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             node = node[parent]
         node[last] = value
     _read_variant_file(raw, Path())  # named on the command line: relative to the working directory
-    return check_config(raw, path or "the configuration")
+    return raw
 
 
 def check_config(raw: Mapping[str, Any], where: object) -> Config:
@@ -95,7 +106,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_variant_file(raw: dict[str, Any], folder: Path) -> None:
-    """Puts the content of `model.variant` in the place of its path, so that a saved configuration needs no other file."""
+    """Replaces the path in `model.variant` by the file's content, so that a saved configuration needs no other file."""
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("variant"), str):
         path = folder / model["variant"]

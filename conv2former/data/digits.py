@@ -15,8 +15,8 @@ def write_digits(root: Path) -> None:
     A data set that is already there stays as it is.
 
     Args:
-        root: the folder to make: `root/train.parquet` and `root/validation.parquet` with the columns `image` (8 x 8, grey)
-            and `label`.
+        root: the folder to make: `root/train.parquet` and `root/validation.parquet` with the columns `image` (8 x 8,
+            grey) and `label`.
     """
     if (root / "validation.parquet").is_file():  # the last to be written
         return

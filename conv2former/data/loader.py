@@ -1,8 +1,10 @@
 """Loaders whose every random draw is a function of where it happens, never of what was drawn before.
 
-The order of an epoch is a function of (seed, epoch), the augmentation of an image of (seed, epoch, index). So there is no
-state to save: a run that starts again in the middle of an epoch sees what the other would have seen, the number of loader
-workers changes nothing, and the same global batches come for any number of devices that gives the same global batch.
+The order of an epoch is a function of (seed, epoch), the augmentation of an image of (seed, epoch, index). So there is
+no
+state to save: a run that starts again in the middle of an epoch sees what the other would have seen, the number of
+loader workers changes nothing, and the same global batches come for any number of devices that gives the same global
+batch.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
             ratio=augment.ratio,
             hflip=augment.hflip,
             vflip=augment.vflip,
-            color_jitter=augment.color_jitter or None,
+            color_jitter=augment.color_jitter,
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
             mean=data.mean,

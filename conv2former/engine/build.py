@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.data import Mixup
 from timm.loss import create_classification_loss
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -129,11 +129,12 @@ def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run
     seed_all(Stream.INIT, config.train.seed)
     model = build_model(config, num_classes)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=memory_format)
+    model.to(world.device)
+    model.to(memory_format=memory_format)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = _build_optimizer(config, plan, model)
     mixup = _build_mixup(config, num_classes)
-    forward: nn.Module = torch.compile(model) if config.train.compile else model
+    forward: nn.Module = cast(nn.Module, torch.compile(model)) if config.train.compile else model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -170,19 +171,15 @@ def _build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.opti
     try:
         info = get_optimizer_info(optim.opt)
     except ValueError:
-        names = timm.optim.list_optimizers()
+        names = [str(name) for name in list_optimizers()]
         raise ConfigError(f"optim.opt: timm has no optimizer '{optim.opt}'{closest(optim.opt, names)}") from None
-    optional = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
+    optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
     for key, (value, is_known) in optional.items():
         if value is not None and not is_known:
             raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
+    chosen: dict[str, Any] = {key: value for key, (value, _) in optional.items() if value is not None}
     return create_optimizer_v2(
-        model,
-        optim.opt,
-        lr=plan.lr,
-        weight_decay=optim.weight_decay,
-        layer_decay=optim.layer_decay,
-        **{key: value for key, (value, _) in optional.items() if value is not None},
+        model, optim.opt, lr=plan.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **chosen
     )
 
 

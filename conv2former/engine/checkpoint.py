@@ -1,13 +1,13 @@
 """Training checkpoints: one plain dict of tensors and built-in types per file, written whole or not at all.
 
-    step, epoch          optimizer steps done, epochs done
-    model, model_ema     state dicts of the raw module and of the average (None without one)
-    optimizer, scaler    state dicts (scaler None unless fp16)
-    metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
-    class_names          names in index order
-    config, variant      the resolved configuration and the network's definition
-    seconds              training time so far
-    versions, format     of torch, timm and this package; of this layout
+step, epoch          optimizer steps done, epochs done
+model, model_ema     state dicts of the raw module and of the average (None without one)
+optimizer, scaler    state dicts (scaler None unless fp16)
+metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
+class_names          names in index order
+config, variant      the resolved configuration and the network's definition
+seconds              training time so far
+versions, format     of torch, timm and this package; of this layout
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ __all__ = ["FORMAT", "latest_checkpoint", "read_training_checkpoint", "save_chec
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
-_KEYS = {"step", "epoch", "model", "model_ema", "optimizer", "scaler", "best_metric", "class_names", "config", "variant"}
+_KEYS = {
+    "step",
+    "epoch",
+    "model",
+    "model_ema",
+    "optimizer",
+    "scaler",
+    "best_metric",
+    "class_names",
+    "config",
+    "variant",
+}
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: int) -> Path:
@@ -88,7 +99,7 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is not a training checkpoint of this project, or is of a newer format.
     """
     content = read_checkpoint(path)
-    if not _KEYS <= content.keys():
+    if _KEYS - content.keys():
         raise CheckpointError(f"{path} is a weight file, not a checkpoint to resume from; give it as model.checkpoint")
     if content.get("format", 0) > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}; this version reads up to {FORMAT}: update it")

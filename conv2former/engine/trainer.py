@@ -39,8 +39,8 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
         config: the run.
         output: the run folder: config.yaml, checkpoints/, metrics.jsonl, tensorboard/, curves.png, report.json.
         world: the processes.
-        resume: 'auto' goes on where `output` stopped, if it has checkpoints; 'never' refuses such a folder; anything else
-            is the path of a checkpoint to go on from.
+        resume: 'auto' goes on where `output` stopped, if it has checkpoints; 'never' refuses such a folder; anything
+            else is the path of a checkpoint to go on from.
 
     Returns:
         The report, as in report.json.
@@ -62,8 +62,12 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
         _prepare_folder(output, config)
 
     log = RunLog(output, plan.total_steps, progress.step, config.log.tensorboard, world.is_main)
-    for line in [*note, *describe(config, plan, world.size), f"training on {len(train_source)} images of "
-                 f"{len(class_names)} classes ({train_source.name}), validating on {len(val_source)} ({val_source.name})"]:
+    for line in [
+        *note,
+        *describe(config, plan, world.size),
+        f"training on {len(train_source)} images of "
+        f"{len(class_names)} classes ({train_source.name}), validating on {len(val_source)} ({val_source.name})",
+    ]:
         log.say(line)
     pin_memory = world.device.type == "cuda"
     sampler = EpochSampler(
@@ -170,7 +174,7 @@ def _save(run: Run, progress: _Progress, output: Path, metric: float | None) -> 
         "config": run.config.to_dict(),
         "variant": find_variant_of(run.config).to_dict(),
         "seconds": progress.seconds,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"torch": str(torch.__version__), "timm": timm.__version__},  # torch's is a class of its own
     }
     save_checkpoint(output / "checkpoints", content, is_best, run.config.checkpoint.keep)
 
@@ -224,9 +228,9 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     """Returns lines that say what will be trained and how: network, batch and rate, length."""
     network = find_variant_of(config)
     start = f"from {config.model.checkpoint}" if config.model.checkpoint else "from scratch"
-    schedule = config.schedule
+    schedule, side = config.schedule, config.data.img_size
     return [
-        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {config.data.img_size} x {config.data.img_size}",
+        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {side} x {side}",
         f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x {world_size} devices x "
         f"{config.train.accum_steps} accumulation steps",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
@@ -266,8 +270,8 @@ def _finish(run: Run, progress: _Progress, log: RunLog, output: Path) -> dict[st
 def dry_run(config: Config, world: World) -> list[str]:
     """Builds everything and trains on one synthetic batch, without looking at the data if the class count is given.
 
-    On a CPU the batch is of two images, because it is only to show that the step works; on a GPU it is of the configured
-    size, so that the memory is known.
+    On a CPU the batch is of two images, because it is only to show that the step works; on a GPU it is of the
+    configured size, so that the memory is known.
 
     Returns:
         Lines to print: what would be trained, parameters, and the step's loss and time.
@@ -296,7 +300,7 @@ def dry_run(config: Config, world: World) -> list[str]:
     parameters = sum(p.numel() for p in run.model.parameters())
     lines = describe(config, plan, world.size)
     if num_images is None:
-        lines = lines[:-1] + [f"{plan.epochs} epochs; the number of steps follows from the data"]
+        lines[-1] = f"{plan.epochs} epochs; the number of steps follows from the data"
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
         *lines,

@@ -216,9 +216,9 @@ def variant(name: str) -> Variant:
     return _variants[name]
 
 
-def find_variant(dims: tuple[int, ...], depths: tuple[int, ...], kernel_size: int | tuple[int, ...]) -> str | None:
-    """Returns the name of the variant with this shape, or None."""
+def find_variant(**model_args: Any) -> str | None:
+    """Returns the name of the first variant that has these values of `Variant.model_args`, or None."""
     for known in _variants.values():
-        if (known.dims, known.depths, known.kernel_size) == (dims, depths, kernel_size):
+        if model_args.items() <= known.model_args().items():
             return known.name
     return None

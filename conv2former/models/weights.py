@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 FIRST_CONV = "stem.conv1"
+EMA_NAMES = ("state_dict_ema", "model_ema")  # of averaged weights in a checkpoint, as timm has them
 
 # ------------------------------------------------------------------------------------------------ layouts of others
 
@@ -159,7 +160,7 @@ def unwrap_checkpoint(content: Mapping[str, Any], use_ema: bool = True) -> tuple
         The state dict, keys as in the file, and the name it has in the file: '' where the file is the state dict
         itself.
     """
-    names = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model", "state")
+    names = (EMA_NAMES if use_ema else ()) + ("state_dict", "model", "state")
     for name in names:
         if isinstance(content.get(name), dict) and content[name]:
             return content[name], name
@@ -178,53 +179,64 @@ def native_state_dict(content: Mapping[str, Any], use_ema: bool = True) -> dict[
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a state dict tell about its network. `kernel_size` is one number if all stages agree."""
+    """What the shapes of a state dict tell about its network; the arguments of `Conv2Former` of the same names.
+
+    Attributes:
+        dims, depths, kernel_size, mlp_ratio, head_hidden_size: as in the variants' YAML files; `kernel_size` is one
+            number if all stages agree, `head_hidden_size` is 0 for a network without its head.
+        layer_scale: whether there is one.
+        in_chans, num_classes: channels of the input, size of the classifier (0 without one).
+    """
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
     kernel_size: int | tuple[int, ...]
+    mlp_ratio: float
+    head_hidden_size: int
+    layer_scale: bool
     in_chans: int
     num_classes: int
 
     @property
     def variant(self) -> str | None:
         """Name of the variant with this shape, or None."""
-        return find_variant(self.dims, self.depths, self.kernel_size)
+        return find_variant(dims=self.dims, depths=self.depths, kernel_size=self.kernel_size, mlp_ratio=self.mlp_ratio)
 
     def __str__(self) -> str:
         shape = f"dims {list(self.dims)}, depths {list(self.depths)}, kernel size {self.kernel_size}"
         return f"{self.variant} ({shape})" if self.variant else f"a Conv2Former with {shape}"
 
 
-def identify(state_dict: dict[str, Any]) -> Architecture | None:
+def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
     """Reads the architecture off a state dict in this project's layout; None if it is not a Conv2Former's."""
     blocks: dict[int, set[int]] = {}
     for key in state_dict:
         if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.conv_dw\.weight$", key):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    first_conv = state_dict.get(f"{FIRST_CONV}.weight")
-    if first_conv is None or sorted(blocks) != list(range(len(blocks))) or not blocks:
+    first_conv, fc1 = (state_dict.get(k) for k in (f"{FIRST_CONV}.weight", "stages.0.blocks.0.mlp.fc1.weight"))
+    if first_conv is None or fc1 is None or sorted(blocks) != list(range(len(blocks))):
         return None
     kernels = [state_dict[f"stages.{s}.blocks.{min(blocks[s])}.attn.conv_dw.weight"] for s in sorted(blocks)]
     sizes = tuple(int(kernel.shape[-1]) for kernel in kernels)
-    classifier = state_dict.get(CLASSIFIER[0])
+    classifier, head_conv = (state_dict.get(key) for key in (CLASSIFIER[0], "head_conv.conv.weight"))
     return Architecture(
         dims=tuple(int(kernel.shape[0]) for kernel in kernels),
         depths=tuple(max(blocks[s]) + 1 for s in sorted(blocks)),
         kernel_size=sizes[0] if len(set(sizes)) == 1 else sizes,
+        mlp_ratio=fc1.shape[0] / fc1.shape[1],
+        head_hidden_size=0 if head_conv is None else int(head_conv.shape[0]),
+        layer_scale="stages.0.blocks.0.ls1.gamma" in state_dict,
         in_chans=int(first_conv.shape[1]),
         num_classes=0 if classifier is None else int(classifier.shape[0]),
     )
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """What a weight file is, from its tensors and its bookkeeping.
+class CheckpointInfo(Architecture):
+    """What a weight file is: the network, from its tensors, and what the training script noted.
 
     Attributes:
-        variant: name of the variant, or None if its shape is none of the known ones.
-        dims, depths, kernel_size: of the network, as in the variants' YAML files.
-        in_chans, num_classes: channels of the input, size of the classifier (0 without one).
+        name: name of the variant; None if its shape is none of the known ones and the file does not say.
         num_parameters: of the network in the file.
         layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
         has_ema: whether averaged weights are in the file; they are what loading takes.
@@ -233,12 +245,7 @@ class CheckpointInfo:
         class_names: names in index order, None where the file has none.
     """
 
-    variant: str | None
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    kernel_size: int | tuple[int, ...]
-    in_chans: int
-    num_classes: int
+    name: str | None
     num_parameters: int
     layout: str
     has_ema: bool
@@ -263,17 +270,14 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     recipe = content.get("args") or content.get("config") or {}
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
-    epoch, metric = content.get("epoch"), content.get("metric", content.get("best_metric"))
+    epoch, metric = content.get("epoch"), content.get("metric")
+    definition = content.get("variant")
     return CheckpointInfo(
-        variant=architecture.variant,
-        dims=architecture.dims,
-        depths=architecture.depths,
-        kernel_size=architecture.kernel_size,
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
+        **vars(architecture),
+        name=architecture.variant or (definition.get("name") if isinstance(definition, dict) else None),
         num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
         layout=_layout(raw),
-        has_ema=any(content.get(name) for name in ("state_dict_ema", "model_ema")),
+        has_ema=any(content.get(name) for name in EMA_NAMES),
         epoch=epoch if isinstance(epoch, int) else None,
         metric=float(metric) if isinstance(metric, (int, float)) else None,
         recipe=recipe if isinstance(recipe, dict) else {},
@@ -306,7 +310,7 @@ def check_fit(model: nn.Module, state_dict: dict[str, Any], ignore: Iterable[str
     theirs, ours = identify(state_dict), identify(own)
     if theirs is None:
         raise CheckpointError(f"this is not a Conv2Former checkpoint: its keys are {shorten(state_dict, 5)}")
-    if ours and (theirs.dims, theirs.depths, theirs.kernel_size) != (ours.dims, ours.depths, ours.kernel_size):
+    if ours and str(theirs) != str(ours):
         fix = (
             f"create '{theirs.variant}' instead" if theirs.variant else "register a variant of that shape and create it"
         )

@@ -22,7 +22,9 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except (UserError, TrainingError) as e:
         # From a loader's worker the message comes with the worker's traceback in front.
-        text = str(e).rsplit("conv2former.errors.", 1)[-1].split(": ", 1)[-1] if "Original Traceback" in str(e) else str(e)
+        text = (
+            str(e).rsplit("conv2former.errors.", 1)[-1].split(": ", 1)[-1] if "Original Traceback" in str(e) else str(e)
+        )
         if rank == 0 or not isinstance(e, ConfigError):
             print(f"error: {text.strip()}" if rank == 0 else f"error on rank {rank}: {text.strip()}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 3)

@@ -1,0 +1,84 @@
+"""Evaluates a weight file on a validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, apply_overrides, check_config, load_config
+from ..data import eval_loader, open_val
+from ..engine.build import autocast_for
+from ..engine.distributed import World, rank0_first
+from ..engine.evaluate import evaluate
+from ..errors import CheckpointError, DataError
+from ..models import CheckpointInfo, Conv2Former, inspect_checkpoint, load_weights
+
+__all__ = ["validate"]
+
+
+def validate(
+    checkpoint: Path, world: World, config: Path | None = None, overrides: Sequence[str] = (), use_ema: bool = True
+) -> dict[str, Any]:
+    """Evaluates a weight file; every process calls it.
+
+    Args:
+        checkpoint: a file in this project's, the authors' or birder's layout.
+        world: the processes.
+        config: a configuration whose data section to use; None for the one in the file, if it has one.
+        overrides: changes to it, `data.root=...`.
+        use_ema: evaluate the averaged weights where the file has them.
+
+    Returns:
+        `top1`, `top5`, `loss` and `n`, as `evaluate`, and `variant`, `weights` and `data`, what was evaluated.
+
+    Raises:
+        UserError: the file, the configuration or the data is wrong, or they do not go together.
+    """
+    info = inspect_checkpoint(checkpoint)
+    settings = _settings(info, config, overrides)
+    with rank0_first(world):
+        source = open_val(settings.data, info.class_names)
+    if len(source.class_names) != info.num_classes:
+        raise DataError(
+            f"{source.name} has {len(source.class_names)} classes, {checkpoint} is for {info.num_classes}: "
+            "they do not belong together"
+        )
+    model = _build(info)
+    load_weights(model, checkpoint, use_ema)
+    model = model.to(world.device)
+    precision, autocast = autocast_for(settings.train.precision, world.device)
+    batch_size = settings.train.eval_batch_size or settings.train.batch_size
+    loader = eval_loader(source, settings.data, batch_size, world.rank, world.size, world.device.type == "cuda")
+    return {
+        "variant": info.name or "unnamed variant",
+        "weights": "average" if info.has_ema and use_ema else "raw",
+        "data": source.name,
+        "precision": precision,
+        **evaluate(model, loader, world, autocast),
+    }
+
+
+def _settings(info: CheckpointInfo, path: Path | None, overrides: Sequence[str]) -> Config:
+    """Returns the configuration to evaluate under: the file's own, or the given one, with overrides."""
+    if path is not None:
+        return load_config(path, overrides)
+    own = info.recipe if info.layout == "conv2former" else {}  # the authors' recipe has other keys
+    raw = {key: dict(value) for key, value in own.items()}
+    return check_config(apply_overrides(raw, overrides), "the checkpoint's configuration")
+
+
+def _build(info: CheckpointInfo) -> Conv2Former:
+    """Builds the network that the file's tensors describe, whether or not it is a registered variant."""
+    if len(info.dims) != 4 or not info.head_hidden_size or not info.num_classes:
+        raise CheckpointError("the file holds a part of a network; to evaluate it needs all four stages and the head")
+    return Conv2Former(
+        in_chans=info.in_chans,
+        num_classes=info.num_classes,
+        dims=info.dims,
+        depths=info.depths,
+        kernel_size=info.kernel_size,
+        mlp_ratio=info.mlp_ratio,
+        head_hidden_size=info.head_hidden_size,
+        ls_init_value=1e-6 if info.layer_scale else None,
+    )
