@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from conv2former import ConfigError, DataError
+from conv2former.config import Config, check_config, differences, load_config, make_plan
+
+from ..conftest import ROOT
+
+
+def write(tmp_path, name: str, text: str):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_later_layers_win(tmp_path):
+    write(tmp_path, "a.yaml", "data: {root: a, img_size: 64}\noptim: {base_lr: 1e-3}\naugment: {scale: [0.1, 0.2]}")
+    write(tmp_path, "b.yaml", "data: {root: b}\ntrain: {seed: 5}")
+    path = write(tmp_path, "c.yaml", "base: [a.yaml, b.yaml]\noptim: {opt: sgd}\naugment: {scale: [0.5, 1.0]}")
+    config = load_config(path, ["train.seed=6", "--data.workers", "3", "--ema.decay=0.9"])
+    assert (config.data.root, config.data.img_size, config.data.workers) == ("b", 64, 3)
+    assert (config.optim.base_lr, config.optim.opt, config.train.seed) == (1e-3, "sgd", 6)
+    assert config.augment.scale == (0.5, 1.0)  # lists are replaced, not merged
+    assert config.ema.decay == 0.9
+    assert config.schedule.epochs == 300  # the schema's
+
+
+def test_a_number_without_a_dot_is_a_number(tmp_path):
+    path = write(tmp_path, "a.yaml", "data: {root: 2024}\noptim: {base_lr: 4e-3, eps: 1E-9}")
+    config = load_config(path, ["schedule.min_lr=2e-6"])
+    assert (config.optim.base_lr, config.optim.eps, config.schedule.min_lr) == (4e-3, 1e-9, 2e-6)
+    assert config.data.root == "2024"
+
+
+def test_every_mistake_is_in_one_message(tmp_path):
+    path = write(tmp_path, "a.yaml", "model: {nmae: x}\ntrain: {batch_size: -1}\noptim: {betas: [0.9]}\nagument: {}")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert f"{path}: 4 mistakes" in message
+    assert "model.nmae: unknown key (did you mean 'name'?)" in message
+    assert "agument: unknown key (did you mean 'augment'?)" in message
+    assert "train.batch_size: " in message
+    assert "found -1" in message
+    assert "optim.betas.1: field required" in message
+
+
+def test_conflicts_between_keys():
+    with pytest.raises(ConfigError) as error:
+        check_config({"train": {"batch_size": 7}, "schedule": {"epochs": 3}, "augment": {"scale": [1, 0.1]}}, "test")
+    for key in ("data.root", "train.batch_size", "schedule.warmup_epochs", "augment.scale"):
+        assert f"- {key}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "expected"),
+    [
+        ({}, (), "no such file"),
+        ({"a.yaml": "base: a.yaml"}, (), r"goes in a circle: a\.yaml -> a\.yaml"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"}, (), r"circle: a\.yaml -> b\.yaml -> a\.yaml"),
+        ({"a.yaml": "base: none.yaml"}, (), r"none\.yaml: no such file"),
+        ({"a.yaml": "base: {x: 1}"}, (), "expected a file name"),
+        ({"a.yaml": "data: [1"}, (), "not valid YAML"),
+        ({"a.yaml": "data: {root: x}\ndata: {root: y}"}, (), "'data' stands twice"),
+        ({"a.yaml": "data: {root: x}"}, ["train.seed"], "expected key=value"),
+        ({"a.yaml": "data: {root: x}"}, ["train.seed=[1"], "not a valid value"),
+        ({"a.yaml": "data: {root: x}"}, ["data.root.x=1"], "'root' is not a section"),
+        ({"a.yaml": "data: {root: x}"}, ["train.sed=1"], "did you mean 'seed'"),
+        ({"a.yaml": "data: {root: x}\nmodel: {variant: none.yaml}"}, (), r"none\.yaml: no such file"),
+    ],
+)
+def test_wrong_files_and_overrides(tmp_path, files, overrides, expected):
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / "a.yaml", overrides)
+
+
+def test_a_variant_file_is_read_where_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", "mine.yaml", "dims: [8, 16, 24, 32]")
+    write(tmp_path / "deep", "base.yaml", "data: {root: x}\nmodel: {variant: mine.yaml}")
+    path = write(tmp_path, "a.yaml", "base: deep/base.yaml")
+    expected = {"name": "mine", "dims": [8, 16, 24, 32]}
+    assert load_config(path).model.variant == expected
+    monkeypatch.chdir(tmp_path)
+    assert load_config(None, ["data.root=x", "model.variant=deep/mine.yaml"]).model.variant == expected
+
+
+def test_a_saved_configuration_loads_again(tmp_path):
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    path = write(tmp_path, "saved.yaml", yaml.safe_dump(config.to_dict()))
+    assert load_config(path) == config
+
+
+def test_differences():
+    old, new = Config().to_dict(), Config().to_dict()
+    new["optim"]["base_lr"] = 2.0
+    new["train"]["extra"] = 1
+    assert differences(old, new) == ["optim.base_lr: 0.001 -> 2.0", "train.extra: None -> 1"]
+
+
+def test_plan():
+    config = check_config({"data": {"root": "x"}, "train": {"batch_size": 32, "accum_steps": 2}}, "test")
+    plan = make_plan(config, world_size=4, num_train_images=1000)
+    assert plan.global_batch_size == 256
+    assert plan.lr == pytest.approx(1e-3 * 256 / 1024)
+    assert (plan.steps_per_epoch, plan.epochs, plan.total_steps) == (3, 310, 930)
+    with pytest.raises(DataError, match=re.escape("fewer than one global batch of 256 (32 x 2 accumulation steps x 4")):
+        make_plan(config, world_size=4, num_train_images=255)
+
+
+def test_the_imagenet_recipe_is_the_authors():
+    """The numbers of their training script."""
+    for size in ("n", "t", "s", "b", "l"):
+        config = load_config(ROOT / "configs" / "imagenet1k" / f"conv2former_{size}.yaml")
+        assert config.model.name == f"conv2former_{size}"
+        assert make_plan(config, 8, 1_281_167).lr == pytest.approx(1e-3)
+        optim, schedule, augment = config.optim, config.schedule, config.augment
+        assert (optim.opt, optim.weight_decay, optim.betas) == ("adamw", 0.05, (0.9, 0.999))
+        assert (schedule.epochs, schedule.warmup_epochs, schedule.cooldown_epochs) == (300, 5, 10)
+        assert (schedule.warmup_lr, schedule.min_lr) == (1e-6, 1e-6)
+        assert (augment.mixup, augment.cutmix, augment.mix_switch_prob, augment.mix_prob) == (0.8, 1.0, 0.5, 1.0)
+        assert (augment.smoothing, augment.re_prob, augment.re_mode) == (0.1, 0.25, "pixel")
+        assert (augment.auto_augment, augment.scale, augment.hflip) == ("rand-m9-mstd0.5-inc1", (0.08, 1.0), 0.5)
+        assert (augment.interpolation, config.ema.decay, optim.clip_grad) == ("random", None, None)
+        assert augment.ratio == pytest.approx((3 / 4, 4 / 3))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+import conv2former
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+TINY_YAML = "dims: [8, 16, 24, 32]\ndepths: [1, 1, 2, 1]\nkernel_size: 7\n"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(2)
+
+
+class Fixture:
+    """A file of reference tensors: `fixture["input"]`, and everything below a prefix without it."""
+
+    def __init__(self, name: str) -> None:
+        path = FIXTURES / f"{name}.safetensors"
+        self.tensors = safetensors.torch.load_file(path)
+        with safe_open(path, "pt") as file:
+            self.metadata = file.metadata() or {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def below(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The name of a registered variant of the shape of `model_k7` and `official_format.pth.tar`."""
+    path = tmp_path_factory.mktemp("variants") / "conv2former_tiny.yaml"
+    path.write_text(TINY_YAML)
+    return conv2former.register_variant(path)
+
+
+@pytest.fixture
+def official_file() -> Path:
+    return FIXTURES / "official_format.pth.tar"
+
+
+@pytest.fixture
+def official_content(official_file) -> dict:
+    from conv2former.models.weights import read_checkpoint
+
+    return read_checkpoint(official_file)

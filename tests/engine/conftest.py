@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ..conftest import TINY_YAML
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A parquet data set of 3 classes, 44 training and 7 validation images: stripes of three directions in noise."""
+    root = tmp_path_factory.mktemp("small_data")
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    waves = np.sin(np.arange(32) * 1.3)
+    patterns = [waves[:, None] + np.zeros((1, 32)), waves[None, :] + np.zeros((32, 1)), waves[:, None] * waves[None, :]]
+    for split, count in (("train", 44), ("validation", 7)):
+        labels = [i % 3 for i in range(count)]
+        pixels = [patterns[label] * 70 + 128 + rng.normal(0, 25, (32, 32)) for label in labels]
+        images = [Image.fromarray(p.clip(0, 255).astype(np.uint8)) for p in pixels]
+        datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            root / f"{split}.parquet"
+        )
+    return root
+
+
+@pytest.fixture
+def raw_config(small_data, tmp_path) -> dict:
+    """Everything that draws random numbers or keeps state is on."""
+    (tmp_path / "conv2former_test.yaml").write_text(TINY_YAML + "ls_init_value: 0.5\n")
+    return {
+        "model": {
+            "variant": {"name": "conv2former_test", "ls_init_value": 0.5, **yaml.safe_load(TINY_YAML)},
+            "drop_path_rate": 0.2,
+            "drop_rate": 0.1,
+        },
+        "data": {"source": "hf", "root": str(small_data), "img_size": 32, "workers": 0},
+        "schedule": {"epochs": 3, "warmup_epochs": 1, "cooldown_epochs": 1},
+        "train": {"batch_size": 4, "accum_steps": 2, "eval_batch_size": 5},
+        "optim": {"base_lr": 1e-3, "base_batch_size": 8, "clip_grad": 5.0, "layer_decay": 0.9},
+        "ema": {"decay": 0.9},
+        "log": {"every_steps": 2},
+    }

@@ -1,0 +1,200 @@
+"""Whole runs in one process; those of several processes are in tests/test_scripts.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import conv2former
+from conv2former import CheckpointError, ConfigError, DataError
+from conv2former.config import check_config
+from conv2former.engine import World, dry_run, train, trainer
+from conv2former.engine.logging import read_metrics
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def make(raw: dict, **changes):
+    raw = copy.deepcopy(raw)
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw.setdefault(section, {})[name] = value
+    return check_config(raw, "test")
+
+
+def final(folder) -> dict:
+    return torch.load(sorted((folder / "checkpoints").glob("step_*.pt"))[-1])
+
+
+def assert_equal(a, b, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def rows(folder) -> list[dict]:
+    timing = ("images_per_second",)
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_and_what_it_leaves(raw_config, tmp_path):
+    report = train(make(raw_config, log__tensorboard=True), tmp_path / "run", WORLD)
+    assert report["n"] == 7
+    assert report["steps"] == 20  # 44 images / 8 per step = 5 steps, 4 epochs with the cool-down
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "checkpoints", "config.yaml", "curves.png", "first_batch.png", "metrics.jsonl", "report.json", "tensorboard"
+    }  # fmt: skip
+    evals = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"]
+    assert [row["epoch"] for row in evals] == [1, 2, 3, 4]
+    assert report["top1"] == max(row["ema_top1"] for row in evals)
+    trains = [row["step"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert trains == list(range(2, 21, 2))
+    info = conv2former.inspect_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert (info.name, info.class_names, info.has_ema) == ("conv2former_test", ["a", "b", "c"], True)
+    assert info.metric == report["top1"]
+    assert info.recipe["optim"]["clip_grad"] == 5.0
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second"} <= set(tags["scalars"])
+    assert {"eval/top1", "eval/top5", "eval/ema_top1"} <= set(tags["scalars"])
+    assert tags["images"] == ["train/first_batch"]
+    assert [event.value for event in events.Scalars("eval/top1")] == pytest.approx([row["top1"] for row in evals])
+
+
+@pytest.mark.parametrize(("stop_after", "every_steps", "workers"), [(8, 3, 0), (8, 3, 2), (10, None, 0), (3, 1, 0)])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    raw_config, tmp_path, monkeypatch, stop_after, every_steps, workers
+):
+    config = make(raw_config, checkpoint__every_steps=every_steps)
+    train(config, tmp_path / "whole", WORLD)
+
+    real_step, done = trainer.train_step, []
+
+    def dying_step(*args):
+        if len(done) == stop_after:
+            raise Killed
+        done.append(args)
+        return real_step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", dying_step)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "parts", WORLD)
+    monkeypatch.setattr(trainer, "train_step", real_step)
+    report = train(
+        make(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts", WORLD
+    )
+
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for key in ("model", "model_ema", "optimizer", "step", "epoch", "best_metric", "metric"):
+        assert_equal(whole[key], parts[key], key)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert report["steps"] == 20
+
+
+def test_the_seed_matters(raw_config, tmp_path):
+    short = {"schedule__epochs": 2, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(make(raw_config, train__seed=seed, **short), tmp_path / name, WORLD)
+    a, b, c = (final(tmp_path / name)["model"] for name in "abc")
+    assert_equal(a, b)
+    assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
+
+
+def test_a_finished_run_stays_finished(raw_config, tmp_path):
+    first = train(make(raw_config), tmp_path / "run", WORLD)
+    before = final(tmp_path / "run")
+    again = train(make(raw_config), tmp_path / "run", WORLD)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+    assert_equal(final(tmp_path / "run"), before)
+
+
+def test_resume_never_and_from_a_path(raw_config, tmp_path):
+    train(make(raw_config), tmp_path / "run", WORLD)
+    with pytest.raises(ConfigError, match="holds a run; choose another --output"):
+        train(make(raw_config), tmp_path / "run", WORLD, resume="never")
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
+    report = train(make(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
+    assert report["steps"] == 20
+    assert_equal(final(tmp_path / "other")["model"], final(tmp_path / "run")["model"])
+    with pytest.raises(CheckpointError, match="no such file"):
+        train(make(raw_config), tmp_path / "other2", WORLD, resume=str(tmp_path / "none.pt"))
+
+
+def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):
+    train(make(raw_config), tmp_path / "run", WORLD)
+    with pytest.raises(ConfigError) as error:
+        train(make(raw_config, optim__base_lr=5e-3, augment__hflip=0.1, log__every_steps=7), tmp_path / "run", WORLD)
+    assert "optim.base_lr: 0.001 -> 0.005" in str(error.value)
+    assert "augment.hflip: 0.5 -> 0.1" in str(error.value)
+    assert "log.every_steps" not in str(error.value)
+
+
+def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):
+    train(make(raw_config), tmp_path / "run", WORLD)
+    whole = final(tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(make(raw_config), tmp_path / "run", WORLD)
+    assert f"damaged checkpoint: {newest}" in capsys.readouterr().out
+    assert_equal(final(tmp_path / "run")["model"], whole["model"])
+
+
+def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tmp_path, official_file, caplog):
+    raw_config["model"]["variant"].pop("ls_init_value")
+    raw_config["model"]["variant"]["name"] = "conv2former_test_ft"
+    still = {"optim__base_lr": 1e-12, "schedule__warmup_lr": 0.0, "schedule__min_lr": 0.0}
+    config = make(raw_config, model__checkpoint=str(official_file), model__head_init_scale=0.001, **still)
+    train(config, tmp_path / "run", WORLD)
+    assert "a classifier for 10 classes" in caplog.text
+    weights = final(tmp_path / "run")["model"]
+    official = torch.load(official_file, weights_only=False)["state_dict"]
+    assert torch.allclose(weights["stages.2.blocks.1.mlp.fc1.weight"], official["stages.2.1.mlp.fc1.weight"], atol=1e-6)
+    assert weights["head.fc.weight"].shape[0] == 3
+    assert weights["head.fc.weight"].abs().max() < 1e-4
+
+
+def test_mistakes_in_the_data(raw_config, tmp_path):
+    with pytest.raises(DataError, match="fewer than one global batch of 100"):
+        train(make(raw_config, train__batch_size=50), tmp_path / "run", WORLD)
+    with pytest.raises(DataError, match="no such folder"):
+        train(make(raw_config, data__root=str(tmp_path / "none")), tmp_path / "run", WORLD)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written(raw_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(make(raw_config), tmp_path / "file" / "run", WORLD)
+
+
+def test_dry_run(raw_config):
+    lines = dry_run(make(raw_config), WORLD)
+    text = "\n".join(lines)
+    assert "conv2former_test from scratch, drop path 0.2, 32 x 32" in text
+    assert "global batch 8 = 4 per device x 1 devices x 2 accumulation steps" in text
+    assert "learning rate 0.001 = 0.001 x 8 / 8" in text
+    assert "4 epochs (1 warm-up, 1 cool-down) of 5 steps" in text
+    assert "3 classes" in text
+    assert "one step on 2 random images: loss " in text
