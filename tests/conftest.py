@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
 TINY_YAML = "dims: [8, 16, 24, 32]\ndepths: [1, 1, 2, 1]\nkernel_size: 7\n"
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
+_cache = tempfile.TemporaryDirectory(prefix="conv2former-tests-")  # removed at exit
+os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(2)
 

@@ -1,0 +1,46 @@
+"""The table of variants, measured."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models import list_variants, variant
+
+__all__ = ["measure", "variants_table"]
+
+
+def measure(name: str, size: int) -> tuple[int, float]:
+    """Counts a timm model on the meta device, which computes nothing.
+
+    Args:
+        name: in timm's registry.
+        size: height and width of the image, pixels.
+
+    Returns:
+        Parameters with 1,000 classes, and multiply-accumulates of the convolutions and matrix products, in 1e9.
+    """
+    model = timm.create_model(name, device="meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, size, size, device="meta"))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 2e9
+
+
+def variants_table() -> str:
+    """Returns a Markdown table of all known variants: shape, measured size, published accuracy."""
+    rows = [
+        "| model | channels | blocks | kernel | parameters | GMACs 224 / 384 | published top-1, ImageNet-1k |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in list_variants():
+        known = variant(name)
+        parameters, gmacs_224 = measure(name, 224)
+        _, gmacs_384 = measure(name, 384)
+        published = [f"{tag.top1} (`{tag.tag}`)" for tag in known.pretrained]
+        shape = [" ".join(map(str, values)) for values in (known.dims, known.depths)]
+        rows.append(
+            f"| `{name}` | {shape[0]} | {shape[1]} | {known.kernel_size} | {parameters:,} | "
+            f"{gmacs_224:.2f} / {gmacs_384:.2f} | {', '.join(published)} |"
+        )
+    return "\n".join(rows)

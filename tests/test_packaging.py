@@ -1,0 +1,75 @@
+"""The zoo from a built wheel and from a source checkout, in an empty environment outside the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import pytest
+
+from .conftest import ROOT
+
+CREATE_ALL = """
+import conv2former, timm
+print(conv2former.__file__)
+for name in conv2former.list_variants():
+    print(name, sum(p.numel() for p in timm.create_model(name, device="meta").parameters()))
+"""
+
+
+def run(*command, **kwargs) -> str:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory):
+    """An environment that sees torch and timm, but not this project: a .pth line does not process other .pth files."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    site_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    with open(f"{site_packages}/dependencies.pth", "w") as file:
+        file.write(sysconfig.get_path("purelib") + "\n")
+    return python, folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def check(output: str, location) -> None:
+    where, *lines = output.strip().splitlines()
+    assert where.startswith(str(location))
+    assert lines == [
+        "conv2former_n 14992840",
+        "conv2former_t 26697204",
+        "conv2former_s 50032692",
+        "conv2former_b 90029112",
+        "conv2former_b_22k 88784952",
+        "conv2former_l 198893736",
+    ]
+
+
+def test_source_checkout_then_wheel(empty_environment, wheel, monkeypatch):
+    python, folder = empty_environment
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    check(run(python, "-c", CREATE_ALL, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}), ROOT)
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    check(run(python, "-c", CREATE_ALL, cwd=folder), folder)
+
+
+def test_what_is_in_the_wheel(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "conv2former/configs/models/conv2former_t.yaml" in names
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"conv2former"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)

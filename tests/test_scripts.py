@@ -1,0 +1,180 @@
+"""The scripts as a user starts them, several processes included."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from conv2former.config import load_config
+from conv2former.engine import World, dry_run
+from conv2former.tools.table import variants_table
+
+from .conftest import ROOT, TINY_YAML
+from .engine.conftest import small_data  # noqa: F401 - a fixture
+from .engine.test_trainer import assert_equal, final, rows
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def command(*words) -> list[str]:
+    return [str(word) for word in words]
+
+
+def run(*words, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    result = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, timeout=280, **kwargs)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def script(name: str, *words, **kwargs) -> subprocess.CompletedProcess:
+    return run(sys.executable, ROOT / "scripts" / name, *words, **kwargs)
+
+
+def accuracy(text: str) -> tuple[str, int]:
+    """Returns the top-1 accuracy, as printed, and the number of images."""
+    match = re.search(r"top-1 ([\d.]+) %  top-5 .*\((\d+) images\)", text)
+    assert match, text
+    return match[1], int(match[2])
+
+
+def test_quickstart(tmp_path):
+    """The README's first command: at least 98 % on the 360 held-out digits, and everything it promises is there."""
+    result = run(
+        *TORCHRUN, "--nproc-per-node=2", "scripts/train.py", "--config", "configs/quickstart.yaml",
+        "--output", tmp_path / "run", f"data.root={tmp_path}/digits",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["top1"] >= 98.0
+    assert report["n"] == 360
+    assert f"top-1 {report['top1']:.2f} % on 360 images" in result.stdout
+    for label, path in (("checkpoint", report["checkpoint"]), ("TensorBoard", report["tensorboard"])):
+        assert re.search(rf"{label} +{re.escape(path)}\n", result.stdout)
+        assert os.path.exists(path)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    following = re.search(r"next: python (scripts/validate\.py --checkpoint .*)", result.stdout)[1].split()
+    alone = run(sys.executable, *following).stdout
+    assert accuracy(alone) == (f"{report['top1']:.2f}", 360)
+    together = run(*TORCHRUN, "--nproc-per-node=3", *following, "data.workers=0", "train.eval_batch_size=7").stdout
+    assert accuracy(together) == accuracy(alone)
+
+
+@pytest.fixture
+def config_file(small_data, tmp_path):  # noqa: F811
+    (tmp_path / "conv2former_test.yaml").write_text(TINY_YAML + "ls_init_value: 0.5\n")
+    raw = {
+        "model": {"variant": "conv2former_test.yaml", "drop_path_rate": 0.2},
+        "data": {"source": "hf", "root": str(small_data), "img_size": 32, "workers": 0},
+        "schedule": {"epochs": 6, "warmup_epochs": 1, "cooldown_epochs": 0},
+        "train": {"batch_size": 4, "accum_steps": 2},
+        "ema": {"decay": 0.9},
+        "log": {"every_steps": 1, "tensorboard": False},
+        "checkpoint": {"every_steps": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_killed_and_started_again(config_file, tmp_path):
+    """Two processes, killed with SIGKILL in the middle: the second start ends as the run that was left alone."""
+    words = [*TORCHRUN, "--nproc-per-node=2", "scripts/train.py", "--config", config_file, "--output"]
+    run(*words, tmp_path / "whole")
+    process = subprocess.Popen(
+        command(*words, tmp_path / "parts"), cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "parts").glob("checkpoints/step_*.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert final(tmp_path / "parts")["step"] < 12, "the run was over before it was killed"
+    result = run(*words, tmp_path / "parts")
+    assert "going on from " in result.stdout
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for key in ("model", "model_ema", "optimizer", "step", "best_metric"):
+        assert_equal(whole[key], parts[key], key)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+MISTAKES = [
+    (["--config", "none.yaml"], "error: none.yaml: no such file"),
+    (["--config", "configs/quickstart.yaml", "train.sede=1"], "train.sede: unknown key (did you mean 'seed'?)"),
+    (["--config", "configs/imagenet1k/conv2former_t.yaml", "data.root=/none"], "error: /none: no such folder"),
+    (["--config", "configs/quickstart.yaml", "model.checkpoint=none.pt"], "error: none.pt: no such file"),
+    (["--config", "configs/quickstart.yaml", "surplus"], "error: 'surplus': expected key=value"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES)
+def test_mistakes_end_with_one_message(tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("scripts/train.py", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count(expected) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_in_a_worker_is_one_message(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(4):
+                (tmp_path / "data" / split / name / f"{i}.png").write_bytes(b"no picture")
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    result = script(
+        "train.py", "--config", "configs/imagenet1k/_base.yaml", "--output", tmp_path / "run",
+        f"data.root={tmp_path}/data", f"model.variant={tmp_path}/tiny.yaml",
+        "data.num_classes=2", "data.workers=1", "train.batch_size=2", check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.search(r"error: \S+\.png: not a readable image", result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+def test_print_config(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", "configs/quickstart.yaml", "--print-config", "train.seed=3"]
+    )
+    runpy.run_path("scripts/train.py", run_name="__main__")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["train"]["seed"] == 3
+    assert printed["model"]["variant"]["name"] == "conv2former_digits"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "imagenet1k").glob("conv2former_*.yaml")), ids=lambda p: p.stem
+)
+def test_every_recipe_builds_and_steps(path):
+    config = load_config(path, ["data.img_size=32"])
+    text = "\n".join(dry_run(config, World(0, 1, torch.device("cpu"))))
+    assert path.stem in text
+    assert "310 epochs; the number of steps follows from the data" in text
+    header = path.read_text().split("\nbase:")[0]
+    assert f"--config configs/imagenet1k/{path.name}" in header
+    for promise in ("Global batch 1024 = 128 per device x 8 devices", "Unverified", "published|Published"):
+        assert re.search(promise, header)
+
+
+def test_the_readme_has_the_table_that_the_script_prints():
+    assert (
+        variants_table().splitlines()[:8]
+        == [
+            line
+            for line in (ROOT / "README.md").read_text().splitlines()
+            if re.match(r"\| (model|`conv2former_)|\|---", line)
+        ][:8]
+    )
