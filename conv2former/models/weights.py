@@ -254,6 +254,16 @@ class CheckpointInfo(Architecture):
     recipe: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
 
+    def __str__(self) -> str:
+        best = "" if self.metric is None else f", metric {self.metric:g}"
+        lines = [
+            f"{super().__str__()}, {self.num_classes} classes, {self.num_parameters:,} parameters",
+            f"  layout: {self.layout}, {'averaged' if self.has_ema else 'raw'} weights",
+            f"  epoch: {'not noted' if self.epoch is None else self.epoch}{best}",
+            "  recipe: " + (", ".join(f"{key}={value!r}" for key, value in self.recipe.items()) or "not noted"),
+        ]
+        return "\n".join(lines)
+
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     """Tells which variant a weight file is, its metric, its epoch and the recipe in it, running no code from the file.
@@ -363,6 +373,11 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
         CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is
             unchanged.
     """
+    if not isinstance(getattr(model, "head_conv", None), nn.Module):
+        raise CheckpointError(
+            f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True give the file "
+            "to timm.create_model as pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
+        )
     try:
         model.load_state_dict(native_state_dict(read_checkpoint(path), use_ema))
     except CheckpointError as e:

@@ -32,7 +32,7 @@ def _cfg(tag: PretrainedTag | None) -> dict[str, Any]:
         "crop_mode": source.crop_mode,
         "interpolation": "bicubic",
         # The authors' README says so; their code may have evaluated with mean = std = 0.5 and crop 0.9: see
-        # docs/facts.md.
+        # docs/checkpoints.md.
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": FIRST_CONV,

@@ -323,6 +323,11 @@ def test_unreadable_files(tmp_path, name, content, expected):
         conv2former.inspect_checkpoint(path)
 
 
+def test_load_weights_needs_a_whole_network(tiny, official_file):
+    with pytest.raises(CheckpointError, match="pretrained_cfg_overlay"):
+        conv2former.load_weights(timm.create_model(tiny, features_only=True), official_file)
+
+
 def test_a_truncated_file_and_a_folder(tmp_path, official_file):
     path = tmp_path / "half.pth.tar"
     path.write_bytes(official_file.read_bytes()[: official_file.stat().st_size // 2])
@@ -346,6 +351,8 @@ def test_inspect_the_official_file(tiny, official_file):
     assert (info.epoch, info.metric, info.has_ema) == (0, 50.0, False)
     assert info.recipe["lr"] == 0.001
     assert info.recipe["model"] == "conv2former_tiny_test"
+    for text in (f"{tiny} (dims [8, 16, 24, 32]", "10 classes", "layout: authors", "epoch: 0, metric 50", "lr=0.001"):
+        assert text in str(info)
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
