@@ -375,8 +375,8 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
     """
     if not isinstance(getattr(model, "head_conv", None), nn.Module):
         raise CheckpointError(
-            f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True give the file "
-            "to timm.create_model as pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
+            f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
+            "call timm.create_model with pretrained=True and pretrained_cfg_overlay=dict(file=FILE)"
         )
     try:
         model.load_state_dict(native_state_dict(read_checkpoint(path), use_ema))
