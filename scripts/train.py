@@ -9,6 +9,7 @@ Every key of the configuration can be set on the command line: optim.base_lr=1e-
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import yaml
@@ -54,6 +55,9 @@ def summary(report: dict, output: Path) -> list[str]:
     """Returns what a person wants to know at the end of a run."""
     if not report:  # not the main process
         return []
+    # An interpreter below the working directory is that of `make`, and no environment need be active.
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    python = Path(sys.executable).relative_to(Path.cwd()) if here else "python"
     minutes, seconds = divmod(round(report["seconds"]), 60)
     return [
         "",
@@ -63,7 +67,7 @@ def summary(report: dict, output: Path) -> list[str]:
         f"  TensorBoard  {report['tensorboard'] or 'off'}",
         f"  curves       {report['curves']}",
         f"  report       {output / 'report.json'}",
-        f"next: python scripts/validate.py --checkpoint {report['checkpoint']}",
+        f"next: {python} scripts/validate.py --checkpoint {report['checkpoint']}",
     ]
 
 

@@ -61,7 +61,7 @@ def test_quickstart(tmp_path):
         assert re.search(rf"{label} +{re.escape(path)}\n", result.stdout)
         assert os.path.exists(path)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
-    following = re.search(r"next: python (scripts/validate\.py --checkpoint .*)", result.stdout)[1].split()
+    following = re.search(r"next: \S*python\S* (scripts/validate\.py --checkpoint .*)", result.stdout)[1].split()
     alone = run(sys.executable, *following).stdout
     assert accuracy(alone) == (f"{report['top1']:.2f}", 360)
     together = run(*TORCHRUN, "--nproc-per-node=3", *following, "data.workers=0", "train.eval_batch_size=7").stdout

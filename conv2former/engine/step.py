@@ -58,7 +58,10 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> StepResult:
             run.scaler.scale(loss / len(batches)).backward()
         loss_sum += loss.detach() / len(batches)
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.clip_grad or float("inf"))
+    if run.config.optim.clip_grad:
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.clip_grad)
+    else:
+        grad_norm = torch.nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
     lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in run.optimizer.param_groups)
     _check_finite(run, step, loss_sum, grad_norm, lr)
     run.scaler.step(run.optimizer)

@@ -86,6 +86,8 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
             is_last = epoch + 1 == plan.epochs
             if is_last or (epoch + 1) % config.train.eval_every == 0:
                 _evaluate_and_save(run, progress, val_loader, log, output)
+        if resume not in ("auto", "never") and saved and saved["step"] == plan.total_steps:
+            _evaluate_and_save(run, progress, val_loader, log, output)  # a finished run under a new name: only a report
     finally:
         log.close()
     return _finish(run, progress, log, output)

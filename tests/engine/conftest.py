@@ -3,10 +3,7 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
-
-from ..conftest import TINY_YAML
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +24,16 @@ def small_data(tmp_path_factory):
     return root
 
 
+# not that of the `tiny` fixture: a file's variant is told by its shape
+SHAPE = {"dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
+
+
 @pytest.fixture
-def raw_config(small_data, tmp_path) -> dict:
+def raw_config(small_data) -> dict:
     """Everything that draws random numbers or keeps state is on."""
-    (tmp_path / "conv2former_test.yaml").write_text(TINY_YAML + "ls_init_value: 0.5\n")
     return {
         "model": {
-            "variant": {"name": "conv2former_test", "ls_init_value": 0.5, **yaml.safe_load(TINY_YAML)},
+            "variant": {"name": "conv2former_test", "ls_init_value": 0.5, **SHAPE},
             "drop_path_rate": 0.2,
             "drop_rate": 0.1,
         },

@@ -138,6 +138,9 @@ def test_resume_never_and_from_a_path(raw_config, tmp_path):
     report = train(make(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
     assert report["steps"] == 20
     assert_equal(final(tmp_path / "other")["model"], final(tmp_path / "run")["model"])
+    finished = train(make(raw_config), tmp_path / "finished", WORLD, resume=str(newest[-1]))
+    last = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"][-1]
+    assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
         train(make(raw_config), tmp_path / "other2", WORLD, resume=str(tmp_path / "none.pt"))
 
@@ -161,9 +164,8 @@ def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys
     assert_equal(final(tmp_path / "run")["model"], whole["model"])
 
 
-def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tmp_path, official_file, caplog):
-    raw_config["model"]["variant"].pop("ls_init_value")
-    raw_config["model"]["variant"]["name"] = "conv2former_test_ft"
+def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tiny, tmp_path, official_file, caplog):
+    raw_config["model"] |= {"variant": None, "name": tiny}
     still = {"optim__base_lr": 1e-12, "schedule__warmup_lr": 0.0, "schedule__min_lr": 0.0}
     config = make(raw_config, model__checkpoint=str(official_file), model__head_init_scale=0.001, **still)
     train(config, tmp_path / "run", WORLD)
