@@ -58,14 +58,17 @@ def test_the_schedule(raw_config):
 def test_accumulation_is_one_big_batch(raw_config):
     """Up to rounding, where no layer looks across the batch: here with BatchNorm's statistics frozen."""
     x, y = batch(8)
-    weights = []
+    weights, measured = [], []
     for split in (8, 4, 2):
         run = make_run(raw_config, **PLAIN, train__accum_steps=8 // split, train__batch_size=split)
         run.forward.train = lambda mode=True, model=run.model: torch.nn.Module.train(model, False)
-        train_step(run, list(zip(x.split(split), y.split(split), strict=True)), step=5)
+        result = train_step(run, list(zip(x.split(split), y.split(split), strict=True)), step=5)
+        measured.append([result.loss.item(), result.grad_norm.item()])
         weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
     assert torch.allclose(weights[0], weights[1], atol=1e-5)
     assert torch.allclose(weights[0], weights[2], atol=1e-5)
+    for other in measured[1:]:  # AdamW alone would not notice gradients of another scale
+        assert other == pytest.approx(measured[0], rel=1e-4)
 
 
 def test_a_step_is_a_function_of_its_number(raw_config):
