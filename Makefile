@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: quickstart test lint format clean
 
 quickstart: $(READY) ## train on real digits with two processes, then evaluate the result
-	$(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
 test: $(READY)
