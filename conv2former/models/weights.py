@@ -116,11 +116,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        import safetensors.torch  # a dependency of timm
+        import safetensors.torch  # a dependency of timm, slow to import
 
         try:
             return dict(safetensors.torch.load_file(path))
-        except Exception as e:
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -138,7 +138,7 @@ def _refusal(path: Path) -> str:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
+    except Exception:  # it only names things for the message, and a file that is no pickle at all ends here too
         names = []
     if names:
         return (

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+
+from conv2former.config import Config, check_config
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +26,15 @@ def small_data(tmp_path_factory):
             root / f"{split}.parquet"
         )
     return root
+
+
+def configure(raw: dict, **changes) -> Config:
+    """Checks a copy of `raw` with changes such as `optim__base_lr=1e-3`."""
+    raw = copy.deepcopy(raw)
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw.setdefault(section, {})[name] = value
+    return check_config(raw, "test")
 
 
 # not that of the `tiny` fixture: a file's variant is told by its shape

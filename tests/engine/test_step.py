@@ -1,26 +1,22 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 from conv2former import ConfigError
-from conv2former.config import check_config, make_plan
+from conv2former.config import make_plan
 from conv2former.engine import World
 from conv2former.engine.build import autocast_for, build_run
 from conv2former.engine.step import train_step
 from conv2former.errors import TrainingError
 
+from .conftest import configure
+
 WORLD = World(0, 1, torch.device("cpu"))
 
 
 def make_run(raw: dict, **changes):
-    raw = copy.deepcopy(raw)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        raw.setdefault(section, {})[name] = value
-    config = check_config(raw, "test")
+    config = configure(raw, **changes)
     return build_run(config, make_plan(config, 1, 44), WORLD, num_classes=3)
 
 

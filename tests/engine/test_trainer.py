@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -10,19 +9,12 @@ import torch
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
-from conv2former.config import check_config
 from conv2former.engine import World, dry_run, train, trainer
 from conv2former.engine.logging import read_metrics
 
+from .conftest import configure
+
 WORLD = World(0, 1, torch.device("cpu"))
-
-
-def make(raw: dict, **changes):
-    raw = copy.deepcopy(raw)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        raw.setdefault(section, {})[name] = value
-    return check_config(raw, "test")
 
 
 def final(folder) -> dict:
@@ -54,7 +46,7 @@ class Killed(Exception):
 
 
 def test_a_run_and_what_it_leaves(raw_config, tmp_path):
-    report = train(make(raw_config, log__tensorboard=True), tmp_path / "run", WORLD)
+    report = train(configure(raw_config, log__tensorboard=True), tmp_path / "run", WORLD)
     assert report["n"] == 7
     assert report["steps"] == 20  # 44 images / 8 per step = 5 steps, 4 epochs with the cool-down
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
@@ -87,7 +79,7 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path):
 def test_a_resumed_run_equals_one_that_never_stopped(
     raw_config, tmp_path, monkeypatch, stop_after, every_steps, workers
 ):
-    config = make(raw_config, checkpoint__every_steps=every_steps)
+    config = configure(raw_config, checkpoint__every_steps=every_steps)
     train(config, tmp_path / "whole", WORLD)
 
     real_step, done = trainer.train_step, []
@@ -103,7 +95,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         train(config, tmp_path / "parts", WORLD)
     monkeypatch.setattr(trainer, "train_step", real_step)
     report = train(
-        make(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts", WORLD
+        configure(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts", WORLD
     )
 
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
@@ -116,50 +108,52 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 def test_the_seed_matters(raw_config, tmp_path):
     short = {"schedule__epochs": 2, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(make(raw_config, train__seed=seed, **short), tmp_path / name, WORLD)
+        train(configure(raw_config, train__seed=seed, **short), tmp_path / name, WORLD)
     a, b, c = (final(tmp_path / name)["model"] for name in "abc")
     assert_equal(a, b)
     assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
 
 
 def test_a_finished_run_stays_finished(raw_config, tmp_path):
-    first = train(make(raw_config), tmp_path / "run", WORLD)
+    first = train(configure(raw_config), tmp_path / "run", WORLD)
     before = final(tmp_path / "run")
-    again = train(make(raw_config), tmp_path / "run", WORLD)
+    again = train(configure(raw_config), tmp_path / "run", WORLD)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
     assert_equal(final(tmp_path / "run"), before)
 
 
 def test_resume_never_and_from_a_path(raw_config, tmp_path):
-    train(make(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run", WORLD)
     with pytest.raises(ConfigError, match="holds a run; choose another --output"):
-        train(make(raw_config), tmp_path / "run", WORLD, resume="never")
+        train(configure(raw_config), tmp_path / "run", WORLD, resume="never")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
-    report = train(make(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
+    report = train(configure(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
     assert report["steps"] == 20
     assert_equal(final(tmp_path / "other")["model"], final(tmp_path / "run")["model"])
-    finished = train(make(raw_config), tmp_path / "finished", WORLD, resume=str(newest[-1]))
+    finished = train(configure(raw_config), tmp_path / "finished", WORLD, resume=str(newest[-1]))
     last = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"][-1]
     assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
-        train(make(raw_config), tmp_path / "other2", WORLD, resume=str(tmp_path / "none.pt"))
+        train(configure(raw_config), tmp_path / "other2", WORLD, resume=str(tmp_path / "none.pt"))
 
 
 def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):
-    train(make(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run", WORLD)
     with pytest.raises(ConfigError) as error:
-        train(make(raw_config, optim__base_lr=5e-3, augment__hflip=0.1, log__every_steps=7), tmp_path / "run", WORLD)
+        train(
+            configure(raw_config, optim__base_lr=5e-3, augment__hflip=0.1, log__every_steps=7), tmp_path / "run", WORLD
+        )
     assert "optim.base_lr: 0.001 -> 0.005" in str(error.value)
     assert "augment.hflip: 0.5 -> 0.1" in str(error.value)
     assert "log.every_steps" not in str(error.value)
 
 
 def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):
-    train(make(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run", WORLD)
     whole = final(tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    train(make(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run", WORLD)
     assert f"damaged checkpoint: {newest}" in capsys.readouterr().out
     assert_equal(final(tmp_path / "run")["model"], whole["model"])
 
@@ -167,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys
 def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tiny, tmp_path, official_file, caplog):
     raw_config["model"] |= {"variant": None, "name": tiny}
     still = {"optim__base_lr": 1e-12, "schedule__warmup_lr": 0.0, "schedule__min_lr": 0.0}
-    config = make(raw_config, model__checkpoint=str(official_file), model__head_init_scale=0.001, **still)
+    config = configure(raw_config, model__checkpoint=str(official_file), model__head_init_scale=0.001, **still)
     train(config, tmp_path / "run", WORLD)
     assert "a classifier for 10 classes" in caplog.text
     weights = final(tmp_path / "run")["model"]
@@ -179,20 +173,20 @@ def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tiny, tmp_
 
 def test_mistakes_in_the_data(raw_config, tmp_path):
     with pytest.raises(DataError, match="fewer than one global batch of 100"):
-        train(make(raw_config, train__batch_size=50), tmp_path / "run", WORLD)
+        train(configure(raw_config, train__batch_size=50), tmp_path / "run", WORLD)
     with pytest.raises(DataError, match="no such folder"):
-        train(make(raw_config, data__root=str(tmp_path / "none")), tmp_path / "run", WORLD)
+        train(configure(raw_config, data__root=str(tmp_path / "none")), tmp_path / "run", WORLD)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_cannot_be_written(raw_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        train(make(raw_config), tmp_path / "file" / "run", WORLD)
+        train(configure(raw_config), tmp_path / "file" / "run", WORLD)
 
 
 def test_dry_run(raw_config):
-    lines = dry_run(make(raw_config), WORLD)
+    lines = dry_run(configure(raw_config), WORLD)
     text = "\n".join(lines)
     assert "conv2former_test from scratch, drop path 0.2, 32 x 32" in text
     assert "global batch 8 = 4 per device x 1 devices x 2 accumulation steps" in text
