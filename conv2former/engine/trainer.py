@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from itertools import islice
@@ -24,7 +25,7 @@ from .checkpoint import latest_checkpoint, read_training_checkpoint, save_checkp
 from .distributed import World, rank0_first
 from .evaluate import evaluate
 from .logging import RunLog, read_metrics
-from .step import train_step
+from .step import StepResult, train_step
 
 __all__ = ["describe", "dry_run", "train"]
 
@@ -62,13 +63,12 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
         _prepare_folder(output, config)
 
     log = RunLog(output, plan.total_steps, progress.step, config.log.tensorboard, world.is_main)
-    for line in [
-        *note,
-        *describe(config, plan, world.size),
-        f"training on {len(train_source)} images of "
-        f"{len(class_names)} classes ({train_source.name}), validating on {len(val_source)} ({val_source.name})",
-    ]:
+    for line in [*note, *describe(config, plan, world.size)]:
         log.say(line)
+    log.say(
+        f"training on {len(train_source)} images of {len(class_names)} classes ({train_source.name}), "
+        f"validating on {len(val_source)} ({val_source.name})"
+    )
     pin_memory = world.device.type == "cuda"
     sampler = EpochSampler(
         len(train_source), config.train.batch_size, config.train.accum_steps, world.rank, world.size, config.train.seed
@@ -112,7 +112,7 @@ class _Progress:
 
 
 def _train_epoch(run: Run, progress: _Progress, loader: DataLoader, log: RunLog, output: Path) -> None:
-    config, plan, world = run.config, run.plan, run.world
+    config, plan = run.config, run.plan
     batches = iter(loader)
     since, since_step = time.perf_counter(), progress.step
     while window := list(islice(batches, config.train.accum_steps)):
@@ -121,21 +121,26 @@ def _train_epoch(run: Run, progress: _Progress, loader: DataLoader, log: RunLog,
         result = train_step(run, window, progress.step)
         progress.step += 1
         log.advance()
-        epoch = progress.step / plan.steps_per_epoch
         if progress.step % config.log.every_steps == 0:
-            loss = float(world.sum(result.loss)) / world.size
+            row = _measure(run, result)
             now = time.perf_counter()
             images = (progress.step - since_step) * plan.global_batch_size
-            row = {"loss": loss, "lr": result.lr, "grad_norm": float(result.grad_norm)}
             row["images_per_second"] = round(images / (now - since), 1)
-            if world.device.type == "cuda":
-                row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            log.step(progress.step, -(-progress.step // plan.steps_per_epoch), row)
+            log.step(progress.step, math.ceil(progress.step / plan.steps_per_epoch), row)
             since, since_step = now, progress.step
         every = config.checkpoint.every_steps
         # at the end of an epoch the evaluation comes first, so that a run that resumes there does not miss it
-        if every and progress.step % every == 0 and not epoch.is_integer():
+        if every and progress.step % every == 0 and progress.step % plan.steps_per_epoch:
             _save(run, progress, output, metric=None)
+
+
+def _measure(run: Run, result: StepResult) -> dict[str, float]:
+    """Returns a training row; every process calls it, because the loss is the mean over all of them."""
+    loss = float(run.world.sum(result.loss)) / run.world.size
+    row = {"loss": loss, "lr": result.lr, "grad_norm": float(result.grad_norm)}
+    if run.world.device.type == "cuda":
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
 
 
 def _evaluate_and_save(run: Run, progress: _Progress, loader: DataLoader, log: RunLog, output: Path) -> None:
