@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 _cache = tempfile.TemporaryDirectory(prefix="conv2former-tests-")  # removed at exit
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the networks are tiny, and threads that wait for each other on a busy machine crawl
 
 
 class Fixture:

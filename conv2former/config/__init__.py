@@ -1,5 +1,10 @@
 """Configurations: YAML files, checked. Needs pydantic, not torch."""
 
+try:
+    import pydantic  # noqa: F401
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError('training and evaluation need more packages: pip install "conv2former[train]"') from e
+
 from .load import apply_overrides, check_config, differences, load_config
 from .resolve import Plan, make_plan
 from .schema import Config
