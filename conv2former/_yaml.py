@@ -19,14 +19,19 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem="'<<' is not supported", problem_mark=key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list)):
+            if not isinstance(key, (str, int, float, bool)):
                 raise yaml.MarkedYAMLError(problem="a key must be a word or a number", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+
+# PyYAML lets its constructors' own errors through: a date that does not exist, a number of 5000 digits, ...
+_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 # YAML 1.1, which PyYAML reads, takes 1e-6 for text because it has no dot.
 _Loader.add_implicit_resolver(
@@ -49,7 +54,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as text ({e})") from None
     try:
         content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as e:
+    except _ERRORS as e:
         mark = getattr(e, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
@@ -68,5 +73,5 @@ def parse_yaml_value(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as e:
+    except _ERRORS as e:
         raise ConfigError(f"'{text}' is not a valid value: {getattr(e, 'problem', None) or e}") from None

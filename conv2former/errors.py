@@ -1,4 +1,4 @@
-"""The errors that a user can cause. Scripts print their text and exit with code 2; nothing else is caught."""
+"""The errors that a user can cause. Scripts print their text and exit with code 2 (TrainingError: 3)."""
 
 from __future__ import annotations
 

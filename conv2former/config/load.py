@@ -123,6 +123,8 @@ def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not word.startswith("--") or not rest:
                 raise ConfigError(f"'{word}': expected key=value, for example optim.base_lr=1e-3")
             text = rest.pop(0)
+        if not text.strip():
+            raise ConfigError(f"'{word}': no value; write {key}=null for none")
         pairs.append((key, parse_yaml_value(text)))
     return pairs
 

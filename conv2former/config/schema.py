@@ -18,7 +18,8 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Interval = tuple[Above0, Above0]
-Rgb = tuple[float, float, float]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rgb = tuple[Finite, Finite, Finite]
 
 
 class Section(BaseModel):
@@ -70,7 +71,10 @@ class AugmentConfig(Section):
     hflip: Probability = 0.5
     vflip: Probability = 0.0
     color_jitter: NonNegative = 0.4  # without effect where auto_augment is set, as in timm
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # a timm policy string
+    # a timm policy string: RandAugment, or one of its AutoAugment policies
+    auto_augment: Annotated[str, Field(pattern=r"^(rand|original|originalr|v0|v0r|3a)(-|$)")] | None = (
+        "rand-m9-mstd0.5-inc1"
+    )
     re_prob: Probability = 0.25  # random erasing
     re_mode: Literal["const", "rand", "pixel"] = "pixel"
     mixup: NonNegative = 0.8  # alpha; 0 turns it off
@@ -115,7 +119,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     channels_last: bool = True
     compile: bool = False  # torch.compile
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class EmaConfig(Section):

@@ -6,10 +6,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from ..errors import DataError
+
 __all__ = ["write_digits"]
 
 
-def write_digits(root: Path) -> None:
+def write_digits(root: Path) -> dict[str, str]:
     """Writes the digits as a parquet data set, 1,437 training and 360 validation images, each digit in proportion.
 
     A data set that is already there stays as it is.
@@ -17,9 +19,28 @@ def write_digits(root: Path) -> None:
     Args:
         root: the folder to make: `root/train.parquet` and `root/validation.parquet` with the columns `image` (8 x 8,
             grey) and `label`.
+
+    Returns:
+        The path of each split's file.
+
+    Raises:
+        DataError: the folder holds something else, or cannot be written.
     """
-    if (root / "validation.parquet").is_file():  # the last to be written
-        return
+    files = {split: str(root / f"{split}.parquet") for split in ("train", "validation")}
+    try:
+        if not all(Path(path).is_file() for path in files.values()):
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise DataError(f"{root} holds something else than the digits: give another data.root, or data.source")
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root.parent, prefix=".digits-") as folder:
+                _write(Path(folder) / "new")
+                os.replace(Path(folder) / "new", root)  # both files or none
+    except OSError as e:
+        raise DataError(f"{root}: the digits cannot be written there ({e})") from None
+    return files
+
+
+def _write(root: Path) -> None:
     import datasets
     import numpy as np
     from PIL import Image
@@ -31,11 +52,8 @@ def write_digits(root: Path) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
     )
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir()
     for split, chosen in zip(("train", "validation"), indices, strict=True):
         pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 shades of grey
         columns = {"image": [Image.fromarray(p) for p in pixels], "label": digits.target[chosen].tolist()}
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            dataset.to_parquet(f"{folder}/part")  # the split's file is whole or not there
-            os.replace(f"{folder}/part", root / f"{split}.parquet")
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")

@@ -43,29 +43,22 @@ def seed_all(stream: Stream, *place: int) -> None:
 
 
 def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
-    """Returns timm's training transform: a PIL image to a normalised float tensor, (3, img_size, img_size).
-
-    Raises:
-        DataError: timm does not know the augmentation policy.
-    """
-    try:
-        return create_transform(
-            data.img_size,
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
-            mean=data.mean,
-            std=data.std,
-            re_prob=augment.re_prob,
-            re_mode=augment.re_mode,
-        )
-    except (AssertionError, KeyError, ValueError) as e:
-        raise DataError(f"augment.auto_augment: timm does not know {augment.auto_augment!r} ({e})") from None
+    """Returns timm's training transform: a PIL image to a normalised float tensor, (3, img_size, img_size)."""
+    return create_transform(
+        data.img_size,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        mean=data.mean,
+        std=data.std,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+    )
 
 
 def eval_transform(data: DataConfig) -> Any:

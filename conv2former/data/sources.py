@@ -19,7 +19,7 @@ from ..config.schema import DataConfig
 from ..errors import DataError, closest, shorten
 from .digits import write_digits
 
-__all__ = ["DataSource", "open_split", "open_train_and_val"]
+__all__ = ["DataSource", "open_split", "open_train_and_val", "open_val"]
 
 VAL_NAMES = ("validation", "val", "valid", "test")
 
@@ -85,9 +85,14 @@ def open_split(config: DataConfig, split: str | None, class_names: list[str] | N
     """
     if config.source == "folder":
         return _open_folder(Path(config.root), split, class_names)
+    files = None
     if config.source == "digits":
-        write_digits(Path(config.root))
-    return _open_hf(config, split, class_names)
+        files = write_digits(Path(config.root))
+        config = config.model_copy(update={"image_key": "image", "label_key": "label"})
+    source = _open_hf(config, split, class_names, files)
+    if config.source == "digits" and class_names is None and source.class_names != list("0123456789"):
+        raise DataError(f"{config.root} is not the digits data set: its classes are {shorten(source.class_names, 10)}")
+    return source
 
 
 def _choose_split(wanted: str | None, existing: Sequence[str], where: object) -> str:
@@ -129,14 +134,18 @@ class _FolderImages:
             raise DataError(f"{path}: not a readable image ({e}); remove or replace it") from None
 
 
+def _folders_in(folder: Path) -> list[str]:
+    """Returns the names of the folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _open_folder(root: Path, split: str | None, class_names: list[str] | None) -> DataSource:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    folder = root / _choose_split(split, folders, root)
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    folder = root / _choose_split(split, _folders_in(root), root)
+    found = _folders_in(folder)
     if not found:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE")
     names = class_names or found
@@ -179,7 +188,7 @@ class _HfImages:
         return image, self.relabel[label]
 
 
-def _load_hf(root: str) -> Any:
+def _load_hf(root: str, files: dict[str, str] | None) -> Any:
     """Returns a DatasetDict from a `save_to_disk` folder, a folder of data files, or a name on the hub."""
     import datasets
 
@@ -187,6 +196,8 @@ def _load_hf(root: str) -> Any:
         datasets.disable_progress_bars()
     path = Path(root)
     try:
+        if files:
+            return datasets.load_dataset("parquet", data_files=files)
         if (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(root)
         if path.is_dir() or not path.is_absolute():
@@ -197,8 +208,10 @@ def _load_hf(root: str) -> Any:
     raise DataError(f"{root}: `datasets` cannot read it as a folder or a hub name (data.root): {reason}")
 
 
-def _open_hf(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
-    splits = _load_hf(config.root)
+def _open_hf(
+    config: DataConfig, split: str | None, class_names: list[str] | None, files: dict[str, str] | None
+) -> DataSource:
+    splits = _load_hf(config.root, files)
     split = _choose_split(split, list(splits), config.root)
     dataset = splits[split]
     name = f"{config.root} ({split})"
@@ -211,7 +224,7 @@ def _open_hf(config: DataConfig, split: str | None, class_names: list[str] | Non
             )
     if len(dataset) == 0:
         raise DataError(f"{name} is empty")
-    found = _hf_labels(dataset, config.label_key)
+    found = _hf_labels(dataset, config.label_key, name)
     names = class_names or list(found.values())
     _check_classes(list(found.values()), names, name)
     index = {class_name: i for i, class_name in enumerate(names)}
@@ -220,11 +233,17 @@ def _open_hf(config: DataConfig, split: str | None, class_names: list[str] | Non
     return DataSource(_HfImages(dataset, config.image_key, config.label_key, relabel, name), names, name)
 
 
-def _hf_labels(dataset: Any, key: str) -> dict[Any, str]:
+def _hf_labels(dataset: Any, key: str, where: str) -> dict[Any, str]:
     """Returns the name of every label: from the column's own list, or from the values that occur, sorted."""
     import datasets
 
     feature = dataset.features[key]
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names))
-    return {label: str(label) for label in sorted(dataset.unique(key))}
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if not str(kind).startswith(("int", "uint", "string", "large_string", "bool")):
+        raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
+    labels = dataset.unique(key)
+    if None in labels:
+        raise DataError(f"{where}: the column '{key}' (data.label_key) has rows without a label")
+    return {label: str(label) for label in sorted(labels)}

@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Config, Plan
 from ..data import Stream, seed_all
-from ..errors import ConfigError, closest
+from ..errors import ConfigError, closest, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, load_weights, variant
 from ..models.variants import parse_variant
 from ..models.zoo import add_and_register
 from .distributed import World
 
-__all__ = ["Run", "autocast_for", "build_model", "build_run", "find_variant_of"]
+__all__ = ["Run", "autocast_for", "build_model", "build_run", "check_names", "find_variant_of"]
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -132,7 +132,15 @@ def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run
     model.to(world.device)
     model.to(memory_format=memory_format)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
-    optimizer = _build_optimizer(config, plan, model)
+    optim = config.optim
+    optimizer = create_optimizer_v2(
+        model,
+        optim.opt,
+        lr=plan.lr,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        **_optimizer_args(config),
+    )
     mixup = _build_mixup(config, num_classes)
     forward: nn.Module = cast(nn.Module, torch.compile(model)) if config.train.compile else model
     if world.size > 1:
@@ -166,7 +174,29 @@ def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run
     )
 
 
-def _build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+def check_names(config: Config, device: torch.device) -> None:
+    """Checks all that needs more than the schema, before the data is opened, which can take minutes.
+
+    Raises:
+        ConfigError: lists every mistake: the variant, the optimizer, the precision.
+    """
+    mistakes = []
+    for check in (
+        lambda: find_variant_of(config),
+        lambda: _optimizer_args(config),
+        lambda: autocast_for(config.train.precision, device),
+    ):
+        try:
+            check()
+        except ConfigError as e:
+            mistakes.append(str(e))
+    if len(mistakes) == 1:
+        raise ConfigError(mistakes[0])
+    raise_mistakes("the configuration", mistakes)
+
+
+def _optimizer_args(config: Config) -> dict[str, Any]:
+    """Returns the optional arguments of the configured optimizer that are set."""
     optim = config.optim
     try:
         info = get_optimizer_info(optim.opt)
@@ -177,10 +207,7 @@ def _build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.opti
     for key, (value, is_known) in optional.items():
         if value is not None and not is_known:
             raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
-    chosen: dict[str, Any] = {key: value for key, (value, _) in optional.items() if value is not None}
-    return create_optimizer_v2(
-        model, optim.opt, lr=plan.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **chosen
-    )
+    return {key: value for key, (value, _) in optional.items() if value is not None}
 
 
 def _build_mixup(config: Config, num_classes: int) -> Mixup | None:

@@ -7,6 +7,7 @@ metric, best_metric  top-1 of these weights (None if not evaluated), and of the 
 class_names          names in index order
 config, variant      the resolved configuration and the network's definition
 seconds              training time so far
+plan                 images, global batch and steps per epoch: a continuation must have the same
 versions, format     of torch, timm and this package; of this layout
 """
 
@@ -38,6 +39,7 @@ _KEYS = {
     "class_names",
     "config",
     "variant",
+    "plan",
 }
 
 

@@ -134,7 +134,7 @@ class RunLog:
         if not self.is_main:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         if self._writer:
             for key, value in row.items():
                 if key not in ("kind", "n"):

@@ -17,10 +17,11 @@ import yaml
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
+from .. import __version__
 from ..config import Config, Plan, differences, make_plan
 from ..data import EpochSampler, eval_loader, open_train_and_val, train_loader
-from ..errors import CheckpointError, ConfigError
-from .build import Run, build_run, drop_path_rate_of, find_variant_of
+from ..errors import ConfigError, DataError, TrainingError
+from .build import Run, build_run, check_names, drop_path_rate_of, find_variant_of
 from .checkpoint import latest_checkpoint, read_training_checkpoint, save_checkpoint
 from .distributed import World, rank0_first
 from .evaluate import evaluate
@@ -50,13 +51,14 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
         UserError: a mistake in the configuration, the data or the checkpoint.
         TrainingError: the gradients are not finite.
     """
+    check_names(config, world.device)
     with rank0_first(world):
         train_source, val_source = open_train_and_val(config.data)
     plan = make_plan(config, world.size, len(train_source))
     class_names = train_source.class_names
     run = build_run(config, plan, world, len(class_names))
     saved, note = _find_checkpoint(output / "checkpoints", resume, world)
-    progress = _Progress(class_names)
+    progress = _Progress(class_names, len(train_source))
     if saved:
         _restore(run, progress, saved)
     if world.is_main:
@@ -96,8 +98,8 @@ def train(config: Config, output: Path, world: World, resume: str = "auto") -> d
 class _Progress:
     """What changes during a run besides the weights; saved with them."""
 
-    def __init__(self, class_names: list[str]) -> None:
-        self.class_names = class_names
+    def __init__(self, class_names: list[str], num_images: int) -> None:
+        self.class_names, self.num_images = class_names, num_images
         self.step = 0
         self.best_metric: float | None = None
         self._seconds, self._since = 0.0, time.perf_counter()
@@ -151,6 +153,12 @@ def _evaluate_and_save(run: Run, progress: _Progress, loader: DataLoader, log: R
             distribute_bn(run.ema.module, run.world.size, reduce=False)
         average = evaluate(run.ema.module, loader, run.world, run.autocast, channels_last)
         row |= {f"ema_{key}": value for key, value in average.items() if key != "n"}
+    broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
+    if broken:
+        raise TrainingError(
+            f"the validation {broken[0]} is not finite after step {progress.step}: the weights have grown beyond all "
+            "bounds and are not saved. Lower optim.base_lr or set optim.clip_grad"
+        )
     metric = row["ema_top1" if run.ema else "top1"]  # of the weights that loading the file takes
     epoch = progress.step // run.plan.steps_per_epoch
     log.evaluation(progress.step, epoch, row)
@@ -168,6 +176,8 @@ def _save(run: Run, progress: _Progress, output: Path, metric: float | None) -> 
         progress.best_metric = metric
     if not run.world.is_main:
         return
+    # str: torch's version is a class of its own, which a safe load would refuse
+    versions = {"torch": str(torch.__version__), "timm": timm.__version__, "conv2former": __version__}
     content = {
         "step": progress.step,
         "epoch": progress.step // run.plan.steps_per_epoch,
@@ -180,16 +190,15 @@ def _save(run: Run, progress: _Progress, output: Path, metric: float | None) -> 
         "class_names": progress.class_names,
         "config": run.config.to_dict(),
         "variant": find_variant_of(run.config).to_dict(),
+        "plan": _plan_of(run, progress),
         "seconds": progress.seconds,
-        "versions": {"torch": str(torch.__version__), "timm": timm.__version__},  # torch's is a class of its own
+        "versions": versions,
     }
     save_checkpoint(output / "checkpoints", content, is_best, run.config.checkpoint.keep)
 
 
 def _find_checkpoint(folder: Path, resume: str, world: World) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns the checkpoint to go on from, or None, and lines to print about it. The main process chooses for all."""
-    if resume not in ("auto", "never"):
-        return read_training_checkpoint(Path(resume)), [f"going on from {resume}"]
     choice: list[Any] = [None]
     found = None
     if world.is_main:
@@ -197,12 +206,21 @@ def _find_checkpoint(folder: Path, resume: str, world: World) -> tuple[dict[str,
         choice = [str(found[0]) if found else None]
     if world.size > 1:
         dist.broadcast_object_list(choice)
+    if choice[0] is not None and resume != "auto":
+        raise ConfigError(f"{folder.parent} holds a run; choose another --output, or --resume auto to go on with it")
+    if resume not in ("auto", "never"):
+        saved = read_training_checkpoint(Path(resume))
+        saved["best_metric"] = None  # the best of this folder is yet to come
+        return saved, [f"going on from {resume}"]
     if choice[0] is None:
         return None, []
-    if resume == "never":
-        raise ConfigError(f"{folder.parent} holds a run; choose another --output, or --resume auto to go on with it")
     path, saved, warnings = found or (Path(choice[0]), read_training_checkpoint(Path(choice[0])), [])
     return saved, [*warnings, f"going on from {path}"]
+
+
+def _plan_of(run: Run, progress: _Progress) -> dict[str, int]:
+    batch_size, steps = run.plan.global_batch_size, run.plan.steps_per_epoch
+    return {"images": progress.num_images, "global_batch_size": batch_size, "steps_per_epoch": steps}
 
 
 def _restore(run: Run, progress: _Progress, saved: dict[str, Any]) -> None:
@@ -213,7 +231,14 @@ def _restore(run: Run, progress: _Progress, saved: dict[str, Any]) -> None:
             + "\n".join(f"  - {line}" for line in changed)
         )
     if saved["class_names"] != progress.class_names:
-        raise CheckpointError("the data set's classes have changed since this run was started")
+        raise DataError("the data set's classes have changed since this run was started")
+    changed = differences(saved["plan"], _plan_of(run, progress))
+    if changed:
+        raise ConfigError(
+            "this run was started with other data or another number of devices; an epoch must have the same global "
+            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n"
+            + "\n".join(f"  - {line}" for line in changed)
+        )
     run.model.load_state_dict(saved["model"])
     if run.ema:
         run.ema.module.load_state_dict(saved["model_ema"])
@@ -286,6 +311,7 @@ def dry_run(config: Config, world: World) -> list[str]:
     Raises:
         UserError: a mistake in the configuration.
     """
+    check_names(config, world.device)
     num_classes = config.data.num_classes
     num_images = None
     if num_classes is None:

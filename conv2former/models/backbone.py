@@ -29,7 +29,7 @@ __all__ = ["Conv2Former"]
 
 
 class Stem(nn.Sequential):
-    """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H // 4, W // 4). BatchNorm comes after GELU."""
+    """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""
 
     def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         mid = dim // 2

@@ -79,11 +79,11 @@ class Variant:
 
 
 def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 10**9
 
 
 def _is_number(value: Any, low: float, high: float = float("inf")) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < 1e9
 
 
 def _is_odd(value: Any) -> bool:

@@ -103,11 +103,12 @@ def _entrypoint(new: Variant) -> Callable[..., Conv2Former]:
     return create
 
 
-def _register(new: Variant) -> None:
-    add_variant(new)
+def _register(new: Variant) -> Callable[..., Conv2Former]:
     cfgs: dict[str, Any] = {f"{new.name}.{tag.tag}": _cfg(tag) for tag in new.pretrained} or {new.name: _cfg(None)}
     default_cfgs.update(generate_default_cfgs(cfgs))
-    globals()[new.name] = register_model(_entrypoint(new))
+    entrypoint = register_model(_entrypoint(new))
+    add_variant(new)
+    return entrypoint
 
 
 def register_variant(path: str | Path) -> str:
@@ -122,7 +123,7 @@ def register_variant(path: str | Path) -> str:
         The name under which `timm.create_model` creates it: the file's `name`, or else the file's own name.
 
     Raises:
-        ConfigError: the file has mistakes, all listed, or timm has another model of that name.
+        ConfigError: the file has mistakes, all listed, or the name is taken by another definition or model.
     """
     return add_and_register(read_variant(path), path)
 
@@ -132,11 +133,13 @@ def add_and_register(new: Variant, where: object) -> str:
     if new.name in list_variants() and variant(new.name) == new:
         return new.name
     if is_model(new.name):
-        raise ConfigError(f"{where}: timm has another model called '{new.name}'; give this one another name")
+        known = "this name is registered with another definition" if new.name in list_variants() else "timm has a model"
+        raise ConfigError(f"{where}: {known}: '{new.name}'; give this one another name")
     _register(new)
+    __all__.remove(new.name)  # timm put it there; a user's name is no attribute of this module
     return new.name
 
 
 for _variant in read_builtin_variants():
-    if not is_model(_variant.name):  # imported twice, or timm has a model of that name by now
-        _register(_variant)
+    if not is_model(_variant.name):  # timm may have a model of that name by now
+        globals()[_variant.name] = _register(_variant)

@@ -117,8 +117,3 @@ def test_a_class_out_of_range_is_an_error_on_the_cpu():
     loader = train_loader(source(4, bad_label=True), DATA, AugmentConfig(), EpochSampler(4, 2), False)
     with pytest.raises(DataError, match=r"noise, image \d: class 9 of 3"):
         next(iter(loader))
-
-
-def test_an_unknown_policy_is_an_error():
-    with pytest.raises(DataError, match=r"augment\.auto_augment: timm does not know 'rnad-m9'"):
-        train_loader(source(4), DATA, AugmentConfig(auto_augment="rnad-m9"), EpochSampler(4, 2), False)

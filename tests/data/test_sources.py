@@ -136,6 +136,44 @@ def test_an_unreadable_image_is_named(folder):
         shades(train)
 
 
+def test_labels_that_are_no_classes(tmp_path):
+    images = [picture(0), picture(9)]
+    for name, labels, expected in (("float", [0.5, 1.0], "holds float64"), ("none", [1, None], "rows without a label")):
+        root = tmp_path / name
+        root.mkdir()
+        for split in ("train", "test"):
+            columns = {"image": images, "label": labels}
+            features = datasets.Features(
+                {"image": datasets.Image(), "label": datasets.Value("float64" if name == "float" else "int64")}
+            )
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")
+        with pytest.raises(DataError, match=expected):
+            open_train_and_val(config(root, "hf"))
+    with pytest.raises(DataError, match=r"holds (Image|PIL)"):
+        open_train_and_val(config(tmp_path / "float", "hf", label_key="image"))
+
+
+def test_hidden_folders_are_no_classes(folder):
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    picture(9).save(folder / "train" / ".ipynb_checkpoints" / "0.png")
+    assert open_train_and_val(config(folder))[0].class_names == ["Cat", "dog"]
+
+
+def test_the_digits_take_no_folder_that_is_in_use(folder, parquet, tmp_path):
+    before = sorted(tmp_path.glob("**/*"))
+    for root in (folder, folder / "train" / "Cat" / "0.png"):
+        with pytest.raises(DataError, match="holds something else"):
+            open_train_and_val(config(root, "digits"))
+    with pytest.raises(DataError, match="is not the digits data set"):
+        open_train_and_val(config(parquet, "digits"))
+    (parquet / "validation.parquet").unlink()
+    with pytest.raises(DataError, match="holds something else"):
+        open_train_and_val(config(parquet, "digits"))
+    assert sorted(tmp_path.glob("**/*")) == [path for path in before if path != parquet / "validation.parquet"]
+    with pytest.raises(DataError, match="cannot be written"):
+        open_train_and_val(config("/proc/digits", "digits"))
+
+
 def test_digits(tmp_path):
     train, val = open_train_and_val(config(tmp_path / "digits", "digits"))
     assert (len(train), len(val)) == (1437, 360)

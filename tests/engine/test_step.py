@@ -6,7 +6,7 @@ import torch
 from conv2former import ConfigError
 from conv2former.config import make_plan
 from conv2former.engine import World
-from conv2former.engine.build import autocast_for, build_run
+from conv2former.engine.build import autocast_for, build_run, check_names
 from conv2former.engine.step import train_step
 from conv2former.errors import TrainingError
 
@@ -152,4 +152,12 @@ def test_precision_follows_the_device():
 )
 def test_wrong_names(raw_config, changes, expected):
     with pytest.raises(ConfigError, match=expected):
-        make_run(raw_config, **changes)
+        check_names(configure(raw_config, **changes), WORLD.device)
+
+
+def test_wrong_names_are_listed_together(raw_config):
+    with pytest.raises(ConfigError, match="3 mistakes") as error:
+        wrong = {"model__variant": None, "model__name": "x", "optim__opt": "y", "train__precision": "fp16"}
+        check_names(configure(raw_config, **wrong), WORLD.device)
+    for key in ("model.name: ", "optim.opt: ", "train.precision: "):
+        assert key in str(error.value)

@@ -11,6 +11,7 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import World, dry_run, train, trainer
 from conv2former.engine.logging import read_metrics
+from conv2former.errors import TrainingError
 
 from .conftest import configure
 
@@ -131,6 +132,9 @@ def test_resume_never_and_from_a_path(raw_config, tmp_path):
     assert report["steps"] == 20
     assert_equal(final(tmp_path / "other")["model"], final(tmp_path / "run")["model"])
     finished = train(configure(raw_config), tmp_path / "finished", WORLD, resume=str(newest[-1]))
+    assert (tmp_path / "finished" / "checkpoints" / "best.pt").is_file()
+    with pytest.raises(ConfigError, match="holds a run"):
+        train(configure(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
     last = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"][-1]
     assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
@@ -146,6 +150,34 @@ def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):
     assert "optim.base_lr: 0.001 -> 0.005" in str(error.value)
     assert "augment.hflip: 0.5 -> 0.1" in str(error.value)
     assert "log.every_steps" not in str(error.value)
+
+
+def test_other_data_or_devices_are_not_a_continuation(raw_config, tmp_path, monkeypatch):
+    train(configure(raw_config), tmp_path / "run", WORLD)
+    with monkeypatch.context() as patch:
+        opened = trainer.open_train_and_val
+
+        def fewer(data):
+            source, val = opened(data)
+            source.images.__dict__["dataset"] = source.images.dataset.select(range(40))
+            return source, val
+
+        patch.setattr(trainer, "open_train_and_val", fewer)
+        with pytest.raises(ConfigError, match="images: 44 -> 40"):
+            train(configure(raw_config), tmp_path / "run", WORLD)
+    for_two = World(0, 2, torch.device("cpu"))
+    plan = trainer.make_plan
+    monkeypatch.setattr(trainer, "make_plan", lambda config, _, images: plan(config, for_two.size, images))
+    with pytest.raises(ConfigError, match="global_batch_size: 8 -> 16"):
+        train(configure(raw_config), tmp_path / "run", WORLD)
+
+
+def test_exploded_weights_are_not_saved(raw_config, tmp_path, monkeypatch):
+    real = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: {**real(*args), "loss": float("nan")})
+    with pytest.raises(TrainingError, match="loss is not finite after step 5"):
+        train(configure(raw_config), tmp_path / "run", WORLD)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):

@@ -63,11 +63,21 @@ def test_a_variant_of_ones_own(tmp_path):
 
 def test_names_of_others_are_safe(tmp_path):
     before = timm.create_model("resnet18").default_cfg
-    with pytest.raises(ConfigError, match="another model called 'resnet18'"):
+    with pytest.raises(ConfigError, match="timm has a model: 'resnet18'"):
         conv2former.register_variant(write(tmp_path, TINY_YAML, "resnet18.yaml"))
-    with pytest.raises(ConfigError, match="another model called 'conv2former_t'"):
+    with pytest.raises(ConfigError, match="registered with another definition: 'conv2former_t'"):
         conv2former.register_variant(write(tmp_path, TINY_YAML, "conv2former_t.yaml"))
     assert timm.create_model("resnet18").default_cfg == before
+
+
+@pytest.mark.parametrize("name", ["variant", "partial", "default_cfgs", "register_model"])
+def test_a_name_that_the_code_uses_too(tmp_path, name):
+    assert conv2former.register_variant(write(tmp_path, TINY_YAML, f"{name}.yaml")) == name
+    for each in (name, "conv2former_n"):
+        assert timm.create_model(each, device="meta").num_classes == 1000
+    again = write(tmp_path, TINY_YAML.replace("7", "5"), f"{name}.yaml")
+    with pytest.raises(ConfigError, match="registered with another definition"):
+        conv2former.register_variant(again)
 
 
 def test_every_mistake_is_listed(tmp_path):
@@ -93,6 +103,7 @@ def test_every_mistake_is_listed(tmp_path):
         (TINY_YAML.replace("7", "true"), "kernel_size: expected"),
         (TINY_YAML + "train_drop_path_rate: 1.0", "train_drop_path_rate: expected a number in"),
         (TINY_YAML + "name: Großartig", "name: expected a name of lower-case"),
+        (TINY_YAML + "mlp_ratio: .inf", "mlp_ratio: expected a number"),
         (TINY_YAML + "drop_path_rate: 0.1", "did you mean 'train_drop_path_rate'"),
     ],
 )
