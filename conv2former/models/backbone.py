@@ -23,7 +23,7 @@ from timm.models._features import feature_take_indices  # not exported by timm.m
 from torch import nn
 
 from .block import Conv2FormerBlock, RenamesForeignKeys
-from .weights import adapt_classifier, check_fit, native_state_dict
+from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
 
 __all__ = ["Conv2Former"]
 
@@ -326,6 +326,7 @@ class Conv2Former(RenamesForeignKeys):
         """
         state_dict = native_state_dict(state_dict)
         if strict:
+            check_fit(self, state_dict, ignore=CLASSIFIER)
             adapt_classifier(self, state_dict)
             check_fit(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CheckpointError, shorten
@@ -77,7 +78,7 @@ def rename_keys_in_place(state_dict: dict[str, Any], prefix: str = "") -> None:
     for key in [k for k in state_dict if isinstance(k, str) and k.startswith(prefix)]:
         native = prefix + _native_key(key[len(prefix) :])
         value = state_dict[key]
-        if native.endswith("norm.eps") and abs(float(value) - 1e-6) < 1e-12:
+        if native.endswith("norm.eps") and value.numel() == 1 and abs(float(value) - 1e-6) < 1e-12:
             del state_dict[key]  # birder keeps it as a buffer
         elif native != key:
             del state_dict[key]
@@ -168,8 +169,18 @@ def unwrap_checkpoint(content: Mapping[str, Any], use_ema: bool = True) -> tuple
 
 
 def native_state_dict(content: Mapping[str, Any], use_ema: bool = True) -> dict[str, Any]:
-    """Returns a new state dict in this project's layout from a state dict or checkpoint in any known one."""
+    """Returns a new state dict in this project's layout from a state dict or checkpoint in any known one.
+
+    Raises:
+        CheckpointError: it holds something else than tensors.
+    """
     state_dict = dict(unwrap_checkpoint(content, use_ema)[0])
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"this is not a state dict of tensors: the key {key!r} is no text")
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            kind = f"{value.layout} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise CheckpointError(f"this is not a state dict of tensors: {key!r} is a {kind}")
     rename_keys_in_place(state_dict)
     return state_dict
 
@@ -217,6 +228,8 @@ def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
     if first_conv is None or fc1 is None or sorted(blocks) != list(range(len(blocks))):
         return None
     kernels = [state_dict[f"stages.{s}.blocks.{min(blocks[s])}.attn.conv_dw.weight"] for s in sorted(blocks)]
+    if any(weight.ndim != 4 or 0 in weight.shape for weight in (first_conv, fc1, *kernels)):
+        return None
     sizes = tuple(int(kernel.shape[-1]) for kernel in kernels)
     classifier, head_conv = (state_dict.get(key) for key in (CLASSIFIER[0], "head_conv.conv.weight"))
     return Architecture(
@@ -224,10 +237,10 @@ def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
         depths=tuple(max(blocks[s]) + 1 for s in sorted(blocks)),
         kernel_size=sizes[0] if len(set(sizes)) == 1 else sizes,
         mlp_ratio=fc1.shape[0] / fc1.shape[1],
-        head_hidden_size=0 if head_conv is None else int(head_conv.shape[0]),
+        head_hidden_size=0 if head_conv is None or not head_conv.ndim else int(head_conv.shape[0]),
         layer_scale="stages.0.blocks.0.ls1.gamma" in state_dict,
         in_chans=int(first_conv.shape[1]),
-        num_classes=0 if classifier is None else int(classifier.shape[0]),
+        num_classes=0 if classifier is None or not classifier.ndim else int(classifier.shape[0]),
     )
 
 
@@ -273,32 +286,35 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     """
     content = read_checkpoint(path)
     raw, _ = unwrap_checkpoint(content)
-    state_dict = native_state_dict(content)
+    try:
+        state_dict = native_state_dict(content)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
     architecture = identify(state_dict)
     if architecture is None:
         raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(raw, 5)}")
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     recipe = content.get("args") or content.get("config") or {}
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
-    epoch, metric = content.get("epoch"), content.get("metric")
+    epoch, metric, names = content.get("epoch"), content.get("metric"), content.get("class_names")
     definition = content.get("variant")
     return CheckpointInfo(
         **vars(architecture),
         name=architecture.variant or (definition.get("name") if isinstance(definition, dict) else None),
         num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
         layout=_layout(raw),
-        has_ema=any(content.get(name) for name in EMA_NAMES),
+        has_ema=any(isinstance(content.get(name), dict) and content[name] for name in EMA_NAMES),
         epoch=epoch if isinstance(epoch, int) else None,
         metric=float(metric) if isinstance(metric, (int, float)) else None,
         recipe=recipe if isinstance(recipe, dict) else {},
-        class_names=content.get("class_names"),
+        class_names=[str(name) for name in names] if isinstance(names, list) else None,
     )
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def check_fit(model: nn.Module, state_dict: dict[str, Any], ignore: Iterable[str] = ()) -> None:
+def check_fit(model: nn.Module, state_dict: Mapping[str, Any], ignore: Iterable[str] = ()) -> None:
     """Checks that a state dict in this project's layout has just the keys and shapes of `model`.
 
     Args:
@@ -309,29 +325,27 @@ def check_fit(model: nn.Module, state_dict: dict[str, Any], ignore: Iterable[str
     Raises:
         CheckpointError: they differ; says in one sentence how the networks do, or lists the keys.
     """
-    own = model.state_dict()
     skip = set(ignore)
+    own = {key: tensor for key, tensor in model.state_dict().items() if key not in skip}
     # torch fills in the batch counter where an old file lacks it; nothing reads it here
-    missing = [k for k in own if k not in state_dict and k not in skip and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state_dict if k not in own and k not in skip]
-    reshaped = [k for k, t in own.items() if k not in skip and k in state_dict and state_dict[k].shape != t.shape]
+    missing = [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state_dict if key not in own and key not in skip]
+    reshaped = [key for key, tensor in own.items() if key in state_dict and state_dict[key].shape != tensor.shape]
     if not (missing or unexpected or reshaped):
         return
-    theirs, ours = identify(state_dict), identify(own)
-    if theirs is None:
-        raise CheckpointError(f"this is not a Conv2Former checkpoint: its keys are {shorten(state_dict, 5)}")
-    if ours and str(theirs) != str(ours):
-        fix = (
-            f"create '{theirs.variant}' instead" if theirs.variant else "register a variant of that shape and create it"
-        )
-        raise CheckpointError(f"the checkpoint is {theirs}, the model is {ours}: {fix}")
+    theirs, ours = identify(state_dict), identify(model.state_dict())
+    if theirs and ours and str(theirs) != str(ours):
+        fix = f"create '{theirs.variant}'" if theirs.variant else "register a variant of that shape and create it"
+        raise CheckpointError(f"the checkpoint is {theirs}, the model is {ours}: {fix} instead")
+    if len(missing) > len(own) // 2:
+        raise CheckpointError(f"this is not a Conv2Former checkpoint: its keys are {shorten(state_dict, 5) or 'none'}")
     lines = ["the checkpoint does not fit the model:"]
     if missing:
         lines.append(f"  missing keys: {shorten(missing)}")
     if unexpected:
         lines.append(f"  unexpected keys: {shorten(unexpected)}")
     if reshaped:
-        shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]
+        shapes = [f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}" for key in reshaped]
         lines.append(f"  wrong shapes: {shorten(shapes)}")
     raise CheckpointError("\n".join(lines))
 
@@ -343,13 +357,13 @@ def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
     """
     own = {key: tensor for key, tensor in model.state_dict().items() if key in CLASSIFIER}
     theirs = state_dict.get(CLASSIFIER[0])
-    if theirs is not None and own and theirs.shape[0] == own[CLASSIFIER[0]].shape[0]:
+    if theirs is not None and own and theirs.ndim and theirs.shape[0] == own[CLASSIFIER[0]].shape[0]:
         if theirs.numel() == own[CLASSIFIER[0]].numel():  # Linear, or the 1x1 convolution that it is without pooling
             state_dict[CLASSIFIER[0]] = theirs.reshape(own[CLASSIFIER[0]].shape)
         return
     if theirs is None and not own:
         return
-    found = "no classifier" if theirs is None else f"a classifier for {theirs.shape[0]} classes"
+    found = "no classifier" if theirs is None or not theirs.ndim else f"a classifier for {theirs.shape[0]} classes"
     kept = (
         f"the model's own classifier for {own[CLASSIFIER[0]].shape[0]} classes stays as it is"
         if own
@@ -373,7 +387,10 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
         CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is
             unchanged.
     """
-    if not isinstance(getattr(model, "head_conv", None), nn.Module):
+    from .backbone import Conv2Former  # which imports this module
+
+    model = unwrap_model(model)  # of torch.compile and DistributedDataParallel
+    if not isinstance(model, Conv2Former):
         raise CheckpointError(
             f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
             "call timm.create_model with pretrained=True and pretrained_cfg_overlay=dict(file=FILE)"

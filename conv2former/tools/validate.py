@@ -11,7 +11,7 @@ from ..data import eval_loader, open_val
 from ..engine.build import autocast_for
 from ..engine.distributed import World, rank0_first
 from ..engine.evaluate import evaluate
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..models import CheckpointInfo, Conv2Former, inspect_checkpoint, load_weights
 
 __all__ = ["validate"]
@@ -61,6 +61,9 @@ def validate(
 
 def _settings(info: CheckpointInfo, path: Path | None, overrides: Sequence[str]) -> Config:
     """Returns the configuration to evaluate under: the file's own, or the given one, with overrides."""
+    ignored = sorted(apply_overrides({}, overrides).keys() - {"data", "train"})
+    if ignored:
+        raise ConfigError(f"{', '.join(ignored)}: has no effect here; data and train can be changed")
     if path is not None:
         return load_config(path, overrides)
     own = info.recipe if info.layout == "conv2former" else {}  # the authors' recipe has other keys
@@ -72,6 +75,8 @@ def _build(info: CheckpointInfo) -> Conv2Former:
     """Builds the network that the file's tensors describe, whether or not it is a registered variant."""
     if len(info.dims) != 4 or not info.head_hidden_size or not info.num_classes:
         raise CheckpointError("the file holds a part of a network; to evaluate it needs all four stages and the head")
+    if info.in_chans != 3:
+        raise CheckpointError(f"the network in the file takes images of {info.in_chans} channels; here they have 3")
     return Conv2Former(
         in_chans=info.in_chans,
         num_classes=info.num_classes,

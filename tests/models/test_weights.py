@@ -323,6 +323,62 @@ def test_unreadable_files(tmp_path, name, content, expected):
         conv2former.inspect_checkpoint(path)
 
 
+def replaced(state_dict: dict, key: str, value) -> dict:
+    return {**state_dict, key: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("pred.weight", None, "is a NoneType"),
+        ("pred.weight", "text", "is a str"),
+        (7, torch.zeros(1), "the key 7 is no text"),
+        ("extra", {"nested": torch.zeros(1)}, "is a dict"),
+        ("pred.weight", torch.zeros(10, 1280).to_sparse(), "is a torch.sparse_coo tensor"),
+        ("stages.0.0.attn.att.2.weight", torch.zeros(()), "wrong shapes"),
+        ("stages.0.0.mlp.fc1.weight", torch.zeros(3, 0), "wrong shapes"),
+        ("downsample_layers.0.0.weight", torch.zeros(3), "wrong shapes"),
+        ("stages.0.0.layer_scale_1", torch.zeros(3, 3), "wrong shapes"),
+        ("stages.0.0.attn.norm.eps", torch.zeros(3), "unexpected keys"),
+        ("head.0.weight", torch.zeros(()), "wrong shapes"),
+    ],
+)
+def test_hand_made_state_dicts(tiny, tmp_path, official_content, caplog, key, value, expected):
+    state_dict = replaced(official_content["state_dict"], key, value)
+    model = timm.create_model(tiny, num_classes=10)
+    with pytest.raises(CheckpointError, match=expected):
+        model.load_state_dict(state_dict)
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": state_dict, "state_dict_ema": torch.zeros(1), "class_names": 3}, path)
+    with pytest.raises(CheckpointError, match=expected):
+        conv2former.load_weights(model, path)
+    if expected not in ("wrong shapes", "unexpected keys"):  # those are about the model it is to be loaded into
+        with pytest.raises(CheckpointError, match=rf"x\.pt: .*{expected}"):
+            conv2former.inspect_checkpoint(path)
+    assert not caplog.records  # nothing claims that weights were loaded
+
+
+def test_a_missing_stage_and_nothing_at_all(tiny, official_content):
+    model = timm.create_model(tiny, num_classes=10)
+    part = {k: v for k, v in official_content["state_dict"].items() if not k.startswith("stages.1.")}
+    with pytest.raises(CheckpointError, match=r"missing keys: stages\.1\.blocks"):
+        model.load_state_dict(part)
+    with pytest.raises(CheckpointError, match="its keys are none"):
+        model.load_state_dict({})
+
+
+def test_a_classifier_of_another_width_is_an_error(tiny, official_content):
+    state_dict = replaced(official_content["state_dict"], "pred.weight", torch.zeros(10, 7))
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight \(10, 7\) for \(10, 1280\)"):
+        timm.create_model(tiny, num_classes=10).load_state_dict(state_dict)
+
+
+def test_load_weights_into_a_compiled_model(tiny, official_file, expected):
+    model = timm.create_model(tiny, num_classes=10)
+    conv2former.load_weights(torch.compile(model), official_file)
+    assert_is_official(model, expected)
+
+
 def test_load_weights_needs_a_whole_network(tiny, official_file):
     with pytest.raises(CheckpointError, match="pretrained_cfg_overlay"):
         conv2former.load_weights(timm.create_model(tiny, features_only=True), official_file)
