@@ -1,8 +1,7 @@
 """Loaders whose every random draw is a function of where it happens, never of what was drawn before.
 
 The order of an epoch is a function of (seed, epoch), the augmentation of an image of (seed, epoch, index). So there is
-no
-state to save: a run that starts again in the middle of an epoch sees what the other would have seen, the number of
+no state to save: a run that starts again in the middle of an epoch sees what the other would have seen, the number of
 loader workers changes nothing, and the same global batches come for any number of devices that gives the same global
 batch.
 """

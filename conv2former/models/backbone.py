@@ -202,8 +202,7 @@ class Conv2Former(RenamesForeignKeys):
         The groups are those of ConvNeXt's fine-tuning recipe, carried over to any depth: a stage is one group with the
         downsampling before it; a stage of more than four blocks is divided into up to nine. That gives about 12 groups
         for every variant, so one decay factor means the same for all of them. The 1x1 convolution of the head goes
-        with the
-        last stage: the classifier alone is new in fine-tuning.
+        with the last stage: the classifier alone is new in fine-tuning.
 
         Args:
             coarse: one group per stage.

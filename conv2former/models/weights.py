@@ -36,8 +36,7 @@ _STEM = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2", "6": "conv3"}
 _RULES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # the authors' backbone (downsample_layers, stages.S.B, head, pred) and birder's (stem, body.stageN, features,
-        # ...)
+        # the backbone: the authors' downsample_layers, stages.S.B, head, pred; birder's stem, body.stageN, features
         (r"^(?:downsample_layers\.0|stem)\.([02356])\.", lambda m: f"stem.{_STEM[m[1]]}."),
         (r"^downsample_layers\.(\d+)\.([01])\.", lambda m: f"stages.{m[1]}.downsample.{('norm', 'conv')[int(m[2])]}."),
         (

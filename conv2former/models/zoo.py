@@ -56,10 +56,11 @@ def _filter_fn(state_dict: dict[str, Any], model: Conv2Former, is_backbone: bool
     """
     state_dict = native_state_dict(state_dict)
     first_conv = state_dict.get(f"{FIRST_CONV}.weight")
-    adapts_input = first_conv is not None and first_conv.shape[1] == model.pretrained_cfg["input_size"][0]
+    chans = model.pretrained_cfg["input_size"][0]
+    adapts_input = first_conv is not None and first_conv.ndim == 4 and first_conv.shape[1] == chans
     check_fit(model, state_dict, ignore=[*CLASSIFIER, *([f"{FIRST_CONV}.weight"] if adapts_input else [])])
     classifier = state_dict.get(CLASSIFIER[0])
-    model.pretrained_cfg["num_classes"] = 0 if classifier is None else classifier.shape[0]
+    model.pretrained_cfg["num_classes"] = 0 if classifier is None or not classifier.ndim else classifier.shape[0]
     if not is_backbone:
         adapt_classifier(model, state_dict)
     return state_dict
@@ -130,7 +131,7 @@ def register_variant(path: str | Path) -> str:
 
 def add_and_register(new: Variant, where: object) -> str:
     """Registers an already checked variant; `where` is named in the error. See `register_variant`."""
-    if new.name in list_variants() and variant(new.name) == new:
+    if new.name in list_variants() and variant(new.name).to_dict() == new.to_dict():
         return new.name
     if is_model(new.name):
         known = "this name is registered with another definition" if new.name in list_variants() else "timm has a model"
