@@ -54,4 +54,4 @@ def raise_mistakes(where: object, mistakes: list[str]) -> None:
     """Raises one ConfigError that lists every mistake found in `where`; does nothing if there is none."""
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{where}: {count}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+        raise ConfigError(f"{where}: {count}:\n" + "\n".join("  - " + m.replace("\n", "\n    ") for m in mistakes))

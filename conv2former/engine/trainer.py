@@ -30,8 +30,17 @@ from .step import StepResult, train_step
 
 __all__ = ["describe", "dry_run", "train"]
 
-# What may differ between a run and its continuation, because it changes nothing that is trained.
-_HARMLESS = ("data.root:", "data.workers:", "log.", "checkpoint.", "train.eval_batch_size:")
+# What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
+# global batch, which `_plan_of` guards and other numbers of devices need.
+_HARMLESS = (
+    "data.root:",
+    "data.workers:",
+    "log.",
+    "checkpoint.",
+    "train.eval_batch_size:",
+    "train.batch_size:",
+    "train.accum_steps:",
+)
 
 
 def train(config: Config, output: Path, world: World, resume: str = "auto") -> dict[str, Any]:

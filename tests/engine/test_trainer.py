@@ -172,6 +172,17 @@ def test_other_data_or_devices_are_not_a_continuation(raw_config, tmp_path, monk
         train(configure(raw_config), tmp_path / "run", WORLD)
 
 
+def test_the_global_batch_may_be_divided_anew(raw_config, tmp_path):
+    """As after a change of the number of devices."""
+    train(configure(raw_config), tmp_path / "run", WORLD)
+    for newest in sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[1:]:
+        newest.unlink()
+    report = train(configure(raw_config, train__batch_size=8, train__accum_steps=1), tmp_path / "run", WORLD)
+    assert report["steps"] == 20
+    with pytest.raises(ConfigError, match="global_batch_size: 8 -> 4"):
+        train(configure(raw_config, train__batch_size=4, train__accum_steps=1), tmp_path / "run", WORLD)
+
+
 def test_exploded_weights_are_not_saved(raw_config, tmp_path, monkeypatch):
     real = trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda *args: {**real(*args), "loss": float("nan")})
