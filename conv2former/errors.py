@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "TrainingError",
     "UserError",
+    "bullets",
     "closest",
     "raise_mistakes",
     "shorten",
@@ -50,8 +51,13 @@ def shorten(items: Iterable[object], limit: int = 20) -> str:
     return ", ".join(texts[:limit]) + (f", and {rest} more" if rest > 0 else "")
 
 
+def bullets(items: Iterable[str]) -> str:
+    """Returns one `- item` line for each; further lines of an item are indented below its first."""
+    return "\n".join("  - " + item.replace("\n", "\n    ") for item in items)
+
+
 def raise_mistakes(where: object, mistakes: list[str]) -> None:
     """Raises one ConfigError that lists every mistake found in `where`; does nothing if there is none."""
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{where}: {count}:\n" + "\n".join("  - " + m.replace("\n", "\n    ") for m in mistakes))
+        raise ConfigError(f"{where}: {count}:\n" + bullets(mistakes))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, bullets
 from ..models.weights import read_checkpoint
 
 __all__ = ["FORMAT", "latest_checkpoint", "read_training_checkpoint", "save_checkpoint"]
@@ -124,5 +124,5 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | 
         except CheckpointError as e:
             warnings.append(f"damaged checkpoint: {e}")
     if warnings:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged:\n" + "\n".join(f"  - {w}" for w in warnings))
+        raise CheckpointError(f"every checkpoint in {folder} is damaged:\n" + bullets(warnings))
     return None

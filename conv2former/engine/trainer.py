@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from .. import __version__
 from ..config import Config, Plan, differences, make_plan
 from ..data import EpochSampler, eval_loader, open_train_and_val, train_loader
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError, bullets
 from .build import Run, build_run, check_names, drop_path_rate_of, find_variant_of
 from .checkpoint import latest_checkpoint, read_training_checkpoint, save_checkpoint
 from .distributed import World, rank0_first
@@ -237,7 +237,7 @@ def _restore(run: Run, progress: _Progress, saved: dict[str, Any]) -> None:
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, or undo:\n"
-            + "\n".join(f"  - {line}" for line in changed)
+            + bullets(changed)
         )
     if saved["class_names"] != progress.class_names:
         raise DataError("the data set's classes have changed since this run was started")
@@ -245,8 +245,7 @@ def _restore(run: Run, progress: _Progress, saved: dict[str, Any]) -> None:
     if changed:
         raise ConfigError(
             "this run was started with other data or another number of devices; an epoch must have the same global "
-            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n"
-            + "\n".join(f"  - {line}" for line in changed)
+            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n" + bullets(changed)
         )
     run.model.load_state_dict(saved["model"])
     if run.ema:

@@ -55,7 +55,7 @@ def validate(
         "weights": "average" if info.has_ema and use_ema else "raw",
         "data": source.name,
         "precision": precision,
-        **evaluate(model, loader, world, autocast),
+        **evaluate(model, loader, world, autocast, settings.train.channels_last),
     }
 
 
@@ -66,9 +66,9 @@ def _settings(info: CheckpointInfo, path: Path | None, overrides: Sequence[str])
         raise ConfigError(f"{', '.join(ignored)}: has no effect here; data and train can be changed")
     if path is not None:
         return load_config(path, overrides)
-    own = info.recipe if info.layout == "conv2former" else {}  # the authors' recipe has other keys
-    raw = {key: dict(value) for key, value in own.items()}
-    return check_config(apply_overrides(raw, overrides), "the checkpoint's configuration")
+    # a recipe without sections is that of another training script, the authors' or timm's
+    own = info.recipe if all(isinstance(section, dict) for section in info.recipe.values()) else {}
+    return check_config(apply_overrides(own, overrides), "the checkpoint's configuration")
 
 
 def _build(info: CheckpointInfo) -> Conv2Former:
