@@ -22,6 +22,7 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices  # not exported by timm.models
 from torch import nn
 
+from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
 from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
 
@@ -110,6 +111,7 @@ class Conv2Former(RenamesForeignKeys):
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's channels.
         ls_init_value: initial layer scale; None for no layer scale.
         head_hidden_size: channels of the 1x1 convolution between the last stage and the pooling.
+        fusion: how the modulation joins context and values: 'product', or an ablation in `FUSIONS`.
         head_init_scale: factor on the classifier's initial weights, below 1 for fine-tuning.
         drop_rate: dropout before the classifier.
         drop_path_rate: drop path of the last block; it grows linearly from 0 over all blocks of the network.
@@ -133,6 +135,7 @@ class Conv2Former(RenamesForeignKeys):
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = 1e-6,
         head_hidden_size: int = 1280,
+        fusion: str = "product",
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -148,6 +151,8 @@ class Conv2Former(RenamesForeignKeys):
             raise ValueError(f"dims must be positive and even, depths positive: dims {dims}, depths {depths}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32: {output_stride}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}: {fusion!r}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.feature_info = []
@@ -166,7 +171,9 @@ class Conv2Former(RenamesForeignKeys):
                 downsample = Downsample(dims[i - 1], dims[i], dilation=dilation, **dd)
                 dilation *= 2
             blocks = [
-                Conv2FormerBlock(dims[i], kernel_sizes[i], mlp_ratio, rate, ls_init_value, dilation, **dd)
+                Conv2FormerBlock(
+                    dims[i], kernel_sizes[i], mlp_ratio, rate, ls_init_value, dilation, FUSIONS[fusion], **dd
+                )
                 for rate in rates[i]
             ]
             stages.append(Stage(downsample, blocks))

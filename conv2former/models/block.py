@@ -42,7 +42,7 @@ class ConvMod(RenamesForeignKeys):
 
     The depthwise convolution gathers spatial context the way attention weights do; the product applies it to the
     values. Nothing stands between the convolution and the product: the paper's ablation loses accuracy with an
-    activation or a normalisation there.
+    activation or a normalisation there. Those ablations are in `ablations.py`; they override `fuse`.
 
     Args:
         dim: channels C of input and output.
@@ -75,7 +75,11 @@ class ConvMod(RenamesForeignKeys):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
         x = self.norm(x)
-        return self.proj(self.conv_dw(self.act(self.a(x))) * self.v(x))
+        return self.proj(self.fuse(self.conv_dw(self.act(self.a(x))), self.v(x)))
+
+    def fuse(self, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Applies the context `a` to the values `v`, both (N, C, H, W)."""
+        return a * v
 
 
 class ConvMlp(RenamesForeignKeys):
@@ -125,6 +129,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
         ls_init_value: initial layer scale, one learned value per channel; None for no layer scale. Inside a deep
             network the authors start at 1e-6, so a fresh block is close to the identity.
         dilation: dilation of both depthwise convolutions.
+        mod_layer: the modulation's class, `ConvMod` or one of its ablations.
         device, dtype: where and how to create the parameters.
 
     Raises:
@@ -139,6 +144,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
         drop_path: float = 0.0,
         ls_init_value: float | None = 1e-6,
         dilation: int = 1,
+        mod_layer: type[ConvMod] = ConvMod,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -146,7 +152,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1): {drop_path!r}")
-        self.attn = ConvMod(dim, kernel_size, dilation, **dd)
+        self.attn = mod_layer(dim, kernel_size, dilation, **dd)
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
         self.mlp = ConvMlp(dim, mlp_ratio, dilation, **dd)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)

@@ -14,6 +14,7 @@ from ..errors import ConfigError, closest, raise_mistakes
 __all__ = ["PretrainedTag", "Variant", "list_variants", "parse_variant", "read_variant", "variant"]
 
 NUM_STAGES = 4
+FUSION_NAMES = ("product", "sum", "sigmoid", "l1", "unit")  # of `ablations.FUSIONS`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Variant:
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's channels.
         ls_init_value: initial layer scale; None for no layer scale.
         head_hidden_size: channels between the last stage and the classifier.
+        fusion: how the modulation joins context and values; all but 'product' are ablations, see `ablations.py`.
         train_drop_path_rate: what the training script uses unless its config says otherwise. `timm.create_model` itself
             starts at 0, as it does for every timm model.
         description: one line for people.
@@ -63,13 +65,14 @@ class Variant:
     mlp_ratio: float = 4.0
     ls_init_value: float | None = 1e-6
     head_hidden_size: int = 1280
+    fusion: str = "product"
     train_drop_path_rate: float = 0.0
     description: str = ""
     pretrained: tuple[PretrainedTag, ...] = field(default=())
 
     def model_args(self) -> dict[str, Any]:
         """Returns the arguments of `Conv2Former` that define the network."""
-        keys = ("dims", "depths", "kernel_size", "mlp_ratio", "ls_init_value", "head_hidden_size")
+        keys = ("dims", "depths", "kernel_size", "mlp_ratio", "ls_init_value", "head_hidden_size", "fusion")
         return {key: getattr(self, key) for key in keys}
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +112,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mlp_ratio": (lambda v: _is_number(v, 1), "a number, 1 or more"),
     "ls_init_value": (lambda v: v is None or _is_number(v, 0), "a number, 0 or more, or null for no layer scale"),
     "head_hidden_size": (lambda v: _is_int(v, 1), "a positive whole number"),
+    "fusion": (lambda v: v in FUSION_NAMES, "one of " + ", ".join(FUSION_NAMES)),
     "train_drop_path_rate": (lambda v: _is_number(v, 0, 0.999), "a number in [0, 1)"),
     "description": (lambda v: isinstance(v, str), "text"),
 }
@@ -217,8 +221,12 @@ def variant(name: str) -> Variant:
 
 
 def find_variant(**model_args: Any) -> str | None:
-    """Returns the name of the first variant that has these values of `Variant.model_args`, or None."""
+    """Returns the name of the first variant that has these values of `Variant.model_args`, or None.
+
+    Without `fusion` the ablations are left out: their shapes are those of the network itself.
+    """
+    wanted = {"fusion": "product", **model_args}
     for known in _variants.values():
-        if model_args.items() <= known.model_args().items():
+        if wanted.items() <= known.model_args().items():
             return known.name
     return None

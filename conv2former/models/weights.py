@@ -252,6 +252,7 @@ class CheckpointInfo(Architecture):
         num_parameters: of the network in the file.
         layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
         has_ema: whether averaged weights are in the file; they are what loading takes.
+        fusion: as in the variants' YAML files; the tensors do not tell it, so it is 'product' where the file does not.
         epoch, metric: as the training script saved them, None where it did not.
         recipe: the training arguments or configuration in the file; empty where there is none.
         class_names: names in index order, None where the file has none.
@@ -261,6 +262,7 @@ class CheckpointInfo(Architecture):
     num_parameters: int
     layout: str
     has_ema: bool
+    fusion: str = "product"
     epoch: int | None = None
     metric: float | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -297,9 +299,12 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
     epoch, metric, names = content.get("epoch"), content.get("metric"), content.get("class_names")
     definition = content.get("variant")
+    definition = definition if isinstance(definition, dict) else {}
+    fusion = definition.get("fusion", "product")
     return CheckpointInfo(
         **vars(architecture),
-        name=architecture.variant or (definition.get("name") if isinstance(definition, dict) else None),
+        name=(architecture.variant if fusion == "product" else None) or definition.get("name"),
+        fusion=fusion,
         num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
         layout=_layout(raw),
         has_ema=any(isinstance(content.get(name), dict) and content[name] for name in EMA_NAMES),
