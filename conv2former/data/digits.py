@@ -14,7 +14,8 @@ __all__ = ["write_digits"]
 def write_digits(root: Path) -> dict[str, str]:
     """Writes the digits as a parquet data set, 1,437 training and 360 validation images, each digit in proportion.
 
-    A data set that is already there stays as it is.
+    A data set that is already there stays as it is. Several processes may call this at once: one writes, and the others
+    take its files.
 
     Args:
         root: the folder to make: `root/train.parquet` and `root/validation.parquet` with the columns `image` (8 x 8,
@@ -28,16 +29,26 @@ def write_digits(root: Path) -> dict[str, str]:
     """
     files = {split: str(root / f"{split}.parquet") for split in ("train", "validation")}
     try:
-        if not all(Path(path).is_file() for path in files.values()):
-            if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                raise DataError(f"{root} holds something else than the digits: give another data.root, or data.source")
-            root.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root.parent, prefix=".digits-") as folder:
-                _write(Path(folder) / "new")
+        if _exist(files):
+            return files
+        in_use = root.exists() and (not root.is_dir() or any(root.iterdir()))
+        if in_use and not _exist(files):  # looked at again: another process may have written them in between
+            raise DataError(f"{root} holds something else than the digits: give another data.root, or data.source")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".digits-") as folder:
+            _write(Path(folder) / "new")
+            try:
                 os.replace(Path(folder) / "new", root)  # both files or none
+            except OSError:  # a folder that is not empty
+                if not _exist(files):
+                    raise
     except OSError as e:
         raise DataError(f"{root}: the digits cannot be written there ({e})") from None
     return files
+
+
+def _exist(files: dict[str, str]) -> bool:
+    return all(Path(path).is_file() for path in files.values())
 
 
 def _write(root: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,9 @@ from PIL import Image
 from ..config.schema import DataConfig
 from ..errors import DataError, closest, shorten
 from .digits import write_digits
+from .images import IMAGE_ENDINGS, UnreadableImage, files_below, naming, open_rgb, to_rgb
+from .streams import StreamSource
+from .tars import TarImages, find_tars, index_tars
 
 __all__ = ["DataSource", "open_split", "open_train_and_val", "open_val"]
 
@@ -48,7 +52,10 @@ class DataSource:
         return len(self.images)
 
 
-def open_train_and_val(config: DataConfig) -> tuple[DataSource, DataSource]:
+Source = DataSource | StreamSource
+
+
+def open_train_and_val(config: DataConfig) -> tuple[Source, Source]:
     """Opens both splits. The class list is the training split's, and the validation split is read by it.
 
     Raises:
@@ -60,10 +67,21 @@ def open_train_and_val(config: DataConfig) -> tuple[DataSource, DataSource]:
             f"{train.name} has {len(train.class_names)} classes, data.num_classes says {config.num_classes}: "
             f"{shorten(train.class_names, 10)}"
         )
-    return train, open_val(config, train.class_names)
+    if config.source == "folder":
+        _check_same_folders(config)
+    val = open_val(config, train.class_names)
+    both = sorted(_tars_of(train) & _tars_of(val))
+    if both and config.val_split != config.train_split:
+        raise DataError(f"{len(both)} tars belong to {train.name} and to {val.name}: {shorten(both, 5)}")
+    return train, val
 
 
-def open_val(config: DataConfig, class_names: list[str] | None) -> DataSource:
+def _tars_of(source: Source) -> set[str]:
+    is_tars = isinstance(source, DataSource) and isinstance(source.images, TarImages)
+    return {str(tar) for tar in source.images.tars} if is_tars else set()  # type: ignore[union-attr]
+
+
+def open_val(config: DataConfig, class_names: list[str] | None) -> Source:
     """Opens the validation split, its labels as indices into `class_names`; None takes the split's own list.
 
     Raises:
@@ -72,7 +90,7 @@ def open_val(config: DataConfig, class_names: list[str] | None) -> DataSource:
     return open_split(config, config.val_split, class_names)
 
 
-def open_split(config: DataConfig, split: str | None, class_names: list[str] | None = None) -> DataSource:
+def open_split(config: DataConfig, split: str | None, class_names: list[str] | None = None) -> Source:
     """Opens one split.
 
     Args:
@@ -83,8 +101,14 @@ def open_split(config: DataConfig, split: str | None, class_names: list[str] | N
     Raises:
         DataError: the data set or the split is missing or empty, or has a class that is not in `class_names`.
     """
-    if config.source == "folder":
-        return _open_folder(Path(config.root), split, class_names)
+    if config.source in ("folder", "wds"):
+        root = Path(config.root)
+        try:
+            if not root.is_dir():
+                raise DataError(f"{root}: {'a file, not a' if root.exists() else 'no such'} folder (data.root)")
+            return (_open_folder if config.source == "folder" else _open_tars)(config, split, class_names)
+        except OSError as e:
+            raise DataError(f"{e.filename or root}: cannot be read ({e.strerror})") from None
     files = None
     if config.source == "digits":
         files = write_digits(Path(config.root))
@@ -99,15 +123,20 @@ def _choose_split(wanted: str | None, existing: Sequence[str], where: object) ->
     if wanted is None:
         found = [name for name in VAL_NAMES if name in existing]
         if not found:
-            raise DataError(f"{where} has no validation split: none of {', '.join(VAL_NAMES)} in {shorten(existing)}")
+            raise DataError(
+                f"{where} has no validation split: none of {', '.join(VAL_NAMES)} in {shorten(existing) or 'it'}"
+            )
         return found[0]
     if wanted not in existing:
-        raise DataError(f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing)}")
+        raise DataError(
+            f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing) or 'none'}"
+        )
     return wanted
 
 
 def _check_classes(found: Sequence[str], class_names: Sequence[str], where: object) -> None:
-    unknown = [name for name in found if name not in class_names]
+    known = set(class_names)
+    unknown = [name for name in found if name not in known]
     if unknown:
         raise DataError(
             f"{where} has {len(unknown)} classes that the class list has not: {shorten(unknown, 10)}; "
@@ -121,17 +150,14 @@ def _check_classes(found: Sequence[str], class_names: Sequence[str], where: obje
 @dataclass(frozen=True)
 class _FolderImages:
     samples: list[tuple[str, int]]
-    load: Callable[[str], Image.Image]
+    value_range: tuple[float, float] | None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        try:
-            return self.load(path), label
-        except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for a file that is no image
-            raise DataError(f"{path}: not a readable image ({e}); remove or replace it") from None
+        return open_rgb(path, path, self.value_range), label
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -139,11 +165,8 @@ def _folders_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _open_folder(root: Path, split: str | None, class_names: list[str] | None) -> DataSource:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
-
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder (data.root)")
+def _open_folder(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
+    root = Path(config.root)
     folder = root / _choose_split(split, _folders_in(root), root)
     found = _folders_in(folder)
     if not found:
@@ -151,45 +174,141 @@ def _open_folder(root: Path, split: str | None, class_names: list[str] | None) -
     names = class_names or found
     _check_classes(found, names, folder)
     index = {name: i for i, name in enumerate(names)}
-    # Images of nested folders belong to the class folder right below the split.
-    samples = make_dataset(
-        str(folder), {name: index[name] for name in found}, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
-    filled = {label for _, label in samples}
-    empty = [name for name in found if index[name] not in filled]
+    samples, empty, endings = [], [], set()
+    for name in found:
+        files = list(files_below(folder / name))  # images of nested folders belong to the one right below the split
+        images = [(path, index[name]) for path in files if path.lower().endswith(IMAGE_ENDINGS)]
+        samples += images
+        if not images:
+            empty.append(name)
+            endings |= {os.path.splitext(path)[1] or "nothing" for path in files}
     if empty:
-        raise DataError(f"{folder} has {len(empty)} class folders without images: {shorten(empty, 10)}")
-    return DataSource(_FolderImages(samples, pil_loader), names, str(folder))
+        other = f"; their files end in {shorten(sorted(endings), 10)}" if endings else ""
+        raise DataError(
+            f"{folder} has {len(empty)} class folders without images: {shorten(empty, 10)}{other}; "
+            f"images end in {', '.join(IMAGE_ENDINGS)}"
+        )
+    return DataSource(_FolderImages(samples, config.value_range), names, str(folder))
+
+
+def _check_same_folders(config: DataConfig) -> None:
+    """Raises a DataError if a class folder is in one split only: it is a mistake, or a score over other classes."""
+    root = Path(config.root)
+    train, val = (
+        root / _choose_split(split, _folders_in(root), root) for split in (config.train_split, config.val_split)
+    )
+    classes, val_classes = set(_folders_in(train)), set(_folders_in(val))
+    only = ((train, sorted(classes - val_classes)), (val, sorted(val_classes - classes)))
+    differences = [f"{len(names)} only in {folder}: {shorten(names, 10)}" for folder, names in only if names]
+    if differences and val_classes:
+        raise DataError(f"the splits must have the same class folders, but there are {'; '.join(differences)}")
+
+
+# ------------------------------------------------------------------------------------------------- WebDataset tars
+
+
+def _open_tars(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
+    root = Path(config.root)
+    tars = find_tars(root)
+    # Numbers of shards are no splits, unless one is asked for.
+    split = _choose_split(split, [word for word in sorted(tars) if word == split or not word.isdigit()], root)
+    name = f"{root} ({split})"
+    images, labels = index_tars(tars[split], config.label_key, config.value_range)
+    found, listed = [str(label) for label in labels], _listed_classes(root)
+    for i, label in enumerate(labels):
+        if listed and isinstance(label, int):
+            if not 0 <= label < len(listed):
+                where = images.name(int((images.labels == i).argmax()))
+                raise DataError(f"{where}: class {label} of the {len(listed)} in {root}'s list of class names")
+            found[i] = listed[label]
+    names = class_names or listed or found
+    _check_classes(found, names, name)
+    index = {class_name: i for i, class_name in enumerate(names)}
+    return DataSource(images.relabel([index[class_name] for class_name in found]), names, name)
+
+
+def _listed_classes(root: Path) -> list[str]:
+    """Returns the class names that a file beside the tars lists, one a line, or an empty list if there is none."""
+    for file in (root / "classnames.txt", root / "classes.txt"):
+        if file.is_file():
+            try:
+                names = [line.strip() for line in file.read_text("utf-8-sig").rstrip().split("\n")]
+            except UnicodeDecodeError as e:
+                raise DataError(f"{file}: not a text file ({e})") from None
+            if "" in names or len(set(names)) < len(names):
+                raise DataError(f"{file}: a line is empty or a name is there twice; each line must name one class")
+            return names
+    return []
 
 
 # ------------------------------------------------------------------------------------------- Hugging Face `datasets`
 
 
 @dataclass(frozen=True)
-class _HfImages:
-    dataset: Any
+class _HfReader:
+    """Makes an image and its class index of a row whose image is not decoded."""
+
     image_key: str
     label_key: str
     relabel: dict[Any, int]  # from the labels as they are in the data
+    value_range: tuple[float, float] | None
+
+    def __call__(self, row: dict[str, Any], where: str) -> tuple[Image.Image, int]:
+        label = row[self.label_key]
+        if label not in self.relabel:
+            raise DataError(f"{where}: label {label!r} is none of the {len(self.relabel)} classes")
+        return _hf_image(row[self.image_key], where, self.value_range), self.relabel[label]
+
+
+@dataclass(frozen=True)
+class _HfImages:
+    dataset: Any
+    read: _HfReader
     name: str
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
+        where = f"{self.name}, row {index}"
+        with _reading(where):
             row = self.dataset[index]
-            image = row[self.image_key].convert("RGB")
-        except (OSError, ValueError, SyntaxError, AttributeError) as e:
-            raise DataError(f"{self.name}, row {index}: not a readable image ({e})") from None
-        label = row[self.label_key]
-        if label not in self.relabel:
-            raise DataError(f"{self.name}, row {index}: label {label!r} is none of the {len(self.relabel)} classes")
-        return image, self.relabel[label]
+        return self.read(row, where)
 
 
-def _load_hf(root: str, files: dict[str, str] | None) -> Any:
-    """Returns a DatasetDict from a `save_to_disk` folder, a folder of data files, or a name on the hub."""
+def _hf_image(value: Any, where: str, value_range: tuple[float, float] | None) -> Image.Image:
+    """Reads a value of an image column that is not decoded: bytes, or a dictionary of `bytes` and `path`.
+
+    Raises:
+        UnreadableImage: there is none, or it is not readable; named by its row, or by its path if it is a file.
+    """
+    import datasets
+
+    value = value if isinstance(value, dict) else {"bytes": value}
+    content, path = value.get("bytes"), value.get("path")
+    if content is None and path is None:
+        raise UnreadableImage(f"{where}: no image; remove the row", where)
+    if content is not None or "://" not in path:
+        return open_rgb(path if content is None else content, path if content is None else where, value_range)
+    with naming(f"{where} ({path})"):  # on the hub, or in an archive
+        return to_rgb(datasets.Image().decode_example({"bytes": None, "path": path}), value_range)
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Turns what `datasets` raises inside for damaged files into a DataError."""
+    import datasets
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as e:
+        reason = str(e).split("\n")[0]
+        raise DataError(f"{where}: `datasets` cannot read the data ({reason}); copy or download it again") from None
+
+
+def _load_hf(root: str, files: dict[str, str] | None, streaming: bool) -> Any:
+    """Returns the splits of a `save_to_disk` folder, of a folder of data files, or of a name on the hub."""
     import datasets
 
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
@@ -199,10 +318,12 @@ def _load_hf(root: str, files: dict[str, str] | None) -> Any:
         if files:
             return datasets.load_dataset("parquet", data_files=files)
         if (path / "dataset_dict.json").is_file():
+            if streaming:
+                raise DataError(f"{root} is stored already, by save_to_disk: leave data.streaming out")
             return datasets.load_from_disk(root)
         if path.is_dir() or not path.is_absolute():
-            return datasets.load_dataset(str(path.resolve()) if path.is_dir() else root)
-        reason: object = "no such folder"
+            return datasets.load_dataset(str(path.resolve()) if path.is_dir() else root, streaming=streaming)
+        reason = "a file; give its folder" if path.is_file() else "no such folder"
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         reason = str(e).split("\n")[0]
     raise DataError(f"{root}: `datasets` cannot read it as a folder or a hub name (data.root): {reason}")
@@ -210,40 +331,75 @@ def _load_hf(root: str, files: dict[str, str] | None) -> Any:
 
 def _open_hf(
     config: DataConfig, split: str | None, class_names: list[str] | None, files: dict[str, str] | None
-) -> DataSource:
-    splits = _load_hf(config.root, files)
+) -> Source:
+    import datasets
+
+    splits = _load_hf(config.root, files, config.streaming)
     split = _choose_split(split, list(splits), config.root)
     dataset = splits[split]
     name = f"{config.root} ({split})"
-    for key in (config.image_key, config.label_key):
-        if key not in dataset.column_names:
-            which = "image_key" if key == config.image_key else "label_key"
-            raise DataError(
-                f"{name} has no column '{key}' (data.{which}){closest(key, dataset.column_names)}: "
-                f"it has {shorten(dataset.column_names)}"
-            )
-    if len(dataset) == 0:
+    if config.streaming and dataset.features is None:
+        with _reading(name):
+            dataset = dataset._resolve_features()  # from the first rows
+    _check_columns(dataset.features, config, name)
+    if not config.streaming and len(dataset) == 0:
         raise DataError(f"{name} is empty")
-    found = _hf_labels(dataset, config.label_key, name)
+    unique = (lambda key: _stream_labels(dataset.features[key], config, name)) if config.streaming else dataset.unique
+    found = _hf_labels(dataset.features, config.label_key, name, unique)
     names = class_names or list(found.values())
     _check_classes(list(found.values()), names, name)
     index = {class_name: i for i, class_name in enumerate(names)}
     relabel = {label: index[class_name] for label, class_name in found.items()}
-    dataset = dataset.select_columns([config.image_key, config.label_key])
-    return DataSource(_HfImages(dataset, config.image_key, config.label_key, relabel, name), names, name)
+    is_image = isinstance(dataset.features[config.image_key], datasets.Image)
+    dataset = dataset.with_format(None).select_columns([config.image_key, config.label_key])
+    if is_image:
+        # An image that `datasets` cannot decode must be an error of its own, not one of the row.
+        dataset = dataset.cast_column(config.image_key, datasets.Image(decode=False))
+    read = _HfReader(config.image_key, config.label_key, relabel, config.value_range)
+    if config.streaming:
+        count = config.epoch_images if split == config.train_split else 0
+        return StreamSource(dataset, read, names, name, count or 0, config.shuffle_images)
+    return DataSource(_HfImages(dataset, read, name), names, name)
 
 
-def _hf_labels(dataset: Any, key: str, where: str) -> dict[Any, str]:
-    """Returns the name of every label: from the column's own list, or from the values that occur, sorted."""
+def _stream_labels(feature: Any, config: DataConfig, where: str) -> Iterable[int]:
+    """Returns the labels of a stream, which cannot be looked through for them."""
+    if config.num_classes and str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        return range(config.num_classes)
+    raise DataError(
+        f"{where}: a stream's classes cannot be counted; the column '{config.label_key}' must be a ClassLabel, or hold "
+        "integers from 0 to below data.num_classes"
+    )
+
+
+def _check_columns(features: Any, config: DataConfig, where: str) -> None:
+    """Raises a DataError if a column is missing, or the image column holds no images."""
     import datasets
 
-    feature = dataset.features[key]
+    for which, key in (("image_key", config.image_key), ("label_key", config.label_key)):
+        if key not in features:
+            raise DataError(
+                f"{where} has no column '{key}' (data.{which}){closest(key, features)}: it has {shorten(features)}"
+            )
+    feature = features[config.image_key]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    is_file = isinstance(feature, dict) and "bytes" in feature  # an image that was written without saying so
+    if not (isinstance(feature, datasets.Image) or is_file or kind in ("binary", "large_binary")):
+        raise DataError(f"{where}: the column '{config.image_key}' (data.image_key) holds {kind}, not images")
+
+
+def _hf_labels(features: Any, key: str, where: str, unique: Callable[[str], Iterable[Any]]) -> dict[Any, str]:
+    """Returns the name of every label: from the column's own list, or from its `unique` values, sorted."""
+    import datasets
+
+    feature = features[key]
     if isinstance(feature, datasets.ClassLabel):
         return dict(enumerate(feature.names))
     kind = getattr(feature, "dtype", type(feature).__name__)
     if not str(kind).startswith(("int", "uint", "string", "large_string", "bool")):
         raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
-    labels = dataset.unique(key)
+    with _reading(where):
+        labels = list(unique(key))
     if None in labels:
         raise DataError(f"{where}: the column '{key}' (data.label_key) has rows without a label")
     return {label: str(label) for label in sorted(labels)}

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import io
+import multiprocessing
+import os
+import time
+
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 
 from conv2former import DataError
 from conv2former.config.schema import DataConfig
-from conv2former.data import open_train_and_val, open_val
+from conv2former.data import digits, open_train_and_val, open_val
+from conv2former.data.images import UnreadableImage
 
 
 def picture(shade: int, mode: str = "RGB") -> Image.Image:
@@ -106,8 +113,10 @@ def test_wrong_folders(folder, tmp_path):
     with pytest.raises(DataError, match="no class folders"):
         open_train_and_val(config(tmp_path / "empty"))
     (folder / "val" / "bird").mkdir()
-    with pytest.raises(DataError, match="1 classes that the class list has not: bird; the list has 2: Cat, dog"):
+    with pytest.raises(DataError, match=r"same class folders, but there are 1 only in .*val: bird$"):
         open_train_and_val(config(folder))
+    with pytest.raises(DataError, match="1 classes that the class list has not: bird; the list has 2: Cat, dog"):
+        open_val(config(folder), ["Cat", "dog"])
     (folder / "train" / "bird").mkdir()
     with pytest.raises(DataError, match="1 class folders without images: bird"):
         open_train_and_val(config(folder))
@@ -134,6 +143,190 @@ def test_an_unreadable_image_is_named(folder):
     train, _ = open_train_and_val(config(folder))
     with pytest.raises(DataError, match=r"Cat/0\.png: not a readable image"):
         shades(train)
+
+
+def test_class_folders_of_one_split_only(folder):
+    (folder / "val" / "dog").rename(folder / "val" / "dogs")
+    with pytest.raises(DataError, match=r"there are 1 only in .*train: dog; 1 only in .*val: dogs$"):
+        open_train_and_val(config(folder))
+    (folder / "val" / "dogs").rename(folder / "dogs")
+    with pytest.raises(DataError, match=r"there are 1 only in .*train: dog$"):
+        open_train_and_val(config(folder))
+    assert shades(open_val(config(folder), ["Cat", "dog"])) == {(0, 0)}  # a checkpoint may know more classes
+
+
+def test_files_of_other_types(folder):
+    for split in ("train", "val"):
+        (folder / split / "scan").mkdir()
+        for name in ("1.dcm", "2.DCM", "notes"):
+            (folder / split / "scan" / name).write_text("x")
+    with pytest.raises(
+        DataError, match=r"images: scan; their files end in .DCM, .dcm, nothing; images end in .bmp, .jpeg"
+    ):
+        open_train_and_val(config(folder))
+    picture(7).save(folder / "train" / "scan" / "3.PNG")
+    picture(7).save(folder / "val" / "scan" / "3.TIFF")
+    train, val = open_train_and_val(config(folder))
+    assert (7, 2) in shades(train) & shades(val)
+    assert (len(train), len(val)) == (8, 5)
+
+
+def test_paths_with_odd_characters_and_links(folder):
+    odd = folder / "train" / "a b#c%20 größe 猫"
+    (odd / "deep").mkdir(parents=True)
+    picture(3).save(odd / "deep" / "B #1 %.PNG", "PNG")
+    picture(5).save(odd / "Z 猫.png")
+    (folder / "val" / odd.name).symlink_to(odd, target_is_directory=True)
+    (odd / "broken.png").symlink_to(folder / "none.png")
+    (odd / "._Z 猫.png").write_bytes(b"macOS")
+    (odd / ".ipynb_checkpoints").mkdir()
+    picture(9).save(odd / ".ipynb_checkpoints" / "copy.png")
+    train, val = open_train_and_val(config(folder))
+    assert train.class_names == val.class_names == ["Cat", odd.name, "dog"]
+    for source in (train, val):
+        ours = [i for i, (_, label) in enumerate(source.images.samples) if label == 1]
+        names = [os.path.basename(source.images.samples[i][0]) for i in ours]
+        assert names == ["Z 猫.png", "broken.png", "B #1 %.PNG"]
+        assert [source.images[i][0].getpixel((0, 0))[0] for i in (ours[0], ours[2])] == [5, 3]
+        with pytest.raises(UnreadableImage, match=r"猫/broken.png: not a readable image \(No such file") as caught:
+            source.images[ours[1]]
+        assert caught.value.name == source.images.samples[ours[1]][0]
+
+
+def test_roots_that_are_no_folder_of_splits(folder, tmp_path, monkeypatch):
+    file = folder / "train" / "Cat" / "0.png"
+    for source, expected in (
+        ("folder", "a file, not a folder"),
+        ("wds", "a file, not a folder"),
+        ("hf", "a file; give"),
+    ):
+        with pytest.raises(DataError, match=expected):
+            open_train_and_val(config(file, source))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no split 'train': it has none"):
+        open_train_and_val(config(tmp_path / "empty"))
+    scandir = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("nested"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read everything
+    with pytest.raises(DataError, match=r"train/Cat/nested: cannot be read \(Permission denied\)"):
+        open_train_and_val(config(folder))
+
+
+def test_more_than_8_bits_in_all_sources(folder, tmp_path):
+    deep = Image.fromarray(np.full((4, 4), 500, dtype=np.uint16))
+    deep.save(folder / "train" / "Cat" / "0.png")
+    root = tmp_path / "deep"
+    root.mkdir()
+    for split in ("train", "test"):
+        columns = {"image": [encoded(deep)], "label": [0]}
+        datasets.Dataset.from_dict(columns).to_parquet(root / f"{split}.parquet")
+    for source, path in (("folder", folder), ("hf", root)):
+        for value_range, expected in ((None, 2), ((0, 1000), 128)):
+            train, _ = open_train_and_val(config(path, source, value_range=value_range))
+            assert train.images[0][0].getpixel((0, 0)) == (expected,) * 3
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["image", "binary", "struct"])
+def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
+    """By row if the bytes are in the data, by path if they are in a file; a wrong label is no unreadable image."""
+    picture(4).save(tmp_path / "x.png")
+    contents = [encoded(picture(5)), b"no image", None, encoded(picture(6)), encoded(picture(7))]
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    feature = {"image": datasets.Image(), "binary": datasets.Value("binary"), "struct": image}[kind]
+    images = contents if kind == "binary" else [content and {"bytes": content, "path": None} for content in contents]
+    if kind == "struct":  # `to_parquet` would put the files of the other into the data
+        images += [{"bytes": None, "path": str(tmp_path / name)} for name in ("x.png", "none.png")]
+        images += [{"bytes": contents[0], "path": "gone.png"}]
+    labels = [1, 0, 0, -1, None, 1, 1, 1][: len(images)]
+    features = datasets.Features({"image": feature, "label": datasets.ClassLabel(names=["cat", "dog"])})
+    root = tmp_path / "data"
+    root.mkdir()
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table.to_parquet(root / f"{split}.parquet")
+    train, _ = open_train_and_val(config(root, "hf"))
+    good = {0: 5, 5: 4, 7: 5} if kind == "struct" else {0: 5}
+    for row, shade in good.items():
+        image, label = train.images[row]
+        assert (image.mode, image.getpixel((0, 0))[0], label) == ("RGB", shade, 1)
+    for row, expected in ((1, "not a readable image .*; remove or replace it"), (2, "no image; remove the row")):
+        with pytest.raises(UnreadableImage, match=rf"data \(train\), row {row}: {expected}") as caught:
+            train.images[row]
+        assert caught.value.name == f"{root} (train), row {row}"
+    for row, label in ((3, -1), (4, None)):
+        with pytest.raises(DataError, match=rf"data \(train\), row {row}: label {label} is none of the 2 ") as caught:
+            train.images[row]
+        assert not isinstance(caught.value, UnreadableImage)
+    if kind == "struct":
+        with pytest.raises(UnreadableImage, match=r"none.png: not a readable image .No such file"):
+            train.images[6]
+
+
+def test_hf_images_in_an_archive(tmp_path):
+    """What is no local file is left to `datasets`."""
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.png", encoded(picture(8)))
+        archive.writestr("bad.png", b"no image")
+    paths = [f"zip://{name}::{tmp_path / 'a.zip'}" for name in ("x.png", "bad.png")]
+    columns = {"image": [{"bytes": None, "path": path} for path in paths], "label": ["a", "a"]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(columns, features=features) for split in ("train", "test")}
+    ).save_to_disk(tmp_path / "data")
+    train, _ = open_train_and_val(config(tmp_path / "data", "hf"))
+    assert train.images[0][0].getpixel((0, 0)) == (8, 8, 8)
+    with pytest.raises(UnreadableImage, match=r"row 1 \(zip://bad.png.*\): not a readable image"):
+        train.images[1]
+
+
+def test_hf_image_files(folder):
+    (folder / "train" / "Cat" / "nested" / "grey.jpg").unlink()  # `datasets` wants all images at one depth
+    (folder / "train" / "Cat" / "1.png").write_bytes(b"no image")
+    train, val = open_train_and_val(config(folder, "hf"))
+    assert train.class_names == ["Cat", "dog"]
+    assert shades(val) == {(0, 0), (255, 1)}
+    paths = [value["path"] for value in train.images.dataset["image"]]
+    with pytest.raises(UnreadableImage, match=r"train/Cat/1.png: not a readable image"):
+        train.images[paths.index(str(folder / "train" / "Cat" / "1.png"))]
+
+
+def test_hf_damaged_data(parquet, monkeypatch):
+    train, _ = open_train_and_val(config(parquet, "hf"))
+
+    def fail(*_):
+        raise pyarrow.ArrowInvalid("bad block\nat 7")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "__getitem__", fail)
+        with pytest.raises(
+            DataError, match=r"\(train\), row 2: `datasets` cannot read the data \(bad block\)"
+        ) as caught:
+            train.images[2]
+        assert not isinstance(caught.value, UnreadableImage)
+    with pytest.raises(IndexError):
+        train.images[len(train)]
+    content = (parquet / "train.parquet").read_bytes()
+    (parquet / "train.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="`datasets` cannot read it"):
+        open_train_and_val(config(parquet, "hf"))
+
+
+def test_hf_columns_that_hold_no_images(parquet, tmp_path):
+    with pytest.raises(DataError, match=r"the column 'label' \(data.image_key\) holds int64, not images"):
+        open_train_and_val(config(parquet, "hf", image_key="label"))
 
 
 def test_labels_that_are_no_classes(tmp_path):
@@ -187,3 +380,47 @@ def test_digits(tmp_path):
     assert set(before) == {"train.parquet", "validation.parquet"}
     pixels = {p.tobytes() for p in (val.images[i][0] for i in range(360))}
     assert not pixels & {p.tobytes() for p in (train.images[i][0] for i in range(1437))}
+
+
+def _write_slowly(root, barrier, made) -> None:
+    def write(folder) -> None:
+        barrier.wait(30)  # all have seen that there is nothing
+        folder.mkdir()
+        for split in ("train", "validation"):
+            (folder / f"{split}.parquet").write_text(str(os.getpid()))
+            time.sleep(0.02)
+
+    digits._write = write
+    made.put(digits.write_digits(root))
+
+
+def test_processes_that_write_the_digits_at_once(tmp_path):
+    root, context = tmp_path / "new" / "digits", multiprocessing.get_context("fork")
+    barrier, made = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=_write_slowly, args=(root, barrier, made)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    files = {split: str(root / f"{split}.parquet") for split in ("train", "validation")}
+    assert [made.get(timeout=10) for _ in workers] == [files] * 4
+    assert len({(root / f"{split}.parquet").read_text() for split in files}) == 1  # both are of one process
+    assert [path.name for path in root.parent.iterdir()] == ["digits"]
+
+
+def test_digits_that_appear_while_the_folder_is_looked_at(tmp_path, monkeypatch):
+    exist, looks = digits._exist, []
+
+    def late(files) -> bool:
+        looks.append(exist(files))
+        if len(looks) == 1:
+            tmp_path.joinpath("train.parquet").touch()
+            tmp_path.joinpath("validation.parquet").touch()
+        return looks[-1]
+
+    monkeypatch.setattr(digits, "_exist", late)
+    monkeypatch.setattr(digits, "_write", lambda folder: folder.mkdir())
+    digits.write_digits(tmp_path)
+    assert looks[0] is False
+    assert looks[-1] is True

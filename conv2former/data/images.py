@@ -1,0 +1,169 @@
+"""From any image file to 8-bit RGB: right, or refused by name. Pillow alone clips 16 bits and shows hidden colours."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import DataError
+
+__all__ = ["IMAGE_ENDINGS", "UnreadableImage", "files_below", "naming", "open_rgb", "to_rgb"]
+
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Range = tuple[float, float]
+
+TO_RGB = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF and EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(DataError):
+    """An image that cannot be read. The only data error that a loader may skip.
+
+    Attributes:
+        name: of the image, as in the text.
+    """
+
+    def __init__(self, text: str, name: str = "") -> None:  # a DataLoader raises it anew from the text alone
+        super().__init__(text)
+        self.name = name
+
+
+class _RefusedImage(ValueError):
+    """An image that Pillow reads but whose way to RGB is unknown: its text says why and what to do."""
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Goes over the files in a folder and in those below it, sorted, without hidden ones.
+
+    Raises:
+        OSError: a folder cannot be read; `os.walk` alone would leave it out.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True)):
+        if not any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
+            yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside, while an image is read, into an UnreadableImage that names it."""
+    try:
+        yield
+    except _RefusedImage as e:
+        raise UnreadableImage(f"{name}: {e}", name) from None
+    except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
+        if isinstance(e, UnidentifiedImageError):
+            reason = "empty, or of a format that Pillow does not read"
+        else:
+            reason = (isinstance(e, OSError) and e.strerror) or str(e).split("\n")[0] or type(e).__name__
+        raise UnreadableImage(f"{name}: not a readable image ({reason}); remove or replace it", name) from None
+
+
+def open_rgb(
+    file: str | os.PathLike[str] | bytes | IO[bytes], name: str, value_range: Range | None = None
+) -> Image.Image:
+    """Reads an image, the first of several, as 8-bit RGB.
+
+    Args:
+        file: a path, the bytes of a file, or an open file.
+        name: what to call the image in messages.
+        value_range: see `to_rgb`.
+
+    Raises:
+        UnreadableImage: the file is missing, no image or damaged, or `to_rgb` refuses it.
+    """
+    with naming(name), ExitStack() as stack:
+        if isinstance(file, bytes):
+            file = io.BytesIO(file)
+        elif isinstance(file, (str, os.PathLike)):  # given a path, Pillow maps the file, and jumbles some turned TIFFs
+            file = stack.enter_context(open(file, "rb"))
+        return to_rgb(stack.enter_context(Image.open(file)), value_range)
+
+
+def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
+    """Converts an image to 8-bit RGB: upright by its EXIF orientation, what is transparent over white.
+
+    Args:
+        image: of any mode; best just opened and not loaded, because Pillow forgets the file's bit depth.
+        value_range: the values that become black and white where there are more than 8 bits; None for [0, 65535],
+            which only 16-bit images have.
+
+    Raises:
+        ValueError: there is no one right way to RGB; the text says what to do. Pillow raises others for damaged files.
+    """
+    encoding = str([tile[3] for tile in getattr(image, "tile", ())])  # such as RGB;16B
+    tags = dict(getattr(image, "tag_v2", {}))
+    image.load()
+    if 0 in image.size:
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
+    if image.mode.startswith(("I", "F")):
+        rgb = _scaled(image, value_range, tags)
+    else:
+        rgb = _converted(image, value_range, encoding, tags)
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # an image with damaged metadata is still an image
+        orientation = None
+    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+
+
+def _scaled(image: Image.Image, value_range: Range | None, tags: dict) -> Image.Image:
+    """Maps the range of a grey image of 16 or 32 bits to 0..255; convert("RGB") would clip it."""
+    values = np.asarray(image)
+    bits, unsigned = tags.get(BITS, (0,))[0], tags.get(SAMPLE_FORMAT, (1,))[0] == 1
+    if image.mode == "I" and bits == 32 and unsigned:
+        values = values.view(np.uint32)  # Pillow has signed integers only
+    if value_range is None:
+        # Pillow also opens the 16 bits of PGM, and in some versions of PNG, in the 32 of mode I.
+        if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+            raise _RefusedImage(
+                f"mode {image.mode} says not which values are black and white; give data.value_range, or convert it"
+            )
+        value_range = (0, 4095 if bits == 12 else 65535)
+    elif np.isnan(values).any():
+        raise _RefusedImage("has values that are not numbers (NaN); replace them or remove it")
+    low, high = value_range
+    grey = np.round(((values.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow sees to it for 8 bits only
+        grey = 255 - grey
+    grey[values == image.info.get("transparency")] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _converted(image: Image.Image, value_range: Range | None, encoding: str, tags: dict) -> Image.Image:
+    """Converts an image of 8 bits, or of 16 of which Pillow keeps the upper 8, and lays it over white."""
+    if image.mode not in TO_RGB:
+        raise _RefusedImage(f"mode {image.mode} has no known way to RGB; convert it")
+    if tags.get(SAMPLE_FORMAT, (1,))[0] != 1:
+        raise _RefusedImage("has signed values in 8 bits, which Pillow reads wrong; convert it")
+    if ";16" in encoding and (value_range or "transparency" in image.info):
+        what = "data.value_range" if value_range else "its transparent colour"
+        raise _RefusedImage(f"16-bit colour, of which Pillow keeps 8 bits, too few for {what}; convert it to 8 bits")
+    for grey, factor in (("L;2", 85), ("L;4", 17)):  # PNG: Pillow scales the pixels but not the transparent value
+        if grey in encoding and "transparency" in image.info:
+            image.info["transparency"] *= factor
+    if image.mode == "La":
+        image = image.convert("LA")  # the only way out of La
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
