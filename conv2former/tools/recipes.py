@@ -1,0 +1,99 @@
+"""The table of recipes, read from their YAML files: what a file says is in its keys, the rest in its header."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, Plan, load_config, make_plan
+from ..errors import ConfigError
+
+__all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table"]
+
+NO_RUNS = ("models", "variants")  # folders of networks
+PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % top-1 at \d+)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration file that is a run, and what its header says.
+
+    Attributes:
+        path: the file.
+        config: what it resolves to.
+        header: the comments above its first key, without the marks, lines joined by blanks.
+        published: the result that its header gives, `83.2 % top-1 at 224` or `none`.
+        devices: for which the command in the header is.
+        plan: batch and rate on these devices; its steps are not those of a run, because the data is not opened.
+    """
+
+    path: Path
+    config: Config
+    header: str
+    published: str
+    devices: int
+    plan: Plan
+
+
+def find_recipes(configs: Path) -> list[Path]:
+    """Returns the files below `configs` that are runs: neither networks nor bases, whose names begin with `_`."""
+    names = (path.relative_to(configs) for path in configs.glob("**/*.yaml"))
+    runs = [name for name in names if not name.name.startswith("_") and name.parts[0] not in NO_RUNS]
+    return [configs / name for name in sorted(runs, key=_by_number)]
+
+
+def _by_number(name: Path) -> list[str | int]:
+    """Sorts kernel_5 before kernel_11."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        ConfigError: it has mistakes, or its header has no line `# Published: ...`.
+    """
+    config = load_config(path)
+    lines = path.read_text().splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    header = "\n".join(lines[:end])
+    published = PUBLISHED.search(header)
+    if published is None:
+        raise ConfigError(f"{path}: the header needs a line '# Published: none' or '# Published: 83.2 % top-1 at 224'")
+    devices = re.search(r"--nproc-per-node=(\d+)", header)
+    world_size = int(devices[1]) if devices else 1
+    batch = config.train.batch_size * config.train.accum_steps * world_size
+    return Recipe(
+        path=path,
+        config=config,
+        header=re.sub(r"\s*\n#\s*", " ", header.removeprefix("# ")),
+        published=published[1],
+        devices=world_size,
+        plan=make_plan(config, world_size, num_train_images=batch),
+    )
+
+
+def recipes_table(configs: Path) -> str:
+    """Returns a Markdown table of all recipes below a folder of configurations.
+
+    Raises:
+        ConfigError: a recipe has mistakes, or its header does not say what is published.
+    """
+    rows = [
+        "| recipe | model | start weights | data | size | epochs | global batch | peak rate | published |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in find_recipes(configs):
+        recipe = read_recipe(path)
+        config, plan = recipe.config, recipe.plan
+        model, data = config.model, config.data
+        network = model.variant["name"] if model.variant else model.name
+        start = f"`{model.checkpoint}`" if model.checkpoint else "random"
+        classes = f"{data.num_classes:,} classes" if data.num_classes else "classes found"
+        batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
+        rows.append(
+            f"| `{path.relative_to(configs)}` | `{network}` | {start} | {data.source}, {classes} | {data.img_size} | "
+            f"{plan.epochs} | {batch} | {plan.lr:g} | {recipe.published} |"
+        )
+    return "\n".join(rows)
