@@ -1,4 +1,4 @@
-"""The errors that a user can cause. Scripts print their text and exit with code 2 (TrainingError: 3)."""
+"""The errors that a user can cause, and the ends of a run. Scripts print their text and exit with `exit_code`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "OutputError",
+    "RunStopped",
     "TrainingError",
     "UserError",
     "bullets",
@@ -19,11 +21,21 @@ __all__ = [
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: its text says what is wrong, where, and what to do."""
+    """A mistake in what the user gave: its text says what is wrong, where, and what to do.
+
+    Attributes:
+        scope: which processes have the same error, so that it is printed once: this `process` alone, each on a `node`,
+            or all of the `run`.
+    """
+
+    exit_code = 2
+    scope = "process"
 
 
 class ConfigError(UserError):
     """A wrong configuration: a YAML file, an override, or a variant definition."""
+
+    scope = "run"
 
 
 class DataError(UserError):
@@ -34,8 +46,22 @@ class CheckpointError(UserError, RuntimeError):
     """A weight file that cannot be read or does not fit. Also a RuntimeError, which is what torch and timm raise."""
 
 
+class OutputError(UserError):
+    """A run folder that cannot be written, for example because the disk is full."""
+
+
 class TrainingError(RuntimeError):
     """A run that must not go on, such as one whose loss is not a number. The last checkpoint is as it was."""
+
+    exit_code = 3
+    scope = "run"
+
+
+class RunStopped(RuntimeError):
+    """A run that was told to stop by a signal. It is saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+    scope = "run"
 
 
 def closest(word: object, choices: Iterable[str]) -> str:

@@ -8,14 +8,19 @@ Every key of the configuration can be set on the command line: optim.base_lr=1e-
 
 from __future__ import annotations
 
+import time
+
+START = time.perf_counter()  # before the imports, which take seconds
+
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import yaml
 
 from conv2former.config import load_config
-from conv2former.engine import dry_run, join_world, train
+from conv2former.engine import dry_run, train
 from conv2former.tools.cli import run_cli
 
 
@@ -41,14 +46,16 @@ def main() -> None:
     if args.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return
-    output = Path(args.output or Path("runs") / Path(args.config).stem)
-    with join_world() as world:
-        if args.dry_run:
-            lines = dry_run(config, world)
-        else:
-            lines = summary(train(config, output, world, args.resume), output)
-        if world.is_main:
-            print("\n".join(lines))
+    if args.dry_run:
+        lines = [
+            *dry_run(config),
+            f"{time.perf_counter() - START:.1f} s from the start of this program to the first step",
+        ]
+    else:
+        output = Path(args.output or Path("runs") / Path(args.config).stem)
+        lines = summary(train(config, output, args.resume), output)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
 
 
 def summary(report: dict, output: Path) -> list[str]:
@@ -63,9 +70,11 @@ def summary(report: dict, output: Path) -> list[str]:
         "",
         f"top-1 {report['top1']:.2f} % on {report['n']} images ({report['weights']} weights, epoch {report['epoch']} "
         f"of {report['epochs']}), trained in {minutes} min {seconds} s",
+        *([f"  skipped      {report['skipped']} unreadable images"] if report["skipped"] else []),
         f"  checkpoint   {report['checkpoint']}",
         f"  TensorBoard  {report['tensorboard'] or 'off'}",
         f"  curves       {report['curves']}",
+        *([f"  confusions   {report['confusion']}"] if report["confusion"] else []),
         f"  report       {output / 'report.json'}",
         f"next: {python} scripts/validate.py --checkpoint {report['checkpoint']}",
     ]

@@ -10,9 +10,9 @@ authors' files, and any other, the defaults of the configuration hold: 224 x 224
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from conv2former.engine import join_world
 from conv2former.tools.cli import run_cli
 from conv2former.tools.validate import validate
 
@@ -29,14 +29,15 @@ def main() -> None:
         "--raw", action="store_true", help="evaluate the raw weights although the file has averaged ones"
     )
     args, overrides = parser.parse_known_args()
-    with join_world() as world:
-        result = validate(args.checkpoint, world, args.config, overrides, use_ema=not args.raw)
-        if world.is_main:
-            print(f"{result['variant']}, {result['weights']} weights, {result['precision']}, on {result['data']}")
-            print(
-                f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  "
-                f"({result['n']} images)"
-            )
+    result = validate(args.checkpoint, args.config, overrides, use_ema=not args.raw)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"{result['variant']}, {result['weights']} weights, {result['precision']}, on {result['data']}")
+    for reason in result["skipped"]:
+        print(f"skipped: {reason}")
+    print(
+        f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  ({result['n']} images)"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,16 @@ except ModuleNotFoundError as e:
     raise ModuleNotFoundError('training and evaluation need more packages: pip install "conv2former[train]"') from e
 
 from .load import apply_overrides, check_config, differences, load_config
-from .resolve import Plan, make_plan
+from .resolve import Plan, img_size_at, make_plan
 from .schema import Config
 
-__all__ = ["Config", "Plan", "apply_overrides", "check_config", "differences", "load_config", "make_plan"]
+__all__ = [
+    "Config",
+    "Plan",
+    "apply_overrides",
+    "check_config",
+    "differences",
+    "img_size_at",
+    "load_config",
+    "make_plan",
+]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..errors import DataError
 from .schema import Config
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "img_size_at", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Plan:
     Attributes:
         global_batch_size: images per optimizer step, over all devices and accumulation steps.
         lr: peak learning rate for that batch.
-        steps_per_epoch: optimizer steps; images that do not fill a global batch wait for another epoch's order.
+        steps_per_epoch: optimizer steps; images that do not fill a global batch wait for another epoch's order, with
+            `train.keep_tail` only those that do not fill every device's batch.
         epochs: warm-up and cool-down included.
     """
 
@@ -45,9 +47,25 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
             f"({config.train.batch_size} x {config.train.accum_steps} accumulation steps x {world_size} devices): "
             "lower train.batch_size"
         )
+    per_pass = config.train.batch_size * world_size
+    steps = num_train_images // global_batch_size
+    if config.train.keep_tail:
+        steps = math.ceil(num_train_images // per_pass / config.train.accum_steps)
     return Plan(
         global_batch_size=global_batch_size,
         lr=config.optim.base_lr * global_batch_size / config.optim.base_batch_size,
-        steps_per_epoch=num_train_images // global_batch_size,
+        steps_per_epoch=steps,
         epochs=config.schedule.epochs + config.schedule.cooldown_epochs,
     )
+
+
+def img_size_at(config: Config, epoch: int) -> int:
+    """Returns the height and width of the training images in `epoch`, counted from 0.
+
+    With `augment.first_img_size` it grows linearly over `schedule.epochs`, in steps of 32 pixels, and is
+    `data.img_size` in the last of them and in the cool-down.
+    """
+    first, last = config.augment.first_img_size, config.data.img_size
+    if first is None or epoch >= config.schedule.epochs - 1:
+        return last
+    return first + int((last - first) * epoch / (config.schedule.epochs - 1)) // 32 * 32

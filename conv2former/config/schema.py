@@ -38,21 +38,32 @@ class ModelConfig(Section):
     drop_rate: Rate = 0.0  # dropout before the classifier
     head_init_scale: Above0 = 1.0  # factor on the fresh classifier's weights; small for fine-tuning
     grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    # what keeps its starting weights, from the input up to and including this; backbone: all but the classifier (linear
+    # probing). Frozen BatchNorm and drop path stay in evaluation mode.
+    freeze: Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"] = "nothing"
 
 
 class DataConfig(Section):
     """Where the images are, and their size and normalisation."""
 
-    source: Literal["folder", "hf", "digits"] = "folder"
+    source: Literal["folder", "hf", "wds", "digits"] = "folder"
     # folder: a folder with one folder per split, in it one per class.
     # hf: a local folder of parquet, arrow or image files that `datasets` reads, or a name on the Hugging Face hub.
+    # wds: a folder of WebDataset tars, root/SPLIT/*.tar or root/SPLIT-*.tar, on a local or mounted disk.
     # digits: where scikit-learn's digits are written, once, as a parquet data set.
     root: str = ""
     train_split: str = "train"
     val_split: str | None = None  # null: validation, val, valid or test, whichever exists first
     image_key: str = "image"  # hf only: columns of the data set
-    label_key: str = "label"
+    label_key: str = "label"  # also of the json files in tars
     num_classes: Positive | None = None  # null: as many as the data has; otherwise checked against it
+    streaming: bool = False  # hf only: read the training images as they come instead of storing the data set first
+    epoch_images: Positive | None = None  # with streaming: how many images an epoch is; the length is not guessed
+    shuffle_images: Positive = 4096  # with streaming: images in the buffer that the order is drawn from, per process
+    on_error: Literal["raise", "skip"] = "raise"  # an unreadable image: stop and name it, or go on without it
+    max_skipped: Probability = 0.01  # with skip: the share of a split that may be unreadable before the run stops
+    # black and white of images of more than 8 bits; null: [0, 65535] for 16-bit integers, others are refused
+    value_range: tuple[Finite, Finite] | None = None
     img_size: Annotated[int, Field(ge=32)] = 224
     mean: Rgb = (0.485, 0.456, 0.406)
     std: tuple[Above0, Above0, Above0] = (0.229, 0.224, 0.225)
@@ -81,6 +92,8 @@ class AugmentConfig(Section):
     cutmix: NonNegative = 1.0
     mix_prob: Probability = 1.0  # of a batch to be mixed at all
     mix_switch_prob: Probability = 0.5  # of cutmix, where both are on
+    mix_off_epochs: Count = 0  # the last epochs without either, cool-down included
+    first_img_size: Annotated[int, Field(ge=32)] | None = None  # grow from this to data.img_size, in steps of 32 pixels
     smoothing: Rate = 0.1  # of the labels
 
 
@@ -116,10 +129,16 @@ class TrainConfig(Section):
     accum_steps: Positive = 1  # forward passes per optimizer step; global batch = batch_size x accum_steps x devices
     eval_batch_size: Positive | None = None  # null: batch_size
     eval_every: Positive = 1  # epochs; the last epoch is always evaluated
+    keep_tail: bool = False  # also train on an epoch's last batches that do not fill all accumulation steps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    tf32: bool = True  # let GPUs round the factors of fp32 products to 19 bits
+    # of several devices: each normalises by its own batch, and the running statistics are averaged at the end of an
+    # epoch; or all of them by all their images (GPUs only)
+    batchnorm: Literal["average", "sync"] = "average"
     channels_last: bool = True
     compile: bool = False  # torch.compile
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    timeout_minutes: Above0 = 10.0  # a process that lets the others wait for longer ends the run
 
 
 class EmaConfig(Section):
@@ -134,6 +153,8 @@ class CheckpointConfig(Section):
 
     every_steps: Positive | None = None  # also every so many optimizer steps
     keep: Positive = 2  # newest ones to keep, besides the best
+    # what may differ from the run that is continued, such as [optim.base_lr, augment]; it then ends differently
+    allow_changes: tuple[str, ...] = ()
 
 
 class LogConfig(Section):
@@ -166,6 +187,18 @@ class Config(Section):
         if self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
+        if self.data.streaming and self.data.source != "hf":
+            found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
+        if self.data.streaming and self.data.epoch_images is None:
+            found.append("data.epoch_images: missing; with data.streaming say how many images an epoch is")
+        if self.data.epoch_images is not None and not self.data.streaming:
+            found.append("data.epoch_images: has no effect without data.streaming; leave it out")
+        if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:
+            found.append(f"data.value_range: the first number must be below the second: {list(self.data.value_range)}")
+        if self.augment.first_img_size and self.augment.first_img_size > self.data.img_size:
+            found.append(f"augment.first_img_size: above data.img_size: {self.augment.first_img_size}")
+        if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
+            found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
         if self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
         for key in ("scale", "ratio"):

@@ -1,17 +1,22 @@
 """From a data section to loaders and a class list."""
 
-from .loader import EpochSampler, Stream, eval_loader, eval_transform, seed_all, train_loader, train_transform
+from .batch import Batch, Skipped, Stream, eval_transform, seed_all, train_transforms
+from .loader import EpochSampler, eval_loader, train_loader
 from .sources import DataSource, open_train_and_val, open_val
+from .streams import StreamSource
 
 __all__ = [
+    "Batch",
     "DataSource",
     "EpochSampler",
+    "Skipped",
     "Stream",
+    "StreamSource",
     "eval_loader",
     "eval_transform",
     "open_train_and_val",
     "open_val",
     "seed_all",
     "train_loader",
-    "train_transform",
+    "train_transforms",
 ]

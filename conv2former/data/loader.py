@@ -3,93 +3,48 @@
 The order of an epoch is a function of (seed, epoch), the augmentation of an image of (seed, epoch, index). So there is
 no state to save: a run that starts again in the middle of an epoch sees what the other would have seen, the number of
 loader workers changes nothing, and the same global batches come for any number of devices that gives the same global
-batch.
+batch. Streams keep all but the last: see streams.py.
 """
 
 from __future__ import annotations
 
-import enum
-import random
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
-import torch
-from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config.schema import AugmentConfig, DataConfig
+from ..config import Config
+from ..config.schema import DataConfig
 from ..errors import DataError
+from .batch import Item, collate, eval_transform, load_image, train_transforms
 from .sources import DataSource
+from .streams import StreamBatches, StreamImages, StreamSource
 
-__all__ = ["EpochSampler", "Stream", "eval_loader", "eval_transform", "seed_all", "train_loader", "train_transform"]
-
-
-class Stream(enum.IntEnum):
-    """What a random number is for, so that equal places in different streams draw different numbers."""
-
-    INIT = 0
-    IMAGE = 1
-    STEP = 2
-
-
-def seed_all(stream: Stream, *place: int) -> None:
-    """Seeds Python, NumPy and torch on every device from a place in the run, such as (seed, epoch, index)."""
-    words = np.random.SeedSequence([stream, *map(int, place)]).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002 - timm's augmentation draws from the global generator
-    torch.manual_seed(int(words[2]) << 31 ^ int(words[3]))
-
-
-def train_transform(data: DataConfig, augment: AugmentConfig) -> Any:
-    """Returns timm's training transform: a PIL image to a normalised float tensor, (3, img_size, img_size)."""
-    return create_transform(
-        data.img_size,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-        mean=data.mean,
-        std=data.std,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-    )
-
-
-def eval_transform(data: DataConfig) -> Any:
-    """Returns timm's evaluation transform: a PIL image to a normalised float tensor, (3, img_size, img_size)."""
-    return create_transform(
-        data.img_size,
-        is_training=False,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        crop_pct=data.crop_pct,
-        crop_mode=data.crop_mode,
-    )
+__all__ = ["EpochSampler", "eval_loader", "train_loader"]
 
 
 class _Transformed(Dataset):
     """Images through a transform. A key is an index, or, to seed the transform, a pair of epoch and index."""
 
-    def __init__(self, source: DataSource, transform: Any, seed: int = 0) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0) -> None:
+        self.source, self.transforms, self.skip, self.seed = source, transforms, skip, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        index = key if isinstance(key, int) else key[1]
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        if isinstance(key, tuple):
+            epoch, index = key
+            return load_image(lambda: self._read(index), self.transforms[epoch], self.skip, (self.seed, epoch, index))
+        return load_image(lambda: self._read(key), self.transforms[0], self.skip, None)
+
+    def _read(self, index: int) -> tuple[Any, int]:
         image, label = self.source.images[index]
         if not 0 <= label < len(self.source.class_names):  # on a GPU it would be an assertion without a name
             raise DataError(f"{self.source.name}, image {index}: class {label} of {len(self.source.class_names)}")
-        if isinstance(key, tuple):
-            seed_all(Stream.IMAGE, self.seed, *key)
-        return self.transform(image), label
+        return image, label
 
 
 class EpochSampler(Sampler):
@@ -104,56 +59,124 @@ class EpochSampler(Sampler):
         accum_steps: forward passes per optimizer step.
         rank, world_size: this device, and how many there are.
         seed: of the order.
+        keep_tail: deal also the whole batches of an epoch's last, shorter accumulation.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, accum_steps: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        num_images: int,
+        batch_size: int,
+        accum_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        keep_tail: bool = False,
     ) -> None:
         self.num_images, self.batch_size, self.accum_steps = num_images, batch_size, accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
+        passes = num_images // (batch_size * world_size)
+        self.passes = passes if keep_tail else passes // accum_steps * accum_steps
         self.epoch = self.first_step = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch."""
-        return self.num_images // (self.batch_size * self.accum_steps * self.world_size)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Chooses what the next iteration goes over: `epoch`, from optimizer step `first_step` of it on."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.accum_steps
+        return self.passes - self.first_step * self.accum_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
-        used = order[: self.steps_per_epoch * self.accum_steps * self.world_size * self.batch_size]
+        used = order[: self.passes * self.world_size * self.batch_size]
         batches = used.reshape(-1, self.world_size, self.batch_size)[self.first_step * self.accum_steps :, self.rank]
         for batch in batches:
             yield [(self.epoch, int(index)) for index in batch]
 
+    def batch_numbers(self) -> Iterator[tuple[int, int]]:
+        """Yields (epoch, number of the forward pass in it), which is all that a stream needs to know."""
+        for number in range(self.first_step * self.accum_steps, self.passes):
+            yield self.epoch, number
+
+
+class _BatchNumbers(Sampler):
+    """The numbers of an EpochSampler's batches instead of their images."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self.sampler.batch_numbers()
+
+
+def _itself(batch: Any) -> Any:
+    return batch
+
 
 def train_loader(
-    source: DataSource, data: DataConfig, augment: AugmentConfig, sampler: EpochSampler, pin_memory: bool
+    source: DataSource | StreamSource, config: Config, sampler: EpochSampler, pin_memory: bool, worker_init: Any = None
 ) -> DataLoader:
-    """Returns a loader of (images, labels): (batch_size, 3, img_size, img_size) float and (batch_size,) int64."""
+    """Returns a loader of training batches, augmented, in the order of `sampler`.
+
+    Args:
+        source: the images.
+        config: the run.
+        sampler: chooses epoch and first step before each iteration.
+        pin_memory: for a fast copy to a GPU.
+        worker_init: called in every worker process with its number.
+    """
+    workers = config.data.workers
+    common = {"pin_memory": pin_memory, "worker_init_fn": worker_init}
+    transforms, skip = train_transforms(config), config.data.on_error == "skip"
+    if isinstance(source, StreamSource):
+        stream = StreamBatches(
+            source, transforms, skip, sampler.batch_size, sampler.rank, sampler.world_size, sampler.seed
+        )
+        workers = stream.useful_workers(workers)
+        return DataLoader(
+            stream,
+            batch_size=None,
+            sampler=_BatchNumbers(sampler),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_itself,
+            **common,
+        )
     return DataLoader(
-        _Transformed(source, train_transform(data, augment), sampler.seed),
+        _Transformed(source, transforms, skip, sampler.seed),
         batch_sampler=sampler,
-        num_workers=data.workers,
-        persistent_workers=data.workers > 0,
-        pin_memory=pin_memory,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=partial(collate, fill=True),
+        **common,
     )
 
 
 def eval_loader(
-    source: DataSource, data: DataConfig, batch_size: int, rank: int, world_size: int, pin_memory: bool
+    source: DataSource | StreamSource,
+    data: DataConfig,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    worker_init: Any = None,
 ) -> DataLoader:
     """Returns a loader over this device's share of the images: every image on just one device, none twice."""
+    workers, transform, skip = data.workers, eval_transform(data), data.on_error == "skip"
+    common = {
+        "batch_size": batch_size,
+        "pin_memory": pin_memory,
+        "worker_init_fn": worker_init,
+        "collate_fn": partial(collate, fill=False),
+    }
+    if isinstance(source, StreamSource):
+        images = StreamImages(source, transform, skip, rank, world_size)
+        return DataLoader(images, num_workers=images.useful_workers(workers), **common)
     return DataLoader(
-        _Transformed(source, eval_transform(data)),
-        batch_size=batch_size,
-        sampler=list(range(rank, len(source), world_size)),
-        num_workers=data.workers,
-        pin_memory=pin_memory,
+        _Transformed(source, [transform], skip),
+        sampler=cast(Any, range(rank, len(source), world_size)),
+        num_workers=workers,
+        **common,
     )

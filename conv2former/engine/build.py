@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +27,20 @@ from ..models.variants import parse_variant
 from ..models.zoo import add_and_register
 from .distributed import World
 
-__all__ = ["Run", "autocast_for", "build_model", "build_run", "check_names", "find_variant_of"]
+__all__ = [
+    "OVERFLOWS",
+    "Run",
+    "autocast_for",
+    "build_model",
+    "build_run",
+    "check_names",
+    "drop_path_rate_of",
+    "find_variant_of",
+    "freeze",
+]
+
+# fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
+OVERFLOWS = 20
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -84,12 +98,13 @@ def drop_path_rate_of(config: Config) -> float:
 
 
 def build_model(config: Config, num_classes: int) -> Conv2Former:
-    """Builds the network on the CPU, with the configured starting weights.
+    """Builds the network on the CPU, with the configured starting weights. The same seed gives the same weights.
 
     Raises:
         ConfigError: there is no such variant.
         CheckpointError: the starting weights cannot be read or do not fit.
     """
+    seed_all(Stream.INIT, config.train.seed)
     model = timm.create_model(
         find_variant_of(config).name,
         num_classes=num_classes,
@@ -104,33 +119,49 @@ def build_model(config: Config, num_classes: int) -> Conv2Former:
     return model
 
 
-def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
-    """Returns the precision in effect, `auto` decided, and what makes its context.
+def freeze(model: Conv2Former, until: str) -> None:
+    """Freezes the network up to and including a part, and puts that part into evaluation mode.
 
-    Raises:
-        ConfigError: fp16 without a GPU.
+    Needed after every `model.train()`, which would let BatchNorm's statistics run and drop path drop.
+
+    Args:
+        model: the network.
+        until: nothing, stem, stage1 to stage4, or backbone: all but the classifier.
     """
+    parts: list[nn.Module] = [model.stem, *model.stages, model.head_conv]
+    count = ["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"].index(until)
+    for part in parts[:count]:
+        part.eval().requires_grad_(False)
+
+
+def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
+    """Returns the precision in effect, `auto` decided, and what makes its context."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return precision, partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run:
-    """Builds the network and all that trains it. Every process builds the same.
+def build_run(config: Config, plan: Plan, world: World, model: Conv2Former) -> Run:
+    """Builds all that trains a network. Every process builds the same.
 
-    Raises:
-        ConfigError: a name is unknown, or a setting does not go with the device.
-        CheckpointError: the starting weights cannot be read or do not fit.
+    Args:
+        config: the run.
+        plan: its numbers.
+        world: the processes, met.
+        model: from `build_model`; moved to the device.
     """
-    precision, autocast = autocast_for(config.train.precision, world.device)
-    seed_all(Stream.INIT, config.train.seed)
-    model = build_model(config, num_classes)
+    _, autocast = autocast_for(config.train.precision, world.device)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    num_classes = model.num_classes
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model.to(world.device)
     model.to(memory_format=memory_format)
+    if config.train.batchnorm == "sync" and world.size > 1:
+        model = cast(Conv2Former, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    freeze(model, config.model.freeze)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optim = config.optim
     optimizer = create_optimizer_v2(
@@ -167,7 +198,7 @@ def build_run(config: Config, plan: Plan, world: World, num_classes: int) -> Run
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         mixup=mixup,
         criterion=create_classification_loss(smoothing=config.augment.smoothing, soft_targets=mixup is not None),
         autocast=autocast,
@@ -178,36 +209,43 @@ def check_names(config: Config, device: torch.device) -> None:
     """Checks all that needs more than the schema, before the data is opened, which can take minutes.
 
     Raises:
-        ConfigError: lists every mistake: the variant, the optimizer, the precision.
+        ConfigError: lists every mistake: the variant, the optimizer, what does not go with the device.
     """
     mistakes = []
-    for check in (
-        lambda: find_variant_of(config),
-        lambda: _optimizer_args(config),
-        lambda: autocast_for(config.train.precision, device),
-    ):
+    for check in (lambda: find_variant_of(config), lambda: _optimizer_args(config)):
         try:
             check()
         except ConfigError as e:
             mistakes.append(str(e))
+    if config.train.batchnorm == "sync" and device.type != "cuda":
+        mistakes.append("train.batchnorm: sync needs GPUs; use average on CPUs")
     if len(mistakes) == 1:
         raise ConfigError(mistakes[0])
     raise_mistakes("the configuration", mistakes)
 
 
 def _optimizer_args(config: Config) -> dict[str, Any]:
-    """Returns the optional arguments of the configured optimizer that are set."""
+    """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists."""
     optim = config.optim
     try:
         info = get_optimizer_info(optim.opt)
     except ValueError:
         names = [str(name) for name in list_optimizers()]
         raise ConfigError(f"optim.opt: timm has no optimizer '{optim.opt}'{closest(optim.opt, names)}") from None
+    if info.second_order:
+        raise ConfigError(f"optim.opt: {optim.opt} needs second derivatives, which this loop does not compute")
     optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
     for key, (value, is_known) in optional.items():
         if value is not None and not is_known:
             raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
-    return {key: value for key, (value, _) in optional.items() if value is not None}
+    args = {key: value for key, (value, _) in optional.items() if value is not None}
+    if isinstance(info.opt_class, type) and "fused" in inspect.signature(info.opt_class).parameters:
+        args["fused"] = True  # one kernel, and it can leave a step out by itself; see step.FiniteCheck
+    try:
+        create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], optim.opt, lr=1e-3, **args)
+    except Exception as e:  # an assertion or an import error: some need a package that is not here
+        raise ConfigError(f"optim.opt: {optim.opt} cannot be used here: {str(e) or type(e).__name__}") from None
+    return args
 
 
 def _build_mixup(config: Config, num_classes: int) -> Mixup | None:

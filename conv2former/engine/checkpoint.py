@@ -1,10 +1,16 @@
 """Training checkpoints: one plain dict of tensors and built-in types per file, written whole or not at all.
 
+Beside each `step_NNNNNNNN.pt` lies a `.sha256` in the format of the program `sha256sum`. A file that does not match it
+is damaged, and the one before it is used.
+
 step, epoch          optimizer steps done, epochs done
 model, model_ema     state dicts of the raw module and of the average (None without one)
 optimizer, scaler    state dicts (scaler None unless fp16)
 metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
+confusion            of the best so far: rows of counts, a row per true class (None with many classes)
 class_names          names in index order
+skipped              the images that could not be read so far, and why, with `data.on_error: skip`
+started_from         the checkpoint given with --resume PATH, or None
 config, variant      the resolved configuration and the network's definition
 seconds              training time so far
 plan                 images, global batch and steps per epoch: a continuation must have the same
@@ -13,18 +19,20 @@ versions, format     of torch, timm and this package; of this layout
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from ..errors import CheckpointError, bullets
+from ..errors import CheckpointError, OutputError, bullets
 from ..models.weights import read_checkpoint
 
-__all__ = ["FORMAT", "latest_checkpoint", "read_training_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT", "latest_checkpoint", "read_training_checkpoint", "remove_leftovers", "save_checkpoint"]
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
@@ -43,10 +51,25 @@ _KEYS = {
 }
 
 
+class _Hashed:
+    """A file for writing that knows the hash of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: int) -> Path:
     """Writes `folder/step_NNNNNNNN.pt`, and makes `best.pt` the same file if it is the best; removes old ones.
 
-    A file appears under its name only when it is complete and on the disk.
+    A file appears under its name only when it is complete and on the disk. Tensors are written one after the other, so
+    that no second copy of the weights is held.
 
     Args:
         folder: made if it does not exist.
@@ -58,25 +81,101 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
         The path of the new file.
 
     Raises:
-        CheckpointError: the file cannot be written; the files before it are untouched.
+        OutputError: the file cannot be written; the files before it are untouched.
     """
     path = folder / f"step_{content['step']:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save({**content, "format": FORMAT}, file)
+            hashed = _Hashed(file)
+            torch.save({**content, "format": FORMAT}, cast(Any, hashed))
+            _to_disk(file)
+        _write_whole(_checksum_path(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
+        if is_best:  # before the rename: a kill between the two is then made good by the repeated steps
+            _copy(temporary, folder / "best.pt")
+        os.replace(temporary, path)
+        _to_disk(folder)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written ({_reason(e)}); earlier checkpoints are untouched. Make room or repair the "
+            "disk, then the same command goes on"
+        ) from None
+    for old in _list(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+        _checksum_path(old).unlink(missing_ok=True)
+    return path
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what the operating system said, which torch reports as the cause of an error of its own."""
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    return str(error).split("\n")[0]
+
+
+def _to_disk(file: BinaryIO | Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    if not isinstance(file, Path):
+        file.flush()
+        os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # not every file system lets folders be flushed
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if is_best:
-            _copy(path, folder / "best.pt")
-    except (OSError, RuntimeError) as e:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written ({e}); earlier checkpoints are untouched") from None
-    for old in _list(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files of processes that were killed. Nobody else may be writing into the folder."""
+    for path in folder.glob(".*.pt*"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob("step_*.pt.sha256"):
+        if not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _verify(path: Path) -> None:
+    """Compares a file with the checksum beside it; one without is taken as it is.
+
+    Raises:
+        CheckpointError: they differ, or the file cannot be read.
+    """
+    try:
+        expected = _checksum_path(path).read_text().split(" ")[0]
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError):
+        raise CheckpointError(f"{_checksum_path(path)} cannot be read") from None
+    sha256 = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                sha256.update(block)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read ({e})") from None
+    if sha256.hexdigest() != expected:
+        raise CheckpointError(f"{path} does not match its checksum: it is damaged or cut off")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -98,11 +197,13 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a file that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: it cannot be read, is not a training checkpoint of this project, or is of a newer format.
+        CheckpointError: it is damaged, cannot be read, is not a training checkpoint of this project, or is of a newer
+            format.
     """
+    _verify(path)
     content = read_checkpoint(path)
     if _KEYS - content.keys():
-        raise CheckpointError(f"{path} is a weight file, not a checkpoint to resume from; give it as model.checkpoint")
+        raise CheckpointError(f"{path} is a weight file, not a checkpoint to go on from; give it as model.checkpoint")
     if content.get("format", 0) > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}; this version reads up to {FORMAT}: update it")
     return content

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["World", "join_world", "rank0_first"]
+from ..errors import ConfigError, UserError
+from .watch import Watch
+
+__all__ = ["PeerError", "World", "join_world"]
+
+
+class PeerError(UserError):
+    """The mistake of another process, which has said what it is; this one ends with it."""
+
+    scope = "run"
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,26 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: Any = None  # a group on the CPU, for messages that must not wait for the GPU
+    at: Callable[[str], None] = field(default=lambda where: None)  # tells the others where this process is
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Reads what torchrun, or a batch script in its place, has set; talks to nobody.
+
+        Raises:
+            ConfigError: there are more processes on this machine than GPUs.
+        """
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not torch.cuda.is_available():
+            return cls(rank, size, torch.device("cpu"))
+        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"process {local_rank} of this machine has no GPU, {count} can be seen: start {count} per machine "
+                "(torchrun --nproc-per-node)"
+            )
+        return cls(rank, size, torch.device("cuda", local_rank))
 
     @property
     def is_main(self) -> bool:
@@ -34,42 +64,70 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every process's `value`, any small object, in the order of ranks. All must call it."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Runs `action` on the main process while the others wait; if it fails, all fail.
+
+        Raises:
+            UserError: that of `action` on the main process, a PeerError on the others.
+        """
+        error: UserError | None = None
+        if self.is_main:
+            try:
+                action()
+            except UserError as e:
+                error = e
+        if self.size > 1 and any(self.gather(error is not None)):
+            raise error or PeerError()
+        if error:
+            raise error
+
 
 @contextmanager
-def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
-    """Joins the other processes of a torchrun, if there are any, and leaves them at the end.
+def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Joins the other processes, if there are any, and leaves them at the end.
 
-    A GPU is used where there is one (NCCL between processes), else the CPU (gloo).
+    Processes talk through NCCL on GPUs, through gloo on CPUs. A group that the caller has made is used as it is.
 
     Args:
-        timeout_minutes: after which a collective that another process does not reach is an error instead of a hang.
+        world: from the environment.
+        timeout_minutes: how long the others may wait for one process before they end the run and name it.
     """
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if size == 1:
-        yield World(0, 1, device)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        yield world
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    # The watch names who is missing; the group's own timeout comes after it and is the second line.
+    timeout = timedelta(minutes=timeout_minutes) + timedelta(seconds=20)
+    is_mine = not dist.is_initialized()
+    store = None
+    if is_mine:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=10))))
+        dist.init_process_group(
+            "nccl" if world.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=world.device if world.device.type == "cuda" else None,
+        )
+    watch = Watch(store.clone(), world.rank, world.size, timeout_minutes * 60) if store else None
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    joined = replace(world, control=control, at=watch.at if watch else world.at)
     try:
-        yield World(rank, size, device)
-    finally:
+        yield joined
+    except BaseException:
+        if watch:  # the others may never answer again: leave without a farewell
+            watch.stop()
+        raise
+    if watch:
+        watch.stop()
+    if is_mine:
         dist.destroy_process_group()
-
-
-@contextmanager
-def rank0_first(world: World) -> Iterator[None]:
-    """Lets rank 0 through the block first: it writes what the others then find."""
-    if world.size > 1 and not world.is_main:
-        dist.barrier()
-    yield
-    if world.size > 1 and world.is_main:
-        dist.barrier()

@@ -1,4 +1,4 @@
-"""What a run tells: a bar or plain lines, `metrics.jsonl`, TensorBoard, `curves.png`. On the main process only."""
+"""What a run tells: a bar or plain lines, `train.log`, `metrics.jsonl`, TensorBoard. On the main process only."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-__all__ = ["RunLog", "read_metrics"]
+from ..errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RunLog", "read_metrics", "writing"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -35,9 +42,20 @@ class RunLog:
         first_step: steps done before; later rows of an earlier attempt are removed.
         tensorboard: whether to write TensorBoard files into `folder/tensorboard`.
         is_main: whether this process writes at all.
+        must_evaluate: whether the evaluation after `first_step` is still to come, so that its row, if any, goes too.
+
+    Every method raises OutputError if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int, tensorboard: bool, is_main: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int,
+        tensorboard: bool,
+        is_main: bool,
+        must_evaluate: bool = False,
+    ) -> None:
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
         self.path = folder / "metrics.jsonl"
         self._start, self._first_step = time.perf_counter(), first_step
@@ -45,23 +63,29 @@ class RunLog:
         self._bar: Any = None
         if not is_main:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing(folder):
+            kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+            if must_evaluate:
+                kept = [row for row in kept if (row["step"], row["kind"]) != (first_step, "eval")]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, self.path)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar if there is one, and writes it to `train.log` with the time."""
+        if not self.is_main:
+            return
         if self._bar is not None:
             self._bar.write(text)
-        elif self.is_main:
+        else:
             print(text, flush=True)
+        self._log(text)
 
     def advance(self) -> None:
         """Moves the bar by one step."""
@@ -69,76 +93,75 @@ class RunLog:
             self._bar.update()
 
     def step(self, step: int, epoch: int, row: dict[str, float]) -> None:
-        """Writes a training row: loss, lr, grad_norm, images_per_second, ..."""
+        """Writes a training row: loss, lr, grad_norm, images_per_second, data_wait, memory_gib."""
         self._write(step, {"kind": "train", "epoch": epoch, **row}, "train")
+        if not self.is_main:
+            return
         text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
+        left = (time.perf_counter() - self._start) / (step - self._first_step) * (self.total_steps - step)
+        line = f"epoch {epoch}  step {step}/{self.total_steps}  {text}  {_clock(left)} left"
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch}", refresh=False)
             self._bar.set_postfix_str(text)
-        elif self.is_main:
-            left = (time.perf_counter() - self._start) / (step - self._first_step) * (self.total_steps - step)
-            print(f"epoch {epoch}  step {step}/{self.total_steps}  {text}  {_clock(left)} left", flush=True)
+        else:
+            print(line, flush=True)
+        self._log(line)
 
     def evaluation(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """Writes an evaluation row: top1, top5, loss, n, and the same of the average as ema_top1, ..."""
         self._write(step, {"kind": "eval", "epoch": epoch, **row}, "eval")
 
-    def images(self, images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Writes up to 32 normalised training images, (N, 3, H, W), as a grid, to `first_batch.png` and TensorBoard."""
-        if not self.is_main:
-            return
-        from torchvision.utils import make_grid, save_image
+    def picture(self, name: str, figure: Figure, step: int) -> Path:
+        """Writes a picture to `NAME.png` and to TensorBoard."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        shown = images[:32].detach().float().cpu()
-        shown = shown * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
-        grid = make_grid(shown.clamp(0, 1), nrow=8)
-        save_image(grid, self.folder / "first_batch.png")
-        if self._writer:
-            self._writer.add_image("train/first_batch", grid, self._first_step)
+        canvas = FigureCanvasAgg(figure)
+        path = self.folder / f"{name}.png"
+        with writing(self.folder):
+            figure.savefig(path)
+            if self._writer:
+                canvas.draw()
+                self._writer.add_image(name, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+        return path
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard."""
         if self._bar is not None:
             self._bar.close()
         if self._writer:
-            self._writer.close()
+            with writing(self.folder):
+                self._writer.close()
 
-    def plot(self) -> Path:
-        """Draws `curves.png`, loss and accuracy over the epochs, from `metrics.jsonl`."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        rows = read_metrics(self.path)
-        evals = [row for row in rows if row["kind"] == "eval"]
-        steps_per_epoch = max((row["step"] / row["epoch"] for row in evals), default=1)
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        train = [row for row in rows if row["kind"] == "train"]
-        left.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train], lw=1, label="training")
-        left.plot([r["epoch"] for r in evals], [r["loss"] for r in evals], marker=".", label="validation")
-        left.set(xlabel="epoch", ylabel="loss", title="Loss (training: of one step, on augmented images)")
-        for key, label in (("top1", "top-1"), ("ema_top1", "top-1, averaged weights")):
-            points = [(r["epoch"], r[key]) for r in evals if key in r]
-            if points:
-                right.plot(*zip(*points, strict=True), marker=".", label=label)
-        right.set(xlabel="epoch", ylabel="%", title="Validation accuracy")
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            axes.legend()
-        path = self.folder / "curves.png"
-        figure.savefig(path, dpi=110)
-        return path
+    def _log(self, text: str) -> None:
+        with writing(self.folder), (self.folder / "train.log").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
         if not self.is_main:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        if self._writer:
-            for key, value in row.items():
-                if key not in ("kind", "n"):
-                    self._writer.add_scalar(f"{group}/{key}", value, step)
+        with writing(self.folder):
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            if self._writer:
+                for key, value in row.items():
+                    if key not in ("kind", "n"):
+                        self._writer.add_scalar(f"{group}/{key}", value, step)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while writing into the run folder into an error that says so.
+
+    Raises:
+        OutputError: the disk is full, the folder has gone, ...
+    """
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(
+            f"{folder} cannot be written ({e}). Make room or repair the disk; the same command goes on from the last "
+            "checkpoint"
+        ) from None
 
 
 def _clock(seconds: float) -> str:

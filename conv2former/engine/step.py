@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import Stream, seed_all
+from ..data import Batch, Stream, seed_all
 from ..errors import TrainingError
-from .build import Run
+from .build import Run, freeze
+from .distributed import World
 
-__all__ = ["StepResult", "train_step"]
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+__all__ = ["FiniteCheck", "StepResult", "mix", "train_step"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,91 @@ class StepResult:
     lr: float
 
 
-def train_step(run: Run, batches: Sequence[Batch], step: int) -> StepResult:
+class FiniteCheck:
+    """Stops the run when the gradients are not finite, without making the program wait for a GPU.
+
+    On a CPU the gradient norm is looked at before the optimizer steps. On a GPU it would not be known yet, so the
+    optimizer is told where to look and leaves the step out itself, there and in all that follow, and the program reads
+    the verdict `lag` steps later; an optimizer that cannot be told (all but torch's fused ones) costs a wait per step.
+    Either way no weight has changed. The norm is that of the averaged gradients, so all processes stop at the same
+    step without asking each other.
+
+    In fp16 an overflow is the scaler's business: it leaves the step out and lowers the scale. Only `limit` of them in a
+    row are an error.
+
+    Args:
+        world: the processes.
+        optimizer: whose steps are to be left out.
+        limit: steps in a row whose gradients are not finite.
+        lag: steps; None for 0 on a CPU and 2 on a GPU.
+    """
+
+    def __init__(self, world: World, optimizer: torch.optim.Optimizer, limit: int = 1, lag: int | None = None) -> None:
+        self.world, self.optimizer, self.limit = world, optimizer, limit
+        can_leave_out = getattr(optimizer, "_step_supports_amp_scaling", False)
+        default = 2 if world.device.type == "cuda" and can_leave_out else 0
+        self.lag = default if lag is None else lag
+        self._in_a_row = torch.zeros((), device=world.device)
+        self._unread: deque[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def note(self, step: int, result: StepResult, scaled: bool) -> None:
+        """Takes in a step's gradient norm, before the optimizer steps.
+
+        Args:
+            step: its number.
+            result: its measurements.
+            scaled: whether a gradient scaler, which tells the optimizer itself, is in use.
+
+        Raises:
+            TrainingError: see `read`.
+        """
+        over = ~torch.isfinite(result.grad_norm) | (self._in_a_row >= self.limit)
+        self._in_a_row = torch.where(over, self._in_a_row + 1, torch.zeros_like(self._in_a_row))
+        if self.lag and not scaled:
+            self.optimizer.found_inf = (self._in_a_row > 0).float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        values, event = torch.stack([self._in_a_row, result.loss, result.grad_norm]).float(), None
+        if self.world.device.type == "cuda":
+            values = torch.empty(3, pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._unread.append((step, result.lr, values, event))
+        self.read(self.lag)
+
+    def read(self, leave: int = 0) -> None:
+        """Reads all verdicts but the newest `leave`. Before anything is saved or evaluated it must read them all.
+
+        Raises:
+            TrainingError: the gradients of a step were not finite; on every process.
+        """
+        while len(self._unread) > leave:
+            step, lr, values, event = self._unread.popleft()
+            if event:
+                event.synchronize()
+            in_a_row, loss, grad_norm = values.tolist()
+            if in_a_row >= self.limit:
+                self._fail(step, lr, loss, grad_norm)
+
+    def _fail(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
+        losses = self.world.gather(loss)
+        broken = [(rank, value) for rank, value in enumerate(losses) if not abs(value) < float("inf")]
+        where = ", ".join(f"loss {value:.4g} on rank {rank}" for rank, value in broken)
+        times = f" for {self.limit} steps in a row, whatever the scale," if self.limit > 1 else ""
+        raise TrainingError(
+            f"the gradients are not finite{times} at step {step} ({where or f'loss {losses[0]:.4g} on rank 0'}, "
+            f"gradient norm {grad_norm:.4g}, learning rate {lr:.3g}): stopped before any weight changed. "
+            "Lower optim.base_lr, set optim.clip_grad, or look at the images of this step"
+        )
+
+
+def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck) -> StepResult:
     """Does optimizer step number `step`, counted from 0.
 
     Args:
         run: what to train.
-        batches: the accumulation steps' (images, class indices) of this process.
+        batches: the accumulation steps' images and class indices of this process.
         step: decides the learning rate and every random draw.
+        check: of the gradients.
 
     Raises:
         TrainingError: the gradients are not finite, on every process, before any weight has changed.
@@ -47,50 +125,48 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> StepResult:
     run.scheduler.step_update(step)
     run.optimizer.zero_grad(set_to_none=True)
     run.forward.train()
+    freeze(run.model, run.config.model.freeze)
     loss_sum = torch.zeros((), device=run.world.device)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
-        seed_all(Stream.STEP, run.config.train.seed, step, i, run.world.rank)
         # gradients are exchanged once, in the last backward pass
         waits = isinstance(run.forward, DistributedDataParallel) and not is_last
         with run.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            loss = _loss(run, batch)
+            images, targets = mix(run, batch, step, i)
+            with run.autocast():
+                logits = run.forward(images)
+            loss = run.criterion(logits.float(), targets)
+            if is_last:
+                run.world.at(f"the backward pass of step {step}")
             run.scaler.scale(loss / len(batches)).backward()
         loss_sum += loss.detach() / len(batches)
     run.scaler.unscale_(run.optimizer)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
     if run.config.optim.clip_grad:
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.clip_grad)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.optim.clip_grad)
     else:
-        grad_norm = torch.nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in run.optimizer.param_groups)
-    _check_finite(run, step, loss_sum, grad_norm, lr)
+    result = StepResult(loss_sum, grad_norm, lr)
+    check.note(step, result, run.scaler.is_enabled())
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.ema:
         run.ema.update(run.model, step + 1)
-    return StepResult(loss_sum, grad_norm, lr)
+    return result
 
 
-def _loss(run: Run, batch: Batch) -> torch.Tensor:
+def mix(run: Run, batch: Batch, step: int, accum_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeds everything for one forward pass, and returns its images and targets on the device, mixed if so configured.
+
+    The same step gives the same mixture each time. Targets are (N, classes) with mixup or cutmix, else (N,).
+    """
+    seed_all(Stream.STEP, run.config.train.seed, step, accum_step, run.world.rank)
     memory_format = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images = batch[0].to(run.world.device, memory_format=memory_format, non_blocking=True)
-    targets = batch[1].to(run.world.device, non_blocking=True)
+    images = batch.images.to(run.world.device, memory_format=memory_format, non_blocking=True)
+    targets = batch.labels.to(run.world.device, non_blocking=True)
     if run.mixup:
+        last = run.plan.epochs - run.config.augment.mix_off_epochs
+        run.mixup.mixup_enabled = step < last * run.plan.steps_per_epoch  # off: the targets are still smoothed
         images, targets = run.mixup(images, targets)
-    with run.autocast():
-        logits = run.forward(images)
-    return run.criterion(logits.float(), targets)
-
-
-def _check_finite(run: Run, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
-    # The norm is that of the averaged gradients, so all processes stop together without asking each other.
-    if run.scaler.is_enabled():
-        if run.scaler.get_scale() >= 1.0:
-            return  # an overflow in fp16 is the scaler's business: it leaves the step out and lowers the scale
-    elif torch.isfinite(grad_norm):
-        return
-    raise TrainingError(
-        f"the gradients are not finite at step {step} (rank {run.world.rank}, loss {loss.item():.4g}, gradient norm "
-        f"{grad_norm.item():.4g}, learning rate {lr:.3g}): stopped before any weight changed. "
-        "Lower optim.base_lr, set optim.clip_grad, or look at the images of this step"
-    )
+    return images, targets

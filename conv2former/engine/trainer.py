@@ -2,275 +2,438 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import resource
+import sys
 import time
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
-import yaml
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..config import Config, Plan, differences, make_plan
-from ..data import EpochSampler, eval_loader, open_train_and_val, train_loader
-from ..errors import ConfigError, DataError, TrainingError, bullets
-from .build import Run, build_run, check_names, drop_path_rate_of, find_variant_of
-from .checkpoint import latest_checkpoint, read_training_checkpoint, save_checkpoint
-from .distributed import World, rank0_first
-from .evaluate import evaluate
-from .logging import RunLog, read_metrics
-from .step import StepResult, train_step
+from ..data import Batch, EpochSampler, Skipped, eval_loader, open_train_and_val, train_loader
+from ..errors import ConfigError, DataError, RunStopped, TrainingError, bullets, shorten
+from .build import OVERFLOWS, Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
+from .checkpoint import save_checkpoint
+from .distributed import World, join_world
+from .evaluate import Evaluation, evaluate
+from .logging import RunLog, read_metrics, writing
+from .prepare import Job, as_config, prepare
+from .signals import StopSignal, ignore_stop_signals
+from .step import FiniteCheck, StepResult, mix, train_step
 
 __all__ = ["describe", "dry_run", "train"]
 
-# What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
-# global batch, which `_plan_of` guards and other numbers of devices need.
-_HARMLESS = (
-    "data.root:",
-    "data.workers:",
-    "log.",
-    "checkpoint.",
-    "train.eval_batch_size:",
-    "train.batch_size:",
-    "train.accum_steps:",
-)
 
+def train(
+    config: Config | Mapping[str, Any] | str | Path, output: str | Path | None = None, resume: str = "auto"
+) -> dict[str, Any]:
+    """Trains, evaluates and saves until the last epoch.
 
-def train(config: Config, output: Path, world: World, resume: str = "auto") -> dict[str, Any]:
-    """Trains, evaluates and saves until the last epoch; every process calls it.
+    Under torchrun every process calls it, and they meet here.
 
     Args:
-        config: the run.
-        output: the run folder: config.yaml, checkpoints/, metrics.jsonl, tensorboard/, curves.png, report.json.
-        world: the processes.
+        config: the run: a `Config`, the same as plain types, or the path of a YAML file.
+        output: the run folder: config.yaml, checkpoints/, metrics.jsonl, train.log, tensorboard/, pictures and
+            report.json; None for `runs/NAME_OF_MODEL`.
         resume: 'auto' goes on where `output` stopped, if it has checkpoints; 'never' refuses such a folder; anything
             else is the path of a checkpoint to go on from.
 
     Returns:
-        The report, as in report.json.
+        The report, as in report.json; empty on other processes than the main one.
 
     Raises:
-        UserError: a mistake in the configuration, the data or the checkpoint.
+        UserError: a mistake in the configuration, the data, the checkpoint or the output folder.
         TrainingError: the gradients are not finite.
+        RunStopped: SIGTERM or SIGUSR1 came; the run is saved.
     """
-    check_names(config, world.device)
-    with rank0_first(world):
-        train_source, val_source = open_train_and_val(config.data)
-    plan = make_plan(config, world.size, len(train_source))
-    class_names = train_source.class_names
-    run = build_run(config, plan, world, len(class_names))
-    saved, note = _find_checkpoint(output / "checkpoints", resume, world)
-    progress = _Progress(class_names, len(train_source))
-    if saved:
-        _restore(run, progress, saved)
-    if world.is_main:
-        _prepare_folder(output, config)
-
-    log = RunLog(output, plan.total_steps, progress.step, config.log.tensorboard, world.is_main)
-    for line in [*note, *describe(config, plan, world.size)]:
-        log.say(line)
-    log.say(
-        f"training on {len(train_source)} images of {len(class_names)} classes ({train_source.name}), "
-        f"validating on {len(val_source)} ({val_source.name})"
-    )
-    pin_memory = world.device.type == "cuda"
-    sampler = EpochSampler(
-        len(train_source), config.train.batch_size, config.train.accum_steps, world.rank, world.size, config.train.seed
-    )
-    loader = train_loader(train_source, config.data, config.augment, sampler, pin_memory)
-    batch_size = config.train.eval_batch_size or config.train.batch_size
-    val_loader = eval_loader(val_source, config.data, batch_size, world.rank, world.size, pin_memory)
-
-    try:
-        for epoch in range(progress.step // plan.steps_per_epoch, plan.epochs):
-            sampler.set_epoch(epoch, progress.step - epoch * plan.steps_per_epoch)
-            _train_epoch(run, progress, loader, log, output)
-            if world.size > 1:
-                distribute_bn(run.model, world.size, reduce=True)
-            is_last = epoch + 1 == plan.epochs
-            if is_last or (epoch + 1) % config.train.eval_every == 0:
-                _evaluate_and_save(run, progress, val_loader, log, output)
-        if resume not in ("auto", "never") and saved and saved["step"] == plan.total_steps:
-            _evaluate_and_save(run, progress, val_loader, log, output)  # a finished run under a new name: only a report
-    finally:
-        log.close()
-    return _finish(run, progress, log, output)
+    config = as_config(config)
+    world = World.from_environment()
+    with StopSignal() as signal:
+        folder = Path(output) if output else Path("runs") / find_variant_of(config).name
+        job = prepare(config, folder, resume, world)
+        try:
+            with join_world(world, config.train.timeout_minutes) as world:
+                _check_agreement(job, world)
+                return _Trainer(job, world, signal).train()
+        finally:
+            if job.lock:
+                job.lock.close()
 
 
-class _Progress:
-    """What changes during a run besides the weights; saved with them."""
+def _check_agreement(job: Job, world: World) -> None:
+    """Checks that all processes have found the same data and the same checkpoint on their machines.
 
-    def __init__(self, class_names: list[str], num_images: int) -> None:
-        self.class_names, self.num_images = class_names, num_images
+    Raises:
+        ConfigError: what differs, and on which process.
+    """
+    config = job.config.to_dict()
+    del config["data"]["root"]  # may be another path on another machine
+    mine = {
+        "configuration": config,
+        "training images": len(job.train_source),
+        "validation images": len(job.val_source),
+        "classes": hashlib.sha256("\n".join(job.class_names).encode()).hexdigest(),
+        "checkpoint to go on from": job.saved["step"] if job.saved else None,
+    }
+    first, *others = world.gather(mine)
+    for rank, theirs in enumerate(others, 1):
+        if changed := differences(first, theirs):
+            raise ConfigError(f"rank {rank} has found something else than rank 0:\n" + bullets(changed))
+
+
+class _Trainer:
+    """A run in progress.
+
+    Attributes:
+        step: optimizer steps done.
+        best_metric: top-1 of best.pt, None so far.
+        skipped: the images that could not be read and why, of all processes as of the last exchange.
+    """
+
+    def __init__(self, job: Job, world: World, signal: StopSignal) -> None:
+        self.job, self.config, self.plan, self.world, self.signal = job, job.config, job.plan, world, signal
+        self.output = job.output
+        self.run: Run = build_run(job.config, job.plan, world, job.model)
+        limit = OVERFLOWS if self.run.scaler.is_enabled() else 1
+        self.check = FiniteCheck(world, self.run.optimizer, limit)
         self.step = 0
         self.best_metric: float | None = None
+        self.confusion: list[list[int]] | None = None
+        self.skipped: dict[str, str] = {}
+        self.new_skipped: dict[str, str] = {}
+        self.must_evaluate = False
         self._seconds, self._since = 0.0, time.perf_counter()
+        if job.saved:
+            self._restore(job.saved)
+            job.saved = None  # its memory
+        self.log = RunLog(
+            self.output,
+            self.plan.total_steps,
+            self.step,
+            self.config.log.tensorboard,
+            world.is_main,
+            self.must_evaluate,
+        )
+        pin_memory = world.device.type == "cuda"
+        train_config = self.config.train
+        self.sampler = EpochSampler(
+            len(job.train_source),
+            train_config.batch_size,
+            train_config.accum_steps,
+            world.rank,
+            world.size,
+            train_config.seed,
+            train_config.keep_tail,
+        )
+        self.loader = train_loader(job.train_source, self.config, self.sampler, pin_memory, ignore_stop_signals)
+        batch_size = train_config.eval_batch_size or train_config.batch_size
+        self.val_loader: DataLoader = eval_loader(
+            job.val_source, self.config.data, batch_size, world.rank, world.size, pin_memory, ignore_stop_signals
+        )
 
     @property
     def seconds(self) -> float:
+        """Time spent on the run so far, in earlier attempts too."""
         return self._seconds + time.perf_counter() - self._since
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        self.step, self.best_metric = saved["step"], saved["best_metric"]
-        self._seconds = saved.get("seconds", 0.0)
-
-
-def _train_epoch(run: Run, progress: _Progress, loader: DataLoader, log: RunLog, output: Path) -> None:
-    config, plan = run.config, run.plan
-    batches = iter(loader)
-    since, since_step = time.perf_counter(), progress.step
-    while window := list(islice(batches, config.train.accum_steps)):
-        if progress.step == 0:
-            log.images(window[0][0], config.data.mean, config.data.std)
-        result = train_step(run, window, progress.step)
-        progress.step += 1
-        log.advance()
-        if progress.step % config.log.every_steps == 0:
-            row = _measure(run, result)
-            now = time.perf_counter()
-            images = (progress.step - since_step) * plan.global_batch_size
-            row["images_per_second"] = round(images / (now - since), 1)
-            log.step(progress.step, math.ceil(progress.step / plan.steps_per_epoch), row)
-            since, since_step = now, progress.step
-        every = config.checkpoint.every_steps
-        # at the end of an epoch the evaluation comes first, so that a run that resumes there does not miss it
-        if every and progress.step % every == 0 and progress.step % plan.steps_per_epoch:
-            _save(run, progress, output, metric=None)
-
-
-def _measure(run: Run, result: StepResult) -> dict[str, float]:
-    """Returns a training row; every process calls it, because the loss is the mean over all of them."""
-    loss = float(run.world.sum(result.loss)) / run.world.size
-    row = {"loss": loss, "lr": result.lr, "grad_norm": float(result.grad_norm)}
-    if run.world.device.type == "cuda":
-        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row
-
-
-def _evaluate_and_save(run: Run, progress: _Progress, loader: DataLoader, log: RunLog, output: Path) -> None:
-    channels_last = run.config.train.channels_last
-    row = evaluate(run.model, loader, run.world, run.autocast, channels_last)
-    if run.ema:
-        if run.world.size > 1:  # its BatchNorm statistics are each process's own; rank 0's are the ones that are saved
-            distribute_bn(run.ema.module, run.world.size, reduce=False)
-        average = evaluate(run.ema.module, loader, run.world, run.autocast, channels_last)
-        row |= {f"ema_{key}": value for key, value in average.items() if key != "n"}
-    broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
-    if broken:
-        raise TrainingError(
-            f"the validation {broken[0]} is not finite after step {progress.step}: the weights have grown beyond all "
-            "bounds and are not saved. Lower optim.base_lr or set optim.clip_grad"
+    def train(self) -> dict[str, Any]:
+        for line in [*self.job.notes, *describe(self.config, self.plan, self.world.size)]:
+            self.log.say(line)
+        source, val_source = self.job.train_source, self.job.val_source
+        self.log.say(
+            f"training on {len(source)} images of {len(source.class_names)} classes ({source.name}), "
+            f"validating on {f'{len(val_source)} ' if len(val_source) else ''}({val_source.name})"
         )
-    metric = row["ema_top1" if run.ema else "top1"]  # of the weights that loading the file takes
-    epoch = progress.step // run.plan.steps_per_epoch
-    log.evaluation(progress.step, epoch, row)
-    ema = f"  averaged weights {row['ema_top1']:.2f} %" if run.ema else ""
-    log.say(
-        f"epoch {epoch}/{run.plan.epochs}  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %{ema}  "
-        f"loss {row['loss']:.4f}  ({row['n']} images)"
-    )
-    _save(run, progress, output, metric)
+        try:
+            if self.must_evaluate:
+                self._evaluate_and_save()
+            for epoch in range(self.step // self.plan.steps_per_epoch, self.plan.epochs):
+                self._train_epoch(epoch)
+                self._end_epoch(epoch)
+            return self._finish()
+        finally:
+            self.log.close()
 
+    def _train_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch, self.step - epoch * self.plan.steps_per_epoch)
+        batches = iter(self.loader)
+        every = self.config.checkpoint.every_steps
+        meter = _Meter()
+        while True:
+            self.world.at(f"the data of step {self.step}")
+            with meter.waiting():
+                window: list[Batch] = list(islice(batches, self.config.train.accum_steps))
+            if not window:
+                return
+            self.world.at(f"step {self.step}")
+            if self.step == 0 and self.world.is_main:
+                self._show(window[0])
+            result = train_step(self.run, window, self.step, self.check)
+            self.step += 1
+            self._note_skipped(batch.skipped for batch in window)
+            self.log.advance()
+            meter.images += sum(len(batch.labels) for batch in window) * self.world.size
+            if self.step % self.config.log.every_steps == 0:
+                self.check.read()
+                self._share_skipped()
+                row = self._measure(result) | meter.read()
+                if all(map(math.isfinite, row.values())):
+                    self.log.step(self.step, math.ceil(self.step / self.plan.steps_per_epoch), row)
+                else:
+                    self.log.say(f"step {self.step}: an overflow in fp16; the step is left out and the scale lowered")
+            is_end = self.step % self.plan.steps_per_epoch == 0
+            if self.signal.agreed(self.world) and not is_end:
+                self._save(None)
+                self._stop()
+            # at the end of an epoch the evaluation comes first, so that a run that goes on there does not miss it
+            if every and self.step % every == 0 and not is_end:
+                self._save(None)
 
-def _save(run: Run, progress: _Progress, output: Path, metric: float | None) -> None:
-    is_best = metric is not None and (progress.best_metric is None or metric > progress.best_metric)
-    if is_best:
-        progress.best_metric = metric
-    if not run.world.is_main:
-        return
-    # str: torch's version is a class of its own, which a safe load would refuse
-    versions = {"torch": str(torch.__version__), "timm": timm.__version__, "conv2former": __version__}
-    content = {
-        "step": progress.step,
-        "epoch": progress.step // run.plan.steps_per_epoch,
-        "model": run.model.state_dict(),
-        "model_ema": run.ema.module.state_dict() if run.ema else None,
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
-        "metric": metric,
-        "best_metric": progress.best_metric,
-        "class_names": progress.class_names,
-        "config": run.config.to_dict(),
-        "variant": find_variant_of(run.config).to_dict(),
-        "plan": _plan_of(run, progress),
-        "seconds": progress.seconds,
-        "versions": versions,
-    }
-    save_checkpoint(output / "checkpoints", content, is_best, run.config.checkpoint.keep)
+    def _end_epoch(self, epoch: int) -> None:
+        self._share_skipped()
+        self.check.read()
+        if self.world.size > 1:
+            distribute_bn(self.run.model, self.world.size, reduce=True)
+            if self.run.ema:  # its BatchNorm statistics are each process's own; rank 0's are the ones that are saved
+                distribute_bn(self.run.ema.module, self.world.size, reduce=False)
+        every = self.config.checkpoint.every_steps
+        stops = self.signal.finish() or any(self.world.gather(self.signal.name is not None))
+        if stops:
+            self._save(None)
+            self._stop()
+        if self._is_evaluated(epoch):
+            self._evaluate_and_save()
+        elif every and self.step % every == 0:
+            self._save(None)
 
+    def _is_evaluated(self, epoch: int) -> bool:
+        return epoch + 1 == self.plan.epochs or (epoch + 1) % self.config.train.eval_every == 0
 
-def _find_checkpoint(folder: Path, resume: str, world: World) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the checkpoint to go on from, or None, and lines to print about it. The main process chooses for all."""
-    choice: list[Any] = [None]
-    found = None
-    if world.is_main:
-        found = latest_checkpoint(folder)
-        choice = [str(found[0]) if found else None]
-    if world.size > 1:
-        dist.broadcast_object_list(choice)
-    if choice[0] is not None and resume != "auto":
-        raise ConfigError(f"{folder.parent} holds a run; choose another --output, or --resume auto to go on with it")
-    if resume not in ("auto", "never"):
-        saved = read_training_checkpoint(Path(resume))
-        saved["best_metric"] = None  # the best of this folder is yet to come
-        return saved, [f"going on from {resume}"]
-    if choice[0] is None:
-        return None, []
-    path, saved, warnings = found or (Path(choice[0]), read_training_checkpoint(Path(choice[0])), [])
-    return saved, [*warnings, f"going on from {path}"]
-
-
-def _plan_of(run: Run, progress: _Progress) -> dict[str, int]:
-    batch_size, steps = run.plan.global_batch_size, run.plan.steps_per_epoch
-    return {"images": progress.num_images, "global_batch_size": batch_size, "steps_per_epoch": steps}
-
-
-def _restore(run: Run, progress: _Progress, saved: dict[str, Any]) -> None:
-    changed = [d for d in differences(saved["config"], run.config.to_dict()) if not d.startswith(_HARMLESS)]
-    if changed:
-        raise ConfigError(
-            "this run was started with another configuration; start a new one with another --output, or undo:\n"
-            + bullets(changed)
+    def _stop(self) -> None:
+        names = [name for name in self.world.gather(self.signal.name) if name]
+        raise RunStopped(
+            f"stopped by {names[0]} after step {self.step} of {self.plan.total_steps}, and saved; the same command "
+            "goes on from there"
         )
-    if saved["class_names"] != progress.class_names:
-        raise DataError("the data set's classes have changed since this run was started")
-    changed = differences(saved["plan"], _plan_of(run, progress))
-    if changed:
-        raise ConfigError(
-            "this run was started with other data or another number of devices; an epoch must have the same global "
-            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n" + bullets(changed)
+
+    def _show(self, batch: Batch) -> None:
+        """Draws the first batch as the step will see it, mixed."""
+        from .pictures import batch_figure
+
+        images, targets = mix(self.run, batch, self.step, 0)
+        data, smoothing = self.config.data, self.config.augment.smoothing
+        self.log.picture(
+            "first_batch", batch_figure(images, targets, self.job.class_names, data.mean, data.std, smoothing), 0
         )
-    run.model.load_state_dict(saved["model"])
-    if run.ema:
-        run.ema.module.load_state_dict(saved["model_ema"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:
-        run.scaler.load_state_dict(saved["scaler"])
-    progress.restore(saved)
+
+    def _measure(self, result: StepResult) -> dict[str, float]:
+        """Returns a training row; every process calls it, because the loss is the mean over all of them."""
+        loss = float(self.world.sum(result.loss)) / self.world.size
+        row = {"loss": loss, "lr": result.lr, "grad_norm": float(result.grad_norm)}
+        if self.world.device.type == "cuda":
+            return row | {"memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        unit = 1 if sys.platform == "darwin" else 1024
+        return row | {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+    def _note_skipped(self, skipped: Iterable[list[Skipped]]) -> None:
+        for items in skipped:
+            self.new_skipped |= {item.name: item.reason for item in items if item.name not in self.skipped}
+
+    def _share_skipped(self) -> None:
+        """Tells all processes which images could not be read.
+
+        Raises:
+            DataError: they are more than the configured share.
+        """
+        if self.config.data.on_error != "skip":
+            return
+        for new in self.world.gather(self.new_skipped):
+            for name, reason in new.items():
+                if name not in self.skipped:
+                    self.log.say(f"skipped: {reason}")
+                    self.skipped[name] = reason
+        self.new_skipped = {}
+        total = len(self.job.train_source) + len(self.job.val_source)
+        if len(self.skipped) > self.config.data.max_skipped * total:
+            error = DataError(
+                f"{len(self.skipped)} of {total} images cannot be read, more than data.max_skipped = "
+                f"{self.config.data.max_skipped:g} allows: {shorten(self.skipped, 5)}"
+            )
+            error.scope = "run"
+            raise error
+
+    def _evaluate(self, model: torch.nn.Module) -> Evaluation:
+        self.world.at("an evaluation")
+        result = evaluate(
+            model,
+            self.val_loader,
+            self.world,
+            self.run.autocast,
+            self.config.train.channels_last,
+            lambda: self.signal.name is not None,
+        )
+        if result is None:
+            self._save(None)  # without a metric: the evaluation is made up for when the run goes on
+            self._stop()
+        assert result is not None
+        self._note_skipped([result.skipped])
+        return result
+
+    def _evaluate_and_save(self) -> None:
+        result = self._evaluate(self.run.model)
+        row, confusion = dict(result.metrics), result.confusion
+        if self.run.ema:
+            average = self._evaluate(self.run.ema.module)
+            row |= {f"ema_{key}": value for key, value in average.metrics.items() if key != "n"}
+            confusion = average.confusion
+        self._share_skipped()
+        if not row["n"]:
+            raise DataError(f"{self.job.val_source.name}: not one image could be read")
+        broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
+        if broken:
+            raise TrainingError(
+                f"the validation {broken[0]} is not finite after step {self.step}: the weights have grown beyond all "
+                "bounds and are not saved. Lower optim.base_lr or set optim.clip_grad"
+            )
+        metric = row["ema_top1" if self.run.ema else "top1"]  # of the weights that loading the file takes
+        if is_best := self.best_metric is None or metric > self.best_metric:
+            self.best_metric = metric
+            self.confusion = confusion.tolist() if confusion is not None else None
+        epoch = self.step // self.plan.steps_per_epoch
+        self.log.evaluation(self.step, epoch, row)
+        ema = f"  averaged weights {row['ema_top1']:.2f} %" if self.run.ema else ""
+        self.log.say(
+            f"epoch {epoch}/{self.plan.epochs}  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %{ema}  "
+            f"loss {row['loss']:.4f}  ({row['n']} images)"
+        )
+        self._save(metric, is_best)
+
+    def _save(self, metric: float | None, is_best: bool = False) -> None:
+        """Saves the run; every process calls it, and all fail if the main one does."""
+        self.check.read()
+        self._share_skipped()
+        self.world.at(f"saving step {self.step}")
+        self.world.on_main(lambda: self._write(metric, is_best))
+
+    def _write(self, metric: float | None, is_best: bool) -> None:
+        run = self.run
+        # str: torch's version is a class of its own, which a safe load would refuse
+        versions = {"torch": str(torch.__version__), "timm": timm.__version__, "conv2former": __version__}
+        content = {
+            "step": self.step,
+            "epoch": self.step // self.plan.steps_per_epoch,
+            "model": run.model.state_dict(),
+            "model_ema": run.ema.module.state_dict() if run.ema else None,
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
+            "metric": metric,
+            "best_metric": self.best_metric,
+            "confusion": self.confusion,
+            "class_names": self.job.class_names,
+            "skipped": self.skipped,
+            "config": self.config.to_dict(),
+            "variant": find_variant_of(self.config).to_dict(),
+            "plan": self.job.plan_of_data,
+            "started_from": self.job.started_from,
+            "seconds": self.seconds,
+            "versions": versions,
+        }
+        save_checkpoint(self.output / "checkpoints", content, is_best, self.config.checkpoint.keep)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        run = self.run
+        run.model.load_state_dict(saved["model"])
+        if run.ema:
+            run.ema.module.load_state_dict(saved["model_ema"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:
+            run.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
+        self.skipped, self._seconds = dict(saved.get("skipped") or {}), saved.get("seconds", 0.0)
+        epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
+        # stopped before the evaluation at the end of an epoch, or a finished run in a new folder, which has no best yet
+        not_yet = saved["metric"] is None or (self.best_metric is None and epoch == self.plan.epochs)
+        self.must_evaluate = not rest and self._is_evaluated(epoch - 1) and not_yet
+
+    def _finish(self) -> dict[str, Any]:
+        """Draws the curves and the confusions and writes the report, which is that of best.pt."""
+        if not self.world.is_main:
+            return {}
+        from .pictures import confusion_figure, curves_figure
+
+        rows = read_metrics(self.log.path)
+        evals = [row for row in rows if row["kind"] == "eval"]
+        prefix = "ema_" if self.run.ema else ""
+        best = max(evals, key=lambda row: (row[f"{prefix}top1"], -row["step"]))
+        curves = self.log.picture("curves", curves_figure(rows), self.step)
+        confusion = None
+        if self.confusion:
+            figure = confusion_figure(self.confusion, self.job.class_names)
+            confusion = self.log.picture("confusion", figure, self.step)
+        report = {
+            "top1": best[f"{prefix}top1"],
+            "top5": best[f"{prefix}top5"],
+            "loss": best[f"{prefix}loss"],
+            "n": best["n"],
+            "weights": "average" if self.run.ema else "raw",
+            "epoch": best["epoch"],
+            "epochs": self.plan.epochs,
+            "steps": self.step,
+            "skipped": len(self.skipped),
+            "seconds": round(self.seconds, 1),
+            "checkpoint": str(self.output / "checkpoints" / "best.pt"),
+            "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,
+            "curves": str(curves),
+            "confusion": str(confusion) if confusion else None,
+        }
+        with writing(self.output):
+            temporary = self.output / "report.json.tmp"
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+            os.replace(temporary, self.output / "report.json")
+        return report
 
 
-def _prepare_folder(output: Path, config: Config) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    except OSError as e:
-        raise ConfigError(f"{output}: cannot be written ({e}); choose another --output") from None
+class _Meter:
+    """Images per second, and the share of the time spent waiting for them, since it was last read."""
+
+    def __init__(self) -> None:
+        self.images, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def waiting(self) -> _Meter:
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._entered
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        row = {"images_per_second": round(self.images / seconds, 1), "data_wait": round(self._waited / seconds, 4)}
+        self.images, self._waited, self._since = 0, 0.0, time.perf_counter()
+        return row
 
 
 def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     """Returns lines that say what will be trained and how: network, batch and rate, length."""
     network = find_variant_of(config)
     start = f"from {config.model.checkpoint}" if config.model.checkpoint else "from scratch"
+    frozen = "" if config.model.freeze == "nothing" else f", frozen up to {config.model.freeze}"
     schedule, side = config.schedule, config.data.img_size
     return [
-        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {side} x {side}",
+        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {side} x {side}{frozen}",
         f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x {world_size} devices x "
         f"{config.train.accum_steps} accumulation steps",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
@@ -280,34 +443,7 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     ]
 
 
-def _finish(run: Run, progress: _Progress, log: RunLog, output: Path) -> dict[str, Any]:
-    """Writes curves.png and report.json. The report is that of best.pt."""
-    if not run.world.is_main:
-        return {}
-    evals = [row for row in read_metrics(log.path) if row["kind"] == "eval"]
-    prefix = "ema_" if run.ema else ""
-    best = max(evals, key=lambda row: (row[f"{prefix}top1"], -row["step"]))
-    report = {
-        "top1": best[f"{prefix}top1"],
-        "top5": best[f"{prefix}top5"],
-        "loss": best[f"{prefix}loss"],
-        "n": best["n"],
-        "weights": "average" if run.ema else "raw",
-        "epoch": best["epoch"],
-        "epochs": run.plan.epochs,
-        "steps": progress.step,
-        "seconds": round(progress.seconds, 1),
-        "checkpoint": str(output / "checkpoints" / "best.pt"),
-        "tensorboard": str(output / "tensorboard") if run.config.log.tensorboard else None,
-        "curves": str(log.plot()),
-    }
-    temporary = output / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, output / "report.json")
-    return report
-
-
-def dry_run(config: Config, world: World) -> list[str]:
+def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     """Builds everything and trains on one synthetic batch, without looking at the data if the class count is given.
 
     On a CPU the batch is of two images, because it is only to show that the step works; on a GPU it is of the
@@ -319,33 +455,40 @@ def dry_run(config: Config, world: World) -> list[str]:
     Raises:
         UserError: a mistake in the configuration.
     """
+    config = as_config(config)
+    world = World.from_environment()
     check_names(config, world.device)
     num_classes = config.data.num_classes
     num_images = None
     if num_classes is None:
-        with rank0_first(world):
-            source, _ = open_train_and_val(config.data)
+        source, _ = open_train_and_val(config.data)
         num_classes, num_images = len(source.class_names), len(source)
-    batch_size = config.train.batch_size if world.device.type == "cuda" else 2
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
-    run = build_run(config, plan, world, num_classes)
+    model = build_model(config, num_classes)
+    batch_size = config.train.batch_size if world.device.type == "cuda" else 2
     side = config.data.img_size
     generator = torch.Generator().manual_seed(config.train.seed)
     images = torch.randn(batch_size, 3, side, side, generator=generator)
     labels = torch.randint(num_classes, (batch_size,), generator=generator)
-    start = time.perf_counter()
-    result = train_step(run, [(images, labels)] * config.train.accum_steps, step=0)
-    loss = float(result.loss)  # waits for the device
-    seconds = time.perf_counter() - start
+    with join_world(world, config.train.timeout_minutes) as world:
+        run = build_run(config, plan, world, model)
+        start = time.perf_counter()
+        check = FiniteCheck(world, run.optimizer, OVERFLOWS if run.scaler.is_enabled() else 1)
+        result = train_step(run, [Batch(images, labels, [])] * config.train.accum_steps, 0, check)
+        loss = float(result.loss)  # waits for the device
+        check.read()
+        seconds = time.perf_counter() - start
     parameters = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = describe(config, plan, world.size)
     if num_images is None:
         lines[-1] = f"{plan.epochs} epochs; the number of steps follows from the data"
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
         *lines,
-        f"{parameters:,} parameters, {num_classes} classes",
+        f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
+        f"{num_classes} classes",
         f"one step on {batch_size} random images: loss {loss:.4f}, gradient norm {float(result.grad_norm):.3g}, "
         f"{seconds:.1f} s{memory}",
     ]

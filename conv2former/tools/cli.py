@@ -6,31 +6,45 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..errors import ConfigError, TrainingError, UserError
+from ..errors import RunStopped, TrainingError, UserError
 
 __all__ = ["run_cli"]
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs a script's main function and exits: 0, 2 for a mistake of the user's, 3 for a run that must not go on.
+    """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C.
 
-    Mistakes are one message on standard error, without a traceback. Those in the configuration are the same on every
-    process of a torchrun, so only the first one prints them.
+    Errors are one message on standard error, without a traceback, from one process where all have the same.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     try:
         main()
-    except (UserError, TrainingError) as e:
+    except (UserError, TrainingError, RunStopped) as e:
+        speaks = {"process": True, "node": local_rank == 0, "run": rank == 0}[e.scope]
         # From a loader's worker the message comes with the worker's traceback in front.
-        text = (
-            str(e).rsplit("conv2former.errors.", 1)[-1].split(": ", 1)[-1] if "Original Traceback" in str(e) else str(e)
-        )
-        if rank == 0 or not isinstance(e, ConfigError):
-            print(f"error: {text.strip()}" if rank == 0 else f"error on rank {rank}: {text.strip()}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, UserError) else 3)
+        text = str(e)
+        if "Original Traceback" in text:
+            text = text.rsplit("conv2former.errors.", 1)[-1].rsplit("conv2former.data.", 1)[-1].split(": ", 1)[-1]
+        if speaks:
+            prefix = "" if isinstance(e, RunStopped) else f"error on rank {rank}: " if rank else "error: "
+            print(f"{prefix}{text.strip()}", file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except RuntimeError as e:
+        if not _lost_contact(e):
+            raise
+        print(f"error on rank {rank}: another process has ended; its message says why", file=sys.stderr)
+        sys.exit(TrainingError.exit_code)
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether an error is what gloo or NCCL raises when another process has gone."""
+    name, text = type(error).__name__, str(error)
+    return name.startswith("Dist") or any(
+        words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+    )

@@ -7,38 +7,71 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, apply_overrides, check_config, load_config
-from ..data import eval_loader, open_val
+from ..data import DataSource, StreamSource, eval_loader, open_val
 from ..engine.build import autocast_for
-from ..engine.distributed import World, rank0_first
+from ..engine.distributed import World, join_world
 from ..engine.evaluate import evaluate
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, UserError, shorten
 from ..models import CheckpointInfo, Conv2Former, inspect_checkpoint, load_weights
 
 __all__ = ["validate"]
 
 
 def validate(
-    checkpoint: Path, world: World, config: Path | None = None, overrides: Sequence[str] = (), use_ema: bool = True
+    checkpoint: Path, config: Path | None = None, overrides: Sequence[str] = (), use_ema: bool = True
 ) -> dict[str, Any]:
-    """Evaluates a weight file; every process calls it.
+    """Evaluates a weight file; under torchrun every process calls it.
 
     Args:
         checkpoint: a file in this project's, the authors' or birder's layout.
-        world: the processes.
         config: a configuration whose data section to use; None for the one in the file, if it has one.
         overrides: changes to it, `data.root=...`.
         use_ema: evaluate the averaged weights where the file has them.
 
     Returns:
-        `top1`, `top5`, `loss` and `n`, as `evaluate`, and `variant`, `weights` and `data`, what was evaluated.
+        `top1`, `top5`, `loss` and `n`, as `evaluate`; `variant`, `weights`, `data` and `precision`, what was evaluated;
+        `skipped`, a sentence for each unreadable image.
 
     Raises:
         UserError: the file, the configuration or the data is wrong, or they do not go together.
     """
+    try:
+        world, settings, source, model, info = _prepare(checkpoint, config, overrides, use_ema)
+    except UserError as e:
+        e.scope = "run" if e.scope == "run" else "node"  # every process of the machine has the same
+        raise
+    train = settings.train
+    precision, autocast = autocast_for(train.precision, world.device)
+    batch_size = train.eval_batch_size or train.batch_size
+    with join_world(world, train.timeout_minutes) as world:
+        loader = eval_loader(source, settings.data, batch_size, world.rank, world.size, world.device.type == "cuda")
+        result = evaluate(model.to(world.device), loader, world, autocast, train.channels_last)
+        assert result is not None
+        skipped = [item for items in world.gather(result.skipped) for item in items]
+    total = result.metrics["n"] + len(skipped)
+    if len(skipped) > settings.data.max_skipped * total or not result.metrics["n"]:
+        raise DataError(
+            f"{len(skipped)} of {total} images cannot be read, more than data.max_skipped = "
+            f"{settings.data.max_skipped:g} allows: {shorten((item.name for item in skipped), 5)}"
+        )
+    return {
+        "variant": info.name or "unnamed variant",
+        "weights": "average" if info.has_ema and use_ema else "raw",
+        "data": source.name,
+        "precision": precision,
+        "skipped": [item.reason for item in skipped],
+        **result.metrics,
+    }
+
+
+def _prepare(
+    checkpoint: Path, config: Path | None, overrides: Sequence[str], use_ema: bool
+) -> tuple[World, Config, DataSource | StreamSource, Conv2Former, CheckpointInfo]:
+    """Does all that can be a mistake, before the processes meet."""
+    world = World.from_environment()
     info = inspect_checkpoint(checkpoint)
     settings = _settings(info, config, overrides)
-    with rank0_first(world):
-        source = open_val(settings.data, info.class_names)
+    source = open_val(settings.data, info.class_names)
     if len(source.class_names) != info.num_classes:
         raise DataError(
             f"{source.name} has {len(source.class_names)} classes, {checkpoint} is for {info.num_classes}: "
@@ -46,17 +79,7 @@ def validate(
         )
     model = _build(info)
     load_weights(model, checkpoint, use_ema)
-    model = model.to(world.device)
-    precision, autocast = autocast_for(settings.train.precision, world.device)
-    batch_size = settings.train.eval_batch_size or settings.train.batch_size
-    loader = eval_loader(source, settings.data, batch_size, world.rank, world.size, world.device.type == "cuda")
-    return {
-        "variant": info.name or "unnamed variant",
-        "weights": "average" if info.has_ema and use_ema else "raw",
-        "data": source.name,
-        "precision": precision,
-        **evaluate(model, loader, world, autocast, settings.train.channels_last),
-    }
+    return world, settings, source, model, info
 
 
 def _settings(info: CheckpointInfo, path: Path | None, overrides: Sequence[str]) -> Config:
@@ -85,5 +108,6 @@ def _build(info: CheckpointInfo) -> Conv2Former:
         kernel_size=info.kernel_size,
         mlp_ratio=info.mlp_ratio,
         head_hidden_size=info.head_hidden_size,
+        fusion=info.fusion,
         ls_init_value=1e-6 if info.layer_scale else None,
     )

@@ -6,21 +6,30 @@ import torch
 from PIL import Image
 
 from conv2former import DataError
-from conv2former.config.schema import AugmentConfig, DataConfig
-from conv2former.data import DataSource, EpochSampler, Stream, eval_loader, seed_all, train_loader
+from conv2former.config import check_config, img_size_at
+from conv2former.data import DataSource, EpochSampler, Stream, eval_loader, seed_all, train_loader, train_transforms
+from conv2former.data.images import UnreadableImage
 
-DATA = DataConfig(root="x", img_size=32, workers=0)
+
+def config(**sections):
+    sections["data"] = {"root": "x", "img_size": 32, "workers": 0} | sections.get("data", {})
+    return check_config(sections, "test")
+
+
+DATA = config().data
 
 
 class Noise:
-    def __init__(self, count: int, bad_label: bool = False) -> None:
+    def __init__(self, count: int, bad_label: bool = False, unreadable: tuple[int, ...] = ()) -> None:
         self.pixels = np.random.default_rng(0).integers(0, 255, (count, 40, 40, 3), dtype=np.uint8)
-        self.bad_label = bad_label
+        self.bad_label, self.unreadable = bad_label, unreadable
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int):
+        if index in self.unreadable:
+            raise UnreadableImage(f"{index}.png: not readable", f"{index}.png")
         return Image.fromarray(self.pixels[index]), 9 if self.bad_label else index % 3
 
 
@@ -77,17 +86,15 @@ def test_starting_in_the_middle_of_an_epoch():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_on_the_place_only(workers):
     """Not on the workers, on the batch, or on what was drawn before."""
-    augment = AugmentConfig()
-    data = DATA.model_copy(update={"workers": workers})
     sampler = EpochSampler(12, 4, seed=5)
-    whole = [images for images, _ in train_loader(source(12), data, augment, sampler, False)]
+    whole = [b.images for b in train_loader(source(12), config(data={"workers": workers}), sampler, False)]
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002
     sampler.set_epoch(0, first_step=2)
-    last = [images for images, _ in train_loader(source(12), DATA, augment, sampler, False)]
+    last = [b.images for b in train_loader(source(12), config(), sampler, False)]
     assert torch.equal(last[0], whole[2])
     sampler.set_epoch(1)
-    other = [images for images, _ in train_loader(source(12), DATA, augment, sampler, False)]
+    other = [b.images for b in train_loader(source(12), config(), sampler, False)]
     assert not torch.equal(other[0], whole[0])
 
 
@@ -106,14 +113,86 @@ def test_seeds_differ_by_place_and_purpose():
 def test_evaluation_sees_every_image_once(world_size, batch_size):
     seen = []
     for rank in range(world_size):
-        for images, _ in eval_loader(source(7), DATA, batch_size, rank, world_size, False):
-            seen += [image.numpy().tobytes() for image in images]
-    whole, _ = next(iter(eval_loader(source(7), DATA, 7, 0, 1, False)))
-    expected = [image.numpy().tobytes() for image in whole]
+        for batch in eval_loader(source(7), DATA, batch_size, rank, world_size, False):
+            seen += [image.numpy().tobytes() for image in batch.images]
+    whole = next(iter(eval_loader(source(7), DATA, 7, 0, 1, False)))
+    expected = [image.numpy().tobytes() for image in whole.images]
     assert sorted(seen) == sorted(expected)
 
 
 def test_a_class_out_of_range_is_an_error_on_the_cpu():
-    loader = train_loader(source(4, bad_label=True), DATA, AugmentConfig(), EpochSampler(4, 2), False)
+    loader = train_loader(source(4, bad_label=True), config(), EpochSampler(4, 2), False)
     with pytest.raises(DataError, match=r"noise, image \d: class 9 of 3"):
         next(iter(loader))
+
+
+def test_the_tail_of_an_accumulation():
+    """By brute force: the windows of all sizes are whole batches, in order, and only the last may be short."""
+    for num_images in range(1, 40):
+        for accum_steps in (1, 2, 3, 5):
+            for world_size in (1, 2):
+                shape = {"num_images": num_images, "batch_size": 2, "accum_steps": accum_steps}
+                both = [deal(**shape, world_size=world_size, keep_tail=keep) for keep in (True, False)]
+                kept, dropped = both
+                assert len(kept) == num_images // (2 * world_size)
+                assert len(dropped) == len(kept) // accum_steps * accum_steps
+                assert kept[: len(dropped)] == dropped
+                assert all(len(batch) == 2 for batch in kept)
+
+
+def test_every_augmentation_policy_runs():
+    """Strong policies draw numbers at the ends of their ranges, which not every version of Pillow takes."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    for policy in ("rand-m9-mstd0.5-inc1", "rand-m10-inc1", "original", "v0", "3a"):
+        transform = train_transforms(config(augment={"auto_augment": policy}))[0]
+        for i in range(300):
+            seed_all(Stream.IMAGE, i)
+            assert transform(image).shape == (3, 32, 32)
+
+
+def test_images_grow():
+    run = config(data={"img_size": 128}, augment={"first_img_size": 32}, schedule={"epochs": 7, "cooldown_epochs": 1})
+    sizes = [img_size_at(run, epoch) for epoch in range(8)]
+    assert sizes == [32, 32, 64, 64, 96, 96, 128, 128]
+    sampler = EpochSampler(4, 4)
+    loader = train_loader(source(4), run, sampler, False)
+    for epoch, size in enumerate(sizes):
+        sampler.set_epoch(epoch)
+        assert next(iter(loader)).images.shape == (4, 3, size, size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_changes_no_other(workers):
+    bad = (3, 4, 9)
+    skipping = config(data={"on_error": "skip", "workers": workers})
+    for seed in range(3):
+        sampler = EpochSampler(12, 4, seed=seed)
+        whole = list(train_loader(source(12), config(), sampler, False))
+        holes = list(train_loader(source(12, unreadable=bad), skipping, sampler, False))
+        for keys, batch, other in zip(sampler, whole, holes, strict=True):
+            missing = {f"{index}.png" for _, index in keys if index in bad}
+            assert {item.name for item in other.skipped} == missing
+            assert other.images.shape == batch.images.shape  # whole: mixup pairs its images
+            readable = [i for i, (_, index) in enumerate(keys) if index not in bad]
+            assert torch.equal(other.images[readable], batch.images[readable])
+            assert torch.equal(other.labels[readable], batch.labels[readable])
+            for i in set(range(4)) - set(readable):  # a neighbour's copy
+                same = [j for j in readable if torch.equal(other.images[i], other.images[j])]
+                assert same
+                assert other.labels[i] == other.labels[same[0]]
+
+
+def test_an_evaluation_leaves_unreadable_images_out():
+    data = config(data={"on_error": "skip"}).data
+    batches = list(eval_loader(source(7, unreadable=(2, 6)), data, 2, 0, 1, False))
+    assert sum(len(batch.labels) for batch in batches) == 5
+    assert [item.name for batch in batches for item in batch.skipped] == ["2.png", "6.png"]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 0, 1, 2]
+
+
+def test_unreadable_images_raise_by_default():
+    with pytest.raises(UnreadableImage, match=r"1\.png: not readable"):
+        list(train_loader(source(4, unreadable=(1,)), config(), EpochSampler(4, 2), False))
+    everything = source(4, unreadable=(0, 1, 2, 3))
+    with pytest.raises(DataError, match="not one image of a batch of 2 can be read"):
+        list(train_loader(everything, config(data={"on_error": "skip"}), EpochSampler(4, 2), False))

@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from conv2former import CheckpointError
 from conv2former.engine import checkpoint as module
-from conv2former.engine.checkpoint import latest_checkpoint, read_training_checkpoint, save_checkpoint
+from conv2former.engine.checkpoint import (
+    latest_checkpoint,
+    read_training_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from conv2former.errors import OutputError
 
 
 def content(step: int) -> dict:
@@ -23,7 +32,9 @@ def names(folder) -> list[str]:
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, content(step), is_best=step == 2, keep=2)
-    assert names(tmp_path) == ["best.pt", "step_00000003.pt", "step_00000004.pt"]
+    assert names(tmp_path) == [
+        "best.pt", "step_00000003.pt", "step_00000003.pt.sha256", "step_00000004.pt", "step_00000004.pt.sha256"
+    ]  # fmt: skip
     assert read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
     path, saved, warnings = latest_checkpoint(tmp_path)
     assert (path.name, saved["step"], warnings) == ("step_00000004.pt", 4, [])
@@ -54,17 +65,97 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"step_00000002\.pt cannot be written .*No space left"):
+    with pytest.raises(OutputError, match=r"step_00000002\.pt cannot be written .*No space left"):
         save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
-    assert names(tmp_path) == ["best.pt", "step_00000001.pt"]
+    assert names(tmp_path) == ["best.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
 
 
-def test_a_half_written_file_does_not_count(tmp_path):
-    """What a kill in the middle of a write leaves behind."""
+@pytest.mark.parametrize("place", range(0, 100, 7))
+def test_any_flipped_bit_is_noticed(tmp_path, place):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=False, keep=5)
+    newest = tmp_path / "step_00000002.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) * place // 100] ^= 1 << place % 8
+    newest.write_bytes(data)
+    path, _, warnings = latest_checkpoint(tmp_path)
+    assert path.name == "step_00000001.pt"
+    assert "step_00000002.pt does not match its checksum" in warnings[0]
+
+
+def test_the_checksum_is_that_of_sha256sum(tmp_path):
+    path = save_checkpoint(tmp_path, content(1), is_best=False, keep=1)
+    result = subprocess.run(
+        ["sha256sum", "--check", f"{path.name}.sha256"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout == f"{path.name}: OK\n"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
+    """A limit on the file size fails as a full disk does, in the middle of torch's writing."""
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    big = content(2) | {"model": {"w": torch.zeros(300_000)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"step_00000002\.pt cannot be written \(.*File too large") as error:
+            save_checkpoint(tmp_path, big, is_best=True, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["best.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert latest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_what_a_killed_process_leaves_does_not_count_and_is_removed(tmp_path):
     save_checkpoint(tmp_path, content(1), is_best=False, keep=1)
-    (tmp_path / ".step_00000002.pt.123").write_bytes(b"half")
+    for name in (".step_00000002.pt.123", ".best.pt.123", "step_00000002.pt.sha256"):
+        (tmp_path / name).write_bytes(b"half")
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step_00000001.pt", "step_00000001.pt.sha256"]
+
+
+@pytest.mark.parametrize("moment", ["_write_whole", "_copy", "replace"])
+def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, moment):
+    """Checksum, best and newest are three names; whichever is missing, the folder can be gone on from."""
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=2)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "replace":
+            real = os.replace
+            patch.setattr(os, "replace", lambda a, b: kill() if str(b).endswith("step_00000002.pt") else real(a, b))
+        else:
+            patch.setattr(module, moment, kill)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, content(2), is_best=True, keep=2)
+    assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    remove_leftovers(tmp_path)
+    save_checkpoint(tmp_path, content(2), is_best=True, keep=2)
+    assert latest_checkpoint(tmp_path)[1]["step"] == read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
+
+
+def test_saving_holds_no_second_copy_of_the_weights(tmp_path):
+    """Measured as what the process takes at most while it saves 64 MiB of weights."""
+    code = (
+        "import resource, sys, torch, pathlib\n"
+        "from conv2former.engine import checkpoint as c\n"
+        "content = dict.fromkeys(c._KEYS) | {'step': 1, 'model': {str(i): torch.ones(1 << 20) for i in range(16)}}\n"
+        "c.save_checkpoint(pathlib.Path(sys.argv[1]) / 'warm', dict(content, model={}), False, 1)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "c.save_checkpoint(pathlib.Path(sys.argv[1]), content, True, 1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 16 * 1024  # KiB: a quarter of the weights
 
 
 def test_other_files_are_refused(tmp_path, official_file):
@@ -72,5 +163,6 @@ def test_other_files_are_refused(tmp_path, official_file):
         read_training_checkpoint(official_file)
     path = save_checkpoint(tmp_path, content(1), is_best=False, keep=1)
     torch.save({**torch.load(path), "format": 99}, path)
+    path.with_name(path.name + ".sha256").unlink()
     with pytest.raises(CheckpointError, match="format 99"):
         read_training_checkpoint(path)

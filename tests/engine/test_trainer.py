@@ -9,13 +9,11 @@ import torch
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
-from conv2former.engine import World, dry_run, train, trainer
+from conv2former.engine import dry_run, prepare, train, trainer
 from conv2former.engine.logging import read_metrics
-from conv2former.errors import TrainingError
+from conv2former.errors import OutputError, TrainingError
 
 from .conftest import configure
-
-WORLD = World(0, 1, torch.device("cpu"))
 
 
 def final(folder) -> dict:
@@ -38,7 +36,7 @@ def assert_equal(a, b, where: str = "") -> None:
 
 
 def rows(folder) -> list[dict]:
-    timing = ("images_per_second",)
+    timing = ("images_per_second", "data_wait", "memory_gib")
     return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -47,13 +45,14 @@ class Killed(Exception):
 
 
 def test_a_run_and_what_it_leaves(raw_config, tmp_path):
-    report = train(configure(raw_config, log__tensorboard=True), tmp_path / "run", WORLD)
+    report = train(configure(raw_config, log__tensorboard=True), tmp_path / "run")
     assert report["n"] == 7
     assert report["steps"] == 20  # 44 images / 8 per step = 5 steps, 4 epochs with the cool-down
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "checkpoints", "config.yaml", "curves.png", "first_batch.png", "metrics.jsonl", "report.json", "tensorboard"
+        ".lock", "checkpoints", "config.yaml", "confusion.png", "curves.png", "first_batch.png", "metrics.jsonl",
+        "report.json", "tensorboard", "train.log",
     }  # fmt: skip
     evals = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"]
     assert [row["epoch"] for row in evals] == [1, 2, 3, 4]
@@ -70,9 +69,10 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second"} <= set(tags["scalars"])
+    train_tags = {"loss", "lr", "grad_norm", "images_per_second", "memory_gib", "data_wait"}
+    assert {f"train/{tag}" for tag in train_tags} <= set(tags["scalars"])
     assert {"eval/top1", "eval/top5", "eval/ema_top1"} <= set(tags["scalars"])
-    assert tags["images"] == ["train/first_batch"]
+    assert set(tags["images"]) == {"first_batch", "curves", "confusion"}
     assert [event.value for event in events.Scalars("eval/top1")] == pytest.approx([row["top1"] for row in evals])
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     raw_config, tmp_path, monkeypatch, stop_after, every_steps, workers
 ):
     config = configure(raw_config, checkpoint__every_steps=every_steps)
-    train(config, tmp_path / "whole", WORLD)
+    train(config, tmp_path / "whole")
 
     real_step, done = trainer.train_step, []
 
@@ -93,10 +93,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 
     monkeypatch.setattr(trainer, "train_step", dying_step)
     with pytest.raises(Killed):
-        train(config, tmp_path / "parts", WORLD)
+        train(config, tmp_path / "parts")
     monkeypatch.setattr(trainer, "train_step", real_step)
     report = train(
-        configure(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts", WORLD
+        configure(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts"
     )
 
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
@@ -109,94 +109,99 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 def test_the_seed_matters(raw_config, tmp_path):
     short = {"schedule__epochs": 2, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(configure(raw_config, train__seed=seed, **short), tmp_path / name, WORLD)
+        train(configure(raw_config, train__seed=seed, **short), tmp_path / name)
     a, b, c = (final(tmp_path / name)["model"] for name in "abc")
     assert_equal(a, b)
     assert not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
 
 
 def test_a_finished_run_stays_finished(raw_config, tmp_path):
-    first = train(configure(raw_config), tmp_path / "run", WORLD)
+    first = train(configure(raw_config), tmp_path / "run")
     before = final(tmp_path / "run")
-    again = train(configure(raw_config), tmp_path / "run", WORLD)
+    again = train(configure(raw_config), tmp_path / "run")
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
     assert_equal(final(tmp_path / "run"), before)
 
 
 def test_resume_never_and_from_a_path(raw_config, tmp_path):
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run; choose another --output"):
-        train(configure(raw_config), tmp_path / "run", WORLD, resume="never")
+        train(configure(raw_config), tmp_path / "run", resume="never")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
-    report = train(configure(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
+    report = train(configure(raw_config), tmp_path / "other", resume=str(newest[0]))
     assert report["steps"] == 20
     assert_equal(final(tmp_path / "other")["model"], final(tmp_path / "run")["model"])
-    finished = train(configure(raw_config), tmp_path / "finished", WORLD, resume=str(newest[-1]))
+    again = train(configure(raw_config), tmp_path / "other", resume=str(newest[0]))  # the same command goes on
+    assert (again["steps"], again["top1"]) == (20, report["top1"])
+    finished = train(configure(raw_config), tmp_path / "finished", resume=str(newest[-1]))
     assert (tmp_path / "finished" / "checkpoints" / "best.pt").is_file()
     with pytest.raises(ConfigError, match="holds a run"):
-        train(configure(raw_config), tmp_path / "other", WORLD, resume=str(newest[0]))
+        train(configure(raw_config), tmp_path / "other", resume=str(newest[-1]))
     last = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"][-1]
     assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
-        train(configure(raw_config), tmp_path / "other2", WORLD, resume=str(tmp_path / "none.pt"))
+        train(configure(raw_config), tmp_path / "other2", resume=str(tmp_path / "none.pt"))
 
 
 def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     with pytest.raises(ConfigError) as error:
-        train(
-            configure(raw_config, optim__base_lr=5e-3, augment__hflip=0.1, log__every_steps=7), tmp_path / "run", WORLD
-        )
+        train(configure(raw_config, optim__base_lr=5e-3, augment__hflip=0.1, log__every_steps=7), tmp_path / "run")
     assert "optim.base_lr: 0.001 -> 0.005" in str(error.value)
     assert "augment.hflip: 0.5 -> 0.1" in str(error.value)
     assert "log.every_steps" not in str(error.value)
 
 
 def test_other_data_or_devices_are_not_a_continuation(raw_config, tmp_path, monkeypatch):
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     with monkeypatch.context() as patch:
-        opened = trainer.open_train_and_val
+        opened = prepare.open_train_and_val
 
         def fewer(data):
             source, val = opened(data)
             source.images.__dict__["dataset"] = source.images.dataset.select(range(40))
             return source, val
 
-        patch.setattr(trainer, "open_train_and_val", fewer)
+        patch.setattr(prepare, "open_train_and_val", fewer)
         with pytest.raises(ConfigError, match="images: 44 -> 40"):
-            train(configure(raw_config), tmp_path / "run", WORLD)
-    for_two = World(0, 2, torch.device("cpu"))
-    plan = trainer.make_plan
-    monkeypatch.setattr(trainer, "make_plan", lambda config, _, images: plan(config, for_two.size, images))
+            train(configure(raw_config), tmp_path / "run")
+    plan = prepare.make_plan
+    monkeypatch.setattr(prepare, "make_plan", lambda config, _, images: plan(config, 2, images))
     with pytest.raises(ConfigError, match="global_batch_size: 8 -> 16"):
-        train(configure(raw_config), tmp_path / "run", WORLD)
+        train(configure(raw_config), tmp_path / "run")
 
 
 def test_the_global_batch_may_be_divided_anew(raw_config, tmp_path):
     """As after a change of the number of devices."""
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     for newest in sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[1:]:
         newest.unlink()
-    report = train(configure(raw_config, train__batch_size=8, train__accum_steps=1), tmp_path / "run", WORLD)
+    report = train(configure(raw_config, train__batch_size=8, train__accum_steps=1), tmp_path / "run")
     assert report["steps"] == 20
     with pytest.raises(ConfigError, match="global_batch_size: 8 -> 4"):
-        train(configure(raw_config, train__batch_size=4, train__accum_steps=1), tmp_path / "run", WORLD)
+        train(configure(raw_config, train__batch_size=4, train__accum_steps=1), tmp_path / "run")
 
 
 def test_exploded_weights_are_not_saved(raw_config, tmp_path, monkeypatch):
     real = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: {**real(*args), "loss": float("nan")})
+
+    def exploded(*args):
+        result = real(*args)
+        result.metrics["loss"] = float("nan")
+        return result
+
+    monkeypatch.setattr(trainer, "evaluate", exploded)
     with pytest.raises(TrainingError, match="loss is not finite after step 5"):
-        train(configure(raw_config), tmp_path / "run", WORLD)
+        train(configure(raw_config), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     whole = final(tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    train(configure(raw_config), tmp_path / "run", WORLD)
+    train(configure(raw_config), tmp_path / "run")
     assert f"damaged checkpoint: {newest}" in capsys.readouterr().out
     assert_equal(final(tmp_path / "run")["model"], whole["model"])
 
@@ -205,7 +210,7 @@ def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tiny, tmp_
     raw_config["model"] |= {"variant": None, "name": tiny}
     still = {"optim__base_lr": 1e-12, "schedule__warmup_lr": 0.0, "schedule__min_lr": 0.0}
     config = configure(raw_config, model__checkpoint=str(official_file), model__head_init_scale=0.001, **still)
-    train(config, tmp_path / "run", WORLD)
+    train(config, tmp_path / "run")
     assert "a classifier for 10 classes" in caplog.text
     weights = final(tmp_path / "run")["model"]
     official = torch.load(official_file, weights_only=False)["state_dict"]
@@ -216,20 +221,20 @@ def test_fine_tuning_from_a_checkpoint_with_other_classes(raw_config, tiny, tmp_
 
 def test_mistakes_in_the_data(raw_config, tmp_path):
     with pytest.raises(DataError, match="fewer than one global batch of 100"):
-        train(configure(raw_config, train__batch_size=50), tmp_path / "run", WORLD)
+        train(configure(raw_config, train__batch_size=50), tmp_path / "run")
     with pytest.raises(DataError, match="no such folder"):
-        train(configure(raw_config, data__root=str(tmp_path / "none")), tmp_path / "run", WORLD)
+        train(configure(raw_config, data__root=str(tmp_path / "none")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_cannot_be_written(raw_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        train(configure(raw_config), tmp_path / "file" / "run", WORLD)
+    with pytest.raises(OutputError, match=r"cannot be written .*file is a file"):
+        train(configure(raw_config), tmp_path / "file" / "run")
 
 
 def test_dry_run(raw_config):
-    lines = dry_run(configure(raw_config), WORLD)
+    lines = dry_run(configure(raw_config))
     text = "\n".join(lines)
     assert "conv2former_test from scratch, drop path 0.2, 32 x 32" in text
     assert "global batch 8 = 4 per device x 1 devices x 2 accumulation steps" in text

@@ -1,0 +1,206 @@
+"""All that can be wrong with a run, found before its processes meet: nothing hangs, and the message comes once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from ..config import Config, Plan, check_config, differences, load_config, make_plan
+from ..data import DataSource, StreamSource, open_train_and_val
+from ..errors import ConfigError, DataError, OutputError, UserError, bullets
+from ..models import Conv2Former
+from .build import build_model, check_names
+from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
+from .distributed import World
+from .logging import writing
+
+__all__ = ["Job", "as_config", "prepare"]
+
+# What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
+# global batch, which the plan guards and other numbers of devices need.
+_HARMLESS = (
+    "data.root",
+    "data.workers",
+    "log",
+    "checkpoint",
+    "train.eval_batch_size",
+    "train.batch_size",
+    "train.accum_steps",
+    "train.timeout_minutes",
+)
+
+
+@dataclass
+class Job:
+    """A run that is known to be right, as far as that can be known before it starts.
+
+    Attributes:
+        saved: the checkpoint to go on from, or None.
+        started_from: the path given as `resume`, if the run began with one.
+        plan_of_data: what a continuation must have the same.
+        notes: lines to print.
+        lock: held as long as the run writes into its folder; None on other processes than the main one.
+    """
+
+    config: Config
+    output: Path
+    plan: Plan
+    train_source: DataSource | StreamSource
+    val_source: DataSource | StreamSource
+    model: Conv2Former
+    saved: dict[str, Any] | None
+    started_from: str | None
+    plan_of_data: dict[str, int]
+    notes: list[str]
+    lock: TextIO | None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in index order."""
+        return self.train_source.class_names
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """Returns a checked configuration from one, from plain types, or from a YAML file.
+
+    Raises:
+        ConfigError: it has mistakes.
+    """
+    if isinstance(config, Config):
+        return config
+    return check_config(config, "the configuration") if isinstance(config, Mapping) else load_config(config)
+
+
+def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
+    """Opens the data, builds the network and finds the checkpoint to go on from; talks to no other process.
+
+    Args:
+        config: the run.
+        output: the run folder.
+        resume: as for `train`.
+        world: this process; every one does this.
+
+    Raises:
+        UserError: a mistake in the configuration, the data, the checkpoint or the output folder. Its `scope` says that
+            every process of the machine has the same.
+    """
+    try:
+        return _prepare(config, output, resume, world)
+    except UserError as e:
+        e.scope = "run" if e.scope == "run" else "node"
+        raise
+
+
+def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
+    check_names(config, world.device)
+    _check_output(output)
+    train_source, val_source = open_train_and_val(config.data)
+    plan = make_plan(config, world.size, len(train_source))
+    model = build_model(config, len(train_source.class_names))
+    lock = _lock(output) if world.is_main and output.is_dir() else None
+    saved, started_from, notes = _find_checkpoint(output, resume)
+    plan_of_data = {
+        "images": len(train_source),
+        "global_batch_size": plan.global_batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+    }
+    if isinstance(train_source, StreamSource):
+        plan_of_data["devices"] = world.size  # a stream's order depends on them
+    if saved:
+        _check_continuation(config, saved, train_source.class_names, plan_of_data)
+    if world.is_main:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        lock = lock or _lock(output)
+        remove_leftovers(output / "checkpoints")
+    return Job(
+        config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock
+    )  # fmt: skip
+
+
+def _check_output(output: Path) -> None:
+    """Checks that the run folder can be written, without making it."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OutputError(f"{output}: cannot be written ({existing} is a file); choose another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written (no permission in {existing}); choose another --output")
+
+
+def _lock(output: Path, patience: float = 20.0) -> TextIO | None:
+    """Keeps others from training into the same folder; the operating system lets go when this process ends.
+
+    The processes of a run that was just killed may need some seconds to go.
+    """
+    with writing(output):
+        file = (output / ".lock").open("w")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{output}: another process is training into this folder; stop it or choose another --output"
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return file
+
+
+def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, str | None, list[str]]:
+    """Returns the checkpoint to go on from, or None, the path that the run began with, and lines about it."""
+    found = latest_checkpoint(output / "checkpoints")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if found:
+        path, saved, warnings = found
+        if resume == "auto" or restarted or saved.get("started_from") == str(Path(resume).resolve()):
+            return saved, saved.get("started_from"), [*warnings, f"going on from {path}"]
+        raise ConfigError(f"{output} holds a run; choose another --output, or --resume auto to go on with it")
+    if resume in ("auto", "never"):
+        return None, None, []
+    saved = read_training_checkpoint(Path(resume))
+    saved["best_metric"] = saved["confusion"] = None  # the best of this folder is yet to come
+    return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
+
+
+def _check_continuation(
+    config: Config, saved: dict[str, Any], class_names: list[str], plan_of_data: dict[str, int]
+) -> None:
+    """Checks that a run goes on as it was, but for what changes nothing and what is allowed.
+
+    Raises:
+        ConfigError: lists the keys that differ.
+        DataError: the classes differ.
+    """
+    allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
+    # a key that this version has and that one had not is at its default, which is what was done then
+    defaults = type(config)().to_dict()
+    before = {section: {**defaults.get(section, {}), **values} for section, values in saved["config"].items()}
+    changed = [
+        line
+        for line in differences(before, config.to_dict())
+        if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
+    ]
+    if changed:
+        raise ConfigError(
+            "this run was started with another configuration; start a new one with another --output, undo the change, "
+            "or allow it (checkpoint.allow_changes=[KEY, ...]):\n" + bullets(changed)
+        )
+    if saved["class_names"] != class_names:
+        raise DataError("the data set's classes have changed since this run was started; start a new run")
+    changed = differences(saved["plan"], plan_of_data)
+    if changed:
+        raise ConfigError(
+            "this run was started with other data or another number of devices; an epoch must have the same global "
+            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n" + bullets(changed)
+        )

@@ -1,0 +1,104 @@
+"""Notices a process that the others wait for in vain, and says which one it is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+__all__ = ["Watch"]
+
+_HANG_EXIT_CODE = 3  # that of TrainingError
+
+
+class Watch(threading.Thread):
+    """A thread that tells the other processes where this one is, and ends the run if it waits too long.
+
+    A collective that one process does not reach makes the others wait; what they then raise, if anything, says only
+    that time is up. So each process writes its place into the store that they met at, once a second. One that has
+    stood at the same place for the time-out reads the others' places: whoever is at an earlier one, or has stopped
+    writing, is named, and the run ends with code 3.
+
+    Every process must call `at` for the same places in the same order.
+
+    Args:
+        store: shared by the processes; for this thread's use alone.
+        rank, size: of this process.
+        timeout: seconds.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        super().__init__(name="conv2former-watch", daemon=True)
+        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        self._place, self._count, self._since = "the start", 0, time.monotonic()
+        self._done = threading.Event()
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.start()
+
+    def at(self, place: str) -> None:
+        """Says that this process has come to `place`."""
+        self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+
+    def run(self) -> None:
+        """The thread."""
+        beat = 0
+        while not self._done.wait(1.0):
+            if self._parent not in (None, os.getppid()):
+                os._exit(1)  # torchrun has been killed: its processes must not train on beside those of a new start
+            beat += 1
+            try:
+                self._store.set(str(self._rank), f"{beat} {self._count} {socket.gethostname()} {self._place}")
+                if time.monotonic() - self._since > self._timeout:
+                    self._accuse()
+            except Exception:  # the store's process is gone or does not answer
+                if time.monotonic() - self._since > self._timeout:
+                    self._end("the process that the others meet at (rank 0, or torchrun) does not answer")
+
+    def _read(self) -> dict[int, list[str]]:
+        """Returns [beat, count, host, place] of every other process that has written anything."""
+        others = [rank for rank in range(self._size) if rank != self._rank and self._store.check([str(rank)])]
+        return {rank: self._store.get(str(rank)).decode().split(" ", 3) for rank in others}
+
+    def _accuse(self) -> None:
+        before = self._read()
+        time.sleep(3.5)  # in which a living process writes three times
+        after = self._read()
+        if time.monotonic() - self._since <= self._timeout or self._done.is_set():
+            return  # it has gone on meanwhile
+        absent = [rank for rank in range(self._size) if rank != self._rank and rank not in after]
+        silent = [rank for rank, words in after.items() if words[0] == before.get(rank, words)[0]]
+        behind = [rank for rank, words in after.items() if int(words[1]) < self._count]
+        missing = sorted({*absent, *silent, *behind})
+        waiting = [rank for rank in range(self._size) if rank not in missing]
+        if not missing:
+            if any(int(words[1]) > self._count for words in after.values()):
+                return  # it is this process that the others wait for; they will say so
+            missing = waiting = list(range(self._size))
+        if self._rank != min(waiting):
+            time.sleep(5.0)  # one voice is enough
+        where = [
+            f"rank {rank} ({after[rank][2]}) "
+            + ("is silent; it was last" if rank in silent else "is")
+            + f" at {after[rank][3]}"
+            if rank in after
+            else f"rank {rank} has not been heard at all"
+            for rank in missing
+            if rank != self._rank
+        ]
+        self._end(f"{'; '.join(where)}. Rank {self._rank} has waited for {self._timeout:g} s at {self._place}")
+
+    def _end(self, text: str) -> None:
+        print(
+            f"error: the processes do not come together: {text} (train.timeout_minutes). Look at that machine; the "
+            "same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(_HANG_EXIT_CODE)  # the main thread hangs in a collective and cannot be told

@@ -1,0 +1,198 @@
+"""Kills runs at random moments, starts them again, and compares the end with that of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..engine import train
+from ..engine.logging import read_metrics
+from ..errors import TrainingError
+
+__all__ = ["differing", "kill_and_compare", "metrics_of"]
+
+TIMING = ("images_per_second", "data_wait", "memory_gib")  # what no two runs have the same
+_STATE = ("step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "confusion")
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.jsonl without the timing."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def differing(first: Any, second: Any, where: str = "") -> list[str]:
+    """Returns the places at which two nested structures of tensors and built-in types are not equal bit for bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        same = first.dtype == second.dtype and torch.equal(first, second)
+        return [] if same else [where]
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return [place for key in first for place in differing(first[key], second[key], f"{where}.{key}")]
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        pairs = enumerate(zip(first, second, strict=True))
+        return [place for i, (a, b) in pairs for place in differing(a, b, f"{where}[{i}]")]
+    return [] if first == second else [where]
+
+
+def differing_runs(whole: Path, parts: Path) -> list[str]:
+    """Returns what two finished runs do not have the same: in the last and the best checkpoint, and in the metrics."""
+    found = []
+    for name in (sorted((whole / "checkpoints").glob("step_*.pt"))[-1].name, "best.pt"):
+        a, b = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, parts))
+        found += [f"{name}{place}" for key in _STATE for place in differing(a[key], b[key], f".{key}")]
+    return found + differing(metrics_of(whole), metrics_of(parts), "metrics.jsonl")
+
+
+class _Processes:
+    """A run in forked processes, which need not import anything again."""
+
+    def __init__(self, config: Config, output: Path, count: int, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pids: dict[int, int | None] = {}  # exit codes
+        for rank in range(count):
+            pid = os.fork()
+            if pid:
+                self.pids[pid] = None
+                continue
+            code = 1
+            try:
+                os.setsid()
+                file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+                torch.set_num_threads(1)
+                train(config, output)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for the end, at most `seconds`; returns whether all have ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for pid in [pid for pid, code in self.pids.items() if code is None]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.pids[pid] = os.waitstatus_to_exitcode(status)
+            if None not in self.pids.values():
+                return True
+            time.sleep(0.005)
+        return False
+
+    def kill(self) -> None:
+        """Kills every process and its workers with SIGKILL."""
+        for pid in [pid for pid, code in self.pids.items() if code is None]:
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its own group yet
+                os.kill(pid, signal.SIGKILL)
+        self.wait(60.0)
+
+    @property
+    def has_failed(self) -> bool:
+        return any(code not in (0, None) for code in self.pids.values())
+
+
+def kill_and_compare(
+    config: Config,
+    folder: Path,
+    kills: int,
+    processes: int,
+    workers: Sequence[int],
+    seed: int,
+    say: Callable[[str], None],
+) -> int:
+    """Kills runs `kills` times altogether, and compares every one that comes to its end.
+
+    Args:
+        config: the run; the shorter, the more often each moment of it is hit.
+        folder: for the runs; what is in it is removed.
+        kills: how often to kill.
+        processes: of each run, on this machine.
+        workers: numbers of loader workers, chosen anew for every start: they must change nothing.
+        seed: of the moments and the choices.
+        say: takes a line for every kill and every comparison.
+
+    Returns:
+        How many finished runs differed from the one that was left alone.
+
+    Raises:
+        TrainingError: a run failed by itself.
+    """
+    rng = random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    def start(name: str, count: int) -> _Processes:
+        data = config.data.model_copy(update={"workers": count})
+        return _Processes(config.model_copy(update={"data": data}), folder / name, processes, folder / "output.txt")
+
+    def end(run: _Processes) -> None:
+        if run.has_failed:
+            run.kill()
+            tail = "\n".join((folder / "output.txt").read_text().splitlines()[-15:])
+            raise TrainingError(f"a run failed by itself; the end of its output:\n{tail}")
+
+    began = time.monotonic()
+    whole = start("whole", workers[0])
+    while not whole.wait(1.0):
+        end(whole)
+    end(whole)
+    duration = time.monotonic() - began
+    say(f"the run that is left alone: {duration:.1f} s, {processes} processes, {workers[0]} workers")
+    killed = finished = different = in_this = 0
+    while killed < kills or in_this:
+        count = rng.choice(list(workers))
+        run = start("parts", count)
+        patience = rng.uniform(0.0, duration) if killed < kills else 100 * duration
+        if run.wait(patience):
+            end(run)
+            places = differing_runs(folder / "whole", folder / "parts")
+            finished += 1
+            different += bool(places)
+            result = "identical" if not places else f"DIFFERENT in {', '.join(places[:5])}"
+            say(f"run {finished}: ended after {in_this} kills, {result}")
+            shutil.rmtree(folder / "parts")
+            in_this = 0
+            continue
+        end(run)
+        run.kill()
+        killed, in_this = killed + 1, in_this + 1
+        say(f"kill {killed}: after {patience:.2f} s, {count} workers, {_moment(folder / 'parts')}")
+    say(f"{killed} kills, {finished} finished runs, {different} different")
+    return different
+
+
+def _moment(folder: Path) -> str:
+    """Returns what a killed run was doing, as far as its folder tells."""
+    if list((folder / "checkpoints").glob(".*.pt*")):
+        return "while writing a checkpoint"
+    steps = sorted((folder / "checkpoints").glob("step_*.pt"))
+    rows = read_metrics(folder / "metrics.jsonl")
+    return (
+        f"newest checkpoint {steps[-1].name if steps else 'none'}, last logged step {rows[-1]['step'] if rows else 0}"
+    )
