@@ -1,26 +1,52 @@
-"""Reads one YAML file into a plain dict, with errors that say what to do."""
+"""Reads one YAML file into plain types, with errors that say what to do.
+
+Only what a configuration needs is read: nothing that could run code, and no small file that becomes large in memory.
+"""
 
 from __future__ import annotations
 
 import re
+import reprlib
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, raise_mistakes
 
-__all__ = ["parse_yaml_value", "read_yaml"]
+__all__ = ["cut", "parse_yaml_value", "raise_first_mistakes", "read_yaml", "show"]
+
+MAX_BYTES = 100_000
+MAX_DEPTH = 30
+MAX_MISTAKES = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is an error instead of silently the last one."""
+    """PyYAML's safe loader for plain values; a key given twice is an error instead of silently the last one."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):  # aliases of aliases grow without bound, or hold themselves
+            problem = "aliases such as '*name' are not supported; write the value again"
+        elif getattr(event, "tag", None):
+            problem = "tags such as '!!int' are not supported; leave it out, and put text in quotes"
+        elif self.depth == MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} levels deep"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem="'<<' is not supported", problem_mark=key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool)):
                 raise yaml.MarkedYAMLError(problem="a key must be a word or a number", problem_mark=key_node.start_mark)
@@ -30,13 +56,47 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML lets its constructors' own errors through: a date that does not exist, a number of 5000 digits, ...
-_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+# YAML 1.1, which PyYAML reads, takes 1e-6 for text because it has no dot, and 010, 12:30 and 2024-01-01 for the number
+# 8, the number 750 and a date, which may be names of folders.
+_TAG = "tag:yaml.org,2002:"
+_DIGITS = r"([-+]?(([0-9][0-9_]*)?\.[0-9][0-9_]*|(0|[1-9][0-9_]*)\.?)([eE][-+]?[0-9]+)?"
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*)$",
+    "float": _DIGITS + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) in ("bool", "null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
 
-# YAML 1.1, which PyYAML reads, takes 1e-6 for text because it has no dot.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# PyYAML lets Python's own errors through: a number of 5000 digits, a character that does not exist.
+_ERRORS = (yaml.YAMLError, ValueError, OverflowError)
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 12, 12, 12
+_short.maxstring = _short.maxlong = _short.maxother = 200
+
+
+def cut(text: object, limit: int = 200) -> str:
+    """Returns a user's text as an error shows it: all of it unless it is very long."""
+    text = str(text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def show(value: object) -> str:
+    """Returns a user's value as an error shows it: as Python writes it unless it is very long."""
+    try:
+        return cut(_short.repr(value))
+    except ValueError:  # Python writes no more than 4300 digits
+        return "a very long number"
+
+
+def raise_first_mistakes(where: object, mistakes: Sequence[str]) -> None:
+    """Raises one ConfigError that lists the mistakes found in `where`, the first of very many; or does nothing."""
+    more = f" (the first of {len(mistakes)})" if len(mistakes) > MAX_MISTAKES else ""
+    raise_mistakes(f"{where}{more}", list(mistakes[:MAX_MISTAKES]))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -47,22 +107,37 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read as text ({e})") from None
+    except (OSError, ValueError) as e:  # ValueError: also a path that holds a NUL
+        problem = getattr(e, "strerror", None) or e
+        raise ConfigError(f"{cut(path, 1000)}: cannot be read as text ({problem})") from None
     try:
         content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except _ERRORS as e:
         mark = getattr(e, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+        raise ConfigError(f"{path}{where}: not valid YAML: {_problem(e)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
     return content
+
+
+def _read_text(path: Path) -> str:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+        raise OSError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(f"more than {MAX_BYTES} bytes")
+    return content.decode()
+
+
+def _problem(error: Exception) -> str:
+    return cut(getattr(error, "problem", None) or error)
 
 
 def parse_yaml_value(text: str) -> Any:
@@ -74,4 +149,4 @@ def parse_yaml_value(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except _ERRORS as e:
-        raise ConfigError(f"'{text}' is not a valid value: {getattr(e, 'problem', None) or e}") from None
+        raise ConfigError(f"'{cut(text)}' is not a valid value: {_problem(e)}") from None

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ import time
 import pytest
 import yaml
 
+from conv2former.tools.killing import differing_runs
 from conv2former.tools.table import variants_table
 
 from .conftest import ROOT, TINY_YAML
 from .engine.conftest import small_data  # noqa: F401 - a fixture
-from .engine.test_trainer import assert_equal, final, rows
+from .engine.test_trainer import final
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -82,26 +84,50 @@ def config_file(small_data, tmp_path):  # noqa: F811
     return path
 
 
-def test_killed_and_started_again(config_file, tmp_path):
-    """Two processes, killed with SIGKILL in the middle: the second start ends as the run that was left alone."""
-    words = [*TORCHRUN, "--nproc-per-node=2", "scripts/train.py", "--config", config_file, "--output"]
-    run(*words, tmp_path / "whole")
-    process = subprocess.Popen(
-        command(*words, tmp_path / "parts"), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+def start(*words, log) -> subprocess.Popen:
+    with log.open("w") as file:
+        return subprocess.Popen(command(*words), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+
+def checkpoints(folder) -> int:
+    return len(list(folder.glob("checkpoints/step_*.pt")))
+
+
+def test_torchrun(config_file, tmp_path):
+    """Two processes; the same with one killed and restarted by torchrun, and under two agents, as on two machines."""
+    words = ["scripts/train.py", "--config", config_file, "--output"]
+    run(*TORCHRUN, "--nproc-per-node=2", *words, tmp_path / "whole")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agent = [*TORCHRUN[:-1], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    agents = [start(*agent, *words, tmp_path / "agents", log=tmp_path / f"agent{i}.txt") for i in range(2)]
+    assert [process.wait(120) for process in agents] == [0, 0], (tmp_path / "agent0.txt").read_text()
+    assert not differing_runs(tmp_path / "whole", tmp_path / "agents")
+
+    log = tmp_path / "restarted.txt"
+    process = start(*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3", *words, tmp_path / "restarted", log=log)
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "parts").glob("checkpoints/step_*.pt"))) < 2 and time.monotonic() < deadline:
+    while not checkpoints(tmp_path / "restarted") and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert final(tmp_path / "parts")["step"] < 12, "the run was over before it was killed"
-    result = run(*words, tmp_path / "parts")
-    assert "going on from " in result.stdout
-    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
-    for key in ("model", "model_ema", "optimizer", "step", "best_metric"):
-        assert_equal(whole[key], parts[key], key)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(180) == 0, log.read_text()
+    assert "going on from " in log.read_text()
+    assert not differing_runs(tmp_path / "whole", tmp_path / "restarted")
+
+
+def test_sigterm_to_torchrun(config_file, tmp_path):
+    words = [*TORCHRUN, "--nproc-per-node=2", "scripts/train.py", "--config", config_file, "schedule.epochs=500"]
+    process = start(*words, "--output", tmp_path / "run", log=tmp_path / "log.txt")
+    deadline = time.monotonic() + 120
+    while checkpoints(tmp_path / "run") < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    stopped = re.search(r"stopped by SIGTERM after step (\d+) of 1000, and saved", (tmp_path / "log.txt").read_text())
+    assert stopped, (tmp_path / "log.txt").read_text()
+    assert final(tmp_path / "run")["step"] == int(stopped[1])
 
 
 MISTAKES = [

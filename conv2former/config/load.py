@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .._yaml import parse_yaml_value, read_yaml
-from ..errors import ConfigError, closest, raise_mistakes
+from .._yaml import cut, parse_yaml_value, raise_first_mistakes, read_yaml, show
+from ..errors import ConfigError, closest
 from .schema import Config
 
 __all__ = ["apply_overrides", "check_config", "differences", "load_config"]
+
+MAX_FILES = 100  # of one configuration: bases of bases can be very many
+MAX_WORDS = 10  # in a dotted key
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -30,7 +34,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
     """
-    raw = _read_with_bases(Path(path), ()) if path else {}
+    raw = _read_with_bases(Path(path), (), itertools.count()) if path else {}
     return check_config(apply_overrides(raw, overrides), path or "the configuration")
 
 
@@ -46,7 +50,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict
         *parents, last = key.split(".")
         for parent in parents:
             if not isinstance(node.setdefault(parent, {}), dict):
-                raise ConfigError(f"{key}: '{parent}' is not a section")
+                raise ConfigError(f"{cut(key)}: '{cut(parent)}' is not a section")
             node = node[parent]
         node[last] = value
     _read_variant_file(raw, Path())  # named on the command line: relative to the working directory
@@ -65,7 +69,9 @@ def check_config(raw: Mapping[str, Any], where: object) -> Config:
         config = Config.model_validate(dict(raw))
     except ValidationError as e:
         mistakes = [_describe(error) for error in e.errors()]
-    raise_mistakes(where, mistakes or (config.conflicts() if config else []))
+    except ValueError as e:  # pydantic lets Python's own through: it writes no number of more than 4300 digits as text
+        mistakes = [str(e)]
+    raise_first_mistakes(where, mistakes or (config.conflicts() if config else []))
     assert config is not None
     return config
 
@@ -82,18 +88,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_bases(path: Path, chain: tuple[Path, ...], count: Iterator[int]) -> dict[str, Any]:
     """Reads a file over its bases. Mappings are merged, everything else, lists too, is replaced."""
+    raw = read_yaml(path)  # first: what it reads can be resolved
     resolved = path.resolve()
     if resolved in chain:
-        raise ConfigError(f"{chain[0]}: 'base:' goes in a circle: {' -> '.join(p.name for p in (*chain, resolved))}")
-    raw = read_yaml(path)
+        circle = " -> ".join(p.name for p in (*chain, resolved))
+        raise ConfigError(f"{chain[0]}: 'base:' goes in a circle: {cut(circle)}")
+    if next(count) == MAX_FILES:
+        raise ConfigError(f"{path}: 'base:' leads to more than {MAX_FILES} files")
     bases = raw.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base: expected a file name or a list of them, found {bases!r}")
+        raise ConfigError(f"{path}: base: expected a file name or a list of them, found {show(bases)}")
     _read_variant_file(raw, path.parent)
-    layers = [_read_with_bases(path.parent / base, (*chain, resolved)) for base in bases]
+    layers = [_read_with_bases(path.parent / base, (*chain, resolved), count) for base in bases]
     return functools.reduce(_merge, [*layers, raw], {})
 
 
@@ -121,10 +130,13 @@ def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--") or not rest:
-                raise ConfigError(f"'{word}': expected key=value, for example optim.base_lr=1e-3")
+                raise ConfigError(f"'{cut(word)}': expected key=value, for example optim.base_lr=1e-3")
             text = rest.pop(0)
+        parts = key.split(".")
+        if not all(parts) or len(parts) > MAX_WORDS:
+            raise ConfigError(f"'{cut(word)}': not a key; expected words with dots between, for example optim.base_lr")
         if not text.strip():
-            raise ConfigError(f"'{word}': no value; write {key}=null for none")
+            raise ConfigError(f"'{cut(word)}': no value; write {cut(key)}=null for none")
         pairs.append((key, parse_yaml_value(text)))
     return pairs
 
@@ -141,9 +153,9 @@ def _valid_keys(location: Sequence[str | int]) -> list[str]:
 
 def _describe(error: Any) -> str:
     location = error["loc"]
-    dotted = ".".join(str(word) for word in location)
+    dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
         keys = _valid_keys(location)
         return f"{dotted}: unknown key{closest(location[-1], keys) or '; valid: ' + ', '.join(keys)}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{dotted}: {message}, found {error['input']!r}"
+    return f"{dotted}: {message}, found {show(error['input'])}"

@@ -1,25 +1,29 @@
 """The configuration of a training run: one class per YAML section, every key with its unit and default.
 
-pydantic checks types and ranges; what involves two keys is in `Config.conflicts`.
+pydantic checks types and ranges; what involves two keys is in `Config.conflicts`. The upper ends of the ranges are far
+above what is of use: they turn a slip of the hand into a message where the run would hang or need all memory.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 __all__ = ["Config"]
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+ImgSize = Annotated[int, Field(ge=32, le=4096)]
+Epochs = Annotated[int, Field(ge=0, le=100_000)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1e12)]
+Above0 = Annotated[float, Field(gt=0.0, le=1e12)]
 Interval = tuple[Above0, Above0]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
 Rgb = tuple[Finite, Finite, Finite]
+Location = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]  # no path holds a NUL
 
 
 class Section(BaseModel):
@@ -32,8 +36,8 @@ class ModelConfig(Section):
     """Which network, and from which weights it starts."""
 
     name: str = "conv2former_t"  # in timm's registry; with `variant`, the variant's name
-    variant: dict[str, Any] | None = None  # a variant of your own: the path of its YAML file, or its content
-    checkpoint: str | None = None  # weights to start from; a classifier for other classes is replaced
+    variant: dict[str, JsonValue] | None = None  # a variant of your own: the path of its YAML file, or its content
+    checkpoint: Location | None = None  # weights to start from; a classifier for other classes is replaced
     drop_path_rate: Rate | None = None  # null: the variant's train_drop_path_rate
     drop_rate: Rate = 0.0  # dropout before the classifier
     head_init_scale: Above0 = 1.0  # factor on the fresh classifier's weights; small for fine-tuning
@@ -51,26 +55,28 @@ class DataConfig(Section):
     # hf: a local folder of parquet, arrow or image files that `datasets` reads, or a name on the Hugging Face hub.
     # wds: a folder of WebDataset tars, root/SPLIT/*.tar or root/SPLIT-*.tar, on a local or mounted disk.
     # digits: where scikit-learn's digits are written, once, as a parquet data set.
-    root: str = ""
-    train_split: str = "train"
-    val_split: str | None = None  # null: validation, val, valid or test, whichever exists first
+    root: Location = ""
+    train_split: Location = "train"
+    val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first
     image_key: str = "image"  # hf only: columns of the data set
     label_key: str = "label"  # also of the json files in tars
-    num_classes: Positive | None = None  # null: as many as the data has; otherwise checked against it
+    # null: as many as the data has; otherwise checked against it
+    num_classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
     streaming: bool = False  # hf only: read the training images as they come instead of storing the data set first
     epoch_images: Positive | None = None  # with streaming: how many images an epoch is; the length is not guessed
-    shuffle_images: Positive = 4096  # with streaming: images in the buffer that the order is drawn from, per process
+    # with streaming: images in the buffer that the order is drawn from, per process
+    shuffle_images: Annotated[int, Field(ge=1, le=10**7)] = 4096
     on_error: Literal["raise", "skip"] = "raise"  # an unreadable image: stop and name it, or go on without it
     max_skipped: Probability = 0.01  # with skip: the share of a split that may be unreadable before the run stops
     # black and white of images of more than 8 bits; null: [0, 65535] for 16-bit integers, others are refused
     value_range: tuple[Finite, Finite] | None = None
-    img_size: Annotated[int, Field(ge=32)] = 224
+    img_size: ImgSize = 224
     mean: Rgb = (0.485, 0.456, 0.406)
     std: tuple[Above0, Above0, Above0] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of the evaluation
-    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875  # of the evaluation: resize to img_size / crop_pct, crop
+    crop_pct: Annotated[float, Field(ge=0.1, le=1.0)] = 0.875  # of the evaluation: resize to img_size / crop_pct, crop
     crop_mode: Literal["center", "squash", "border"] = "center"
-    workers: Count = 8  # loader processes per device; they do not change what is trained
+    workers: Annotated[int, Field(ge=0, le=256)] = 8  # loader processes per device; they do not change what is trained
 
 
 class AugmentConfig(Section):
@@ -92,8 +98,8 @@ class AugmentConfig(Section):
     cutmix: NonNegative = 1.0
     mix_prob: Probability = 1.0  # of a batch to be mixed at all
     mix_switch_prob: Probability = 0.5  # of cutmix, where both are on
-    mix_off_epochs: Count = 0  # the last epochs without either, cool-down included
-    first_img_size: Annotated[int, Field(ge=32)] | None = None  # grow from this to data.img_size, in steps of 32 pixels
+    mix_off_epochs: Epochs = 0  # the last epochs without either, cool-down included
+    first_img_size: ImgSize | None = None  # grow from this to data.img_size, in steps of 32 pixels
     smoothing: Rate = 0.1  # of the labels
 
 
@@ -115,19 +121,20 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine to `min_lr`, set anew for every step."""
 
-    epochs: Positive = 300  # warm-up included
-    warmup_epochs: Count = 5
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 300  # warm-up included
+    warmup_epochs: Epochs = 5
     warmup_lr: NonNegative = 1e-6  # at the first step
     min_lr: NonNegative = 1e-6
-    cooldown_epochs: Count = 10  # at min_lr, after `epochs`
+    cooldown_epochs: Epochs = 10  # at min_lr, after `epochs`
 
 
 class TrainConfig(Section):
     """One step and the order of the run."""
 
-    batch_size: Positive = 128  # images per device and forward pass
-    accum_steps: Positive = 1  # forward passes per optimizer step; global batch = batch_size x accum_steps x devices
-    eval_batch_size: Positive | None = None  # null: batch_size
+    batch_size: BatchSize = 128  # images per device and forward pass
+    # forward passes per optimizer step; global batch = batch_size x accum_steps x devices
+    accum_steps: Annotated[int, Field(ge=1, le=4096)] = 1
+    eval_batch_size: BatchSize | None = None  # null: batch_size
     eval_every: Positive = 1  # epochs; the last epoch is always evaluated
     keep_tail: bool = False  # also train on an epoch's last batches that do not fill all accumulation steps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
@@ -138,7 +145,8 @@ class TrainConfig(Section):
     channels_last: bool = True
     compile: bool = False  # torch.compile
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    timeout_minutes: Above0 = 10.0  # a process that lets the others wait for longer ends the run
+    # a process that lets the others wait for longer ends the run
+    timeout_minutes: Annotated[float, Field(gt=0.0, le=100_000.0)] = 10.0
 
 
 class EmaConfig(Section):
@@ -154,7 +162,7 @@ class CheckpointConfig(Section):
     every_steps: Positive | None = None  # also every so many optimizer steps
     keep: Positive = 2  # newest ones to keep, besides the best
     # what may differ from the run that is continued, such as [optim.base_lr, augment]; it then ends differently
-    allow_changes: tuple[str, ...] = ()
+    allow_changes: Annotated[tuple[str, ...], Field(max_length=100)] = ()
 
 
 class LogConfig(Section):

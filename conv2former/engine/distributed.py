@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -110,6 +112,7 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
     store = None
     if is_mine:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=10))))
+        store = dist.PrefixStore(_meet(store, world.rank, world.size), store)
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
@@ -118,7 +121,9 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
             timeout=timeout,
             device_id=world.device if world.device.type == "cuda" else None,
         )
-    watch = Watch(store.clone(), world.rank, world.size, timeout_minutes * 60) if store else None
+    watch = (
+        Watch(dist.PrefixStore("watch", store.clone()), world.rank, world.size, timeout_minutes * 60) if store else None
+    )
     control = dist.new_group(backend="gloo", timeout=timeout)
     joined = replace(world, control=control, at=watch.at if watch else world.at)
     try:
@@ -131,3 +136,24 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
         watch.stop()
     if is_mine:
         dist.destroy_process_group()
+
+
+def _meet(store: Any, rank: int, size: int) -> str:
+    """Returns a name that only the processes of this attempt share, for their keys in the store.
+
+    After a restart torchrun gives the new processes the store of those before (torch 2.15), whose addresses are still
+    in it; and processes on several machines need not agree on how many restarts there were. So each process brings a
+    word of its own, and rank 0 answers the words that it finds until all have heard it.
+    """
+    word = uuid.uuid4().hex
+    if rank == 0:
+        while not all(store.check([f"heard/{word}/{other}"]) for other in range(1, size)):
+            for other in range(1, size):
+                if store.check([f"hello/{other}"]):
+                    store.set(f"answer/{store.get(f'hello/{other}').decode()}", word)
+            time.sleep(0.05)
+        return word
+    store.set(f"hello/{rank}", word)
+    answer = store.get(f"answer/{word}").decode()
+    store.set(f"heard/{answer}/{rank}", "yes")
+    return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -18,9 +19,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def ignore_stop_signals(*_: Any) -> None:
-    """Makes a loader's worker ignore them: they reach a whole process group, and the last step needs the workers."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Makes a loader's worker ignore them: they may reach a whole process group, and the last step needs the workers.
+
+    SIGTERM from the process that the worker works for still ends it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class StopSignal:

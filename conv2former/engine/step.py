@@ -127,6 +127,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     run.forward.train()
     freeze(run.model, run.config.model.freeze)
     loss_sum = torch.zeros((), device=run.world.device)
+    run.world.at(f"the forward pass of step {step}")
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         # gradients are exchanged once, in the last backward pass

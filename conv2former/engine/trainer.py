@@ -59,16 +59,17 @@ def train(
     """
     config = as_config(config)
     world = World.from_environment()
-    with StopSignal() as signal:
-        folder = Path(output) if output else Path("runs") / find_variant_of(config).name
-        job = prepare(config, folder, resume, world)
-        try:
-            with join_world(world, config.train.timeout_minutes) as world:
-                _check_agreement(job, world)
-                return _Trainer(job, world, signal).train()
-        finally:
-            if job.lock:
-                job.lock.close()
+    folder = Path(output) if output else Path("runs") / find_variant_of(config).name
+    job = prepare(config, folder, resume, world)
+    try:
+        # Until the processes have met, a signal has its usual effect: there is nothing to save, and a handler would not
+        # run while a process waits for another in vain.
+        with join_world(world, config.train.timeout_minutes) as world, StopSignal() as signal:
+            _check_agreement(job, world)
+            return _Trainer(job, world, signal).train()
+    finally:
+        if job.lock:
+            job.lock.close()
 
 
 def _check_agreement(job: Job, world: World) -> None:

@@ -49,7 +49,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """The thread."""
         beat = 0
-        while not self._done.wait(1.0):
+        while beat == 0 or not self._done.wait(1.0):
             if self._parent not in (None, os.getppid()):
                 os._exit(1)  # torchrun has been killed: its processes must not train on beside those of a new start
             beat += 1

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._yaml import read_yaml
-from ..errors import ConfigError, closest, raise_mistakes
+from .._yaml import cut, raise_first_mistakes, read_yaml, show
+from ..errors import ConfigError, closest
 
 __all__ = ["PretrainedTag", "Variant", "list_variants", "parse_variant", "read_variant", "variant"]
 
 NUM_STAGES = 4
+MAX_WEIGHTS = 1e10  # 40 GB; Conv2Former-L has 2e8
 FUSION_NAMES = ("product", "sum", "sigmoid", "l1", "unit")  # of `ablations.FUSIONS`, which needs torch
 
 
@@ -75,22 +76,30 @@ class Variant:
         keys = ("dims", "depths", "kernel_size", "mlp_ratio", "ls_init_value", "head_hidden_size", "fusion")
         return {key: getattr(self, key) for key in keys}
 
+    def num_weights(self) -> float:
+        """Returns about how many weights the blocks have."""
+        kernels = (self.kernel_size,) * NUM_STAGES if isinstance(self.kernel_size, int) else self.kernel_size
+        return sum(
+            depth * dim * (dim * (3 + 2 * self.mlp_ratio) + kernel**2)
+            for dim, depth, kernel in zip(self.dims, self.depths, kernels, strict=True)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the definition as plain built-in types, as `parse_variant` reads it, without the pretrained tags."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_args().items()}
         return {"name": self.name, **plain, "train_drop_path_rate": self.train_drop_path_rate}
 
 
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 10**9
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and _is_number(value, low, high)
 
 
-def _is_number(value: Any, low: float, high: float = float("inf")) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < 1e9
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_odd(value: Any) -> bool:
-    return _is_int(value, 1) and value % 2 == 1
+    return _is_int(value, 1, 255) and value % 2 == 1
 
 
 def _per_stage(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -100,18 +109,24 @@ def _per_stage(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 # key -> (is the value right?, what it should be)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (
-        lambda v: isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9_]*", v) is not None,
-        "a name of lower-case letters, digits and underscores",
+        lambda v: isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,99}", v) is not None,
+        "a name of lower-case letters, digits and underscores, at most 100",
     ),
     "dims": (
-        _per_stage(lambda v: _is_int(v, 2) and v % 2 == 0),
-        "four positive even numbers, the channels of the four stages",
+        _per_stage(lambda v: _is_int(v, 2, 16384) and v % 2 == 0),
+        "four even numbers from 2 to 16384, the channels of the four stages",
     ),
-    "depths": (_per_stage(lambda v: _is_int(v, 1)), "four positive whole numbers, the blocks of the four stages"),
-    "kernel_size": (lambda v: _is_odd(v) or _per_stage(_is_odd)(v), "a positive odd number, or four of them"),
-    "mlp_ratio": (lambda v: _is_number(v, 1), "a number, 1 or more"),
-    "ls_init_value": (lambda v: v is None or _is_number(v, 0), "a number, 0 or more, or null for no layer scale"),
-    "head_hidden_size": (lambda v: _is_int(v, 1), "a positive whole number"),
+    "depths": (
+        _per_stage(lambda v: _is_int(v, 1, 1000)),
+        "four whole numbers from 1 to 1000, the blocks of the four stages",
+    ),
+    "kernel_size": (lambda v: _is_odd(v) or _per_stage(_is_odd)(v), "an odd number from 1 to 255, or four of them"),
+    "mlp_ratio": (lambda v: _is_number(v, 1, 64), "a number from 1 to 64"),
+    "ls_init_value": (
+        lambda v: v is None or _is_number(v, 0, 1e6),
+        "a number from 0 to 1e6, or null for no layer scale",
+    ),
+    "head_hidden_size": (lambda v: _is_int(v, 1, 65536), "a whole number from 1 to 65536"),
     "fusion": (lambda v: v in FUSION_NAMES, "one of " + ", ".join(FUSION_NAMES)),
     "train_drop_path_rate": (lambda v: _is_number(v, 0, 0.999), "a number in [0, 1)"),
     "description": (lambda v: isinstance(v, str), "text"),
@@ -119,12 +134,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _TAG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top1": (lambda v: _is_number(v, 0, 100), "a percentage"),
     "input_size": (
-        lambda v: isinstance(v, list) and len(v) == 3 and all(_is_int(n, 1) for n in v),
+        lambda v: isinstance(v, list) and len(v) == 3 and all(_is_int(n, 1, 4096) for n in v),
         "[channels, height, width]",
     ),
     "crop_pct": (lambda v: _is_number(v, 0.01, 1), "a number in (0, 1]"),
     "crop_mode": (lambda v: v in ("center", "squash", "border"), "center, squash or border"),
-    "num_classes": (lambda v: _is_int(v, 1), "a positive whole number"),
+    "num_classes": (lambda v: _is_int(v, 1, 10**6), "a whole number from 1 to 1000000"),
     "page": (lambda v: isinstance(v, str), "the address of a web page"),
 }
 
@@ -132,11 +147,11 @@ _TAG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _check(raw: dict[Any, Any], rules: dict, required: tuple[str, ...], also: tuple[str, ...], at: str) -> list[str]:
     """Returns every mistake in `raw`: unknown keys, missing keys, wrong values."""
     known = (*rules, *also)
-    mistakes = [f"{at}{key}: unknown key{closest(key, known)}" for key in raw if key not in known]
+    mistakes = [f"{at}{cut(key)}: unknown key{closest(key, known)}" for key in raw if key not in known]
     mistakes += [f"{at}{key}: missing; expected {rules[key][1]}" for key in required if key not in raw]
     for key, (is_right, expected) in rules.items():
         if key in raw and not is_right(raw[key]):
-            mistakes.append(f"{at}{key}: expected {expected}, found {raw[key]!r}")
+            mistakes.append(f"{at}{key}: expected {expected}, found {show(raw[key])}")
     return mistakes
 
 
@@ -155,20 +170,28 @@ def parse_variant(raw: dict[str, Any], where: object, name: str | None = None) -
     mistakes = _check(raw, _RULES, ("name", "dims", "depths", "kernel_size"), ("pretrained",), "")
     tags = raw.pop("pretrained", None) or {}
     if not isinstance(tags, dict):
-        mistakes.append(f"pretrained: expected 'tag: definition' lines, found {tags!r}")
+        mistakes.append(f"pretrained: expected 'tag: definition' lines, found {show(tags)}")
         tags = {}
     for tag, content in tags.items():
-        if isinstance(content, dict):
-            mistakes += _check(content, _TAG_RULES, ("top1",), (), f"pretrained.{tag}.")
+        at = f"pretrained.{cut(tag)}"
+        if not isinstance(tag, str):
+            mistakes.append(f"{at}: expected a word")
+        elif isinstance(content, dict):
+            mistakes += _check(content, _TAG_RULES, ("top1",), (), f"{at}.")
         else:
-            mistakes.append(f"pretrained.{tag}: expected 'key: value' lines, found {content!r}")
-    raise_mistakes(where, mistakes)
+            mistakes.append(f"{at}: expected 'key: value' lines, found {show(content)}")
+    raise_first_mistakes(where, mistakes)
 
     def frozen(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     pretrained = tuple(PretrainedTag(tag, **{k: frozen(v) for k, v in c.items()}) for tag, c in tags.items())
-    return Variant(**{k: frozen(v) for k, v in raw.items()}, pretrained=pretrained)
+    new = Variant(**{k: frozen(v) for k, v in raw.items()}, pretrained=pretrained)
+    if new.num_weights() > MAX_WEIGHTS:
+        raise ConfigError(
+            f"{where}: {new.num_weights():.1e} weights in the blocks, more than {MAX_WEIGHTS:.0e}: lower dims or depths"
+        )
+    return new
 
 
 def read_variant(path: str | Path) -> Variant:

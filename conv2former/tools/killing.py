@@ -21,7 +21,7 @@ from ..engine import train
 from ..engine.logging import read_metrics
 from ..errors import TrainingError
 
-__all__ = ["differing", "kill_and_compare", "metrics_of"]
+__all__ = ["ForkedProcesses", "differing", "differing_runs", "kill_and_compare", "metrics_of"]
 
 TIMING = ("images_per_second", "data_wait", "memory_gib")  # what no two runs have the same
 _STATE = ("step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "confusion")
@@ -55,10 +55,16 @@ def differing_runs(whole: Path, parts: Path) -> list[str]:
     return found + differing(metrics_of(whole), metrics_of(parts), "metrics.jsonl")
 
 
-class _Processes:
-    """A run in forked processes, which need not import anything again."""
+class ForkedProcesses:
+    """The processes of a run as torchrun would start them, but forked, so that they need not import anything again.
 
-    def __init__(self, config: Config, output: Path, count: int, log: Path) -> None:
+    Args:
+        action: what each does; its return is exit code 0, an exception is printed and is exit code 1.
+        count: how many.
+        log: a file for what they print.
+    """
+
+    def __init__(self, action: Callable[[], object], count: int, log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -74,6 +80,7 @@ class _Processes:
                 file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
                 os.environ |= {
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -82,7 +89,7 @@ class _Processes:
                     "MASTER_PORT": str(port),
                 }
                 torch.set_num_threads(1)
-                train(config, output)
+                action()
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -147,11 +154,11 @@ def kill_and_compare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    def start(name: str, count: int) -> _Processes:
-        data = config.data.model_copy(update={"workers": count})
-        return _Processes(config.model_copy(update={"data": data}), folder / name, processes, folder / "output.txt")
+    def start(name: str, count: int) -> ForkedProcesses:
+        with_workers = config.model_copy(update={"data": config.data.model_copy(update={"workers": count})})
+        return ForkedProcesses(lambda: train(with_workers, folder / name), processes, folder / "output.txt")
 
-    def end(run: _Processes) -> None:
+    def end(run: ForkedProcesses) -> None:
         if run.has_failed:
             run.kill()
             tail = "\n".join((folder / "output.txt").read_text().splitlines()[-15:])

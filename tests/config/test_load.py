@@ -36,6 +36,12 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
     assert config.data.root == "2024"
 
 
+@pytest.mark.parametrize("name", ["2020-01-31", "2020-13-45", "010", "12:30", "0x10", "1e", "1.2.3", "="])
+def test_a_name_stays_as_it_is_written(tmp_path, name):
+    path = write(tmp_path, "a.yaml", f"data: {{root: {name}}}")
+    assert load_config(path).data.root == load_config(None, [f"data.root={name}"]).data.root == name
+
+
 def test_every_mistake_is_in_one_message(tmp_path):
     path = write(tmp_path, "a.yaml", "model: {nmae: x}\ntrain: {batch_size: -1}\noptim: {betas: [0.9]}\nagument: {}")
     with pytest.raises(ConfigError) as error:
@@ -71,9 +77,7 @@ def test_conflicts_between_keys():
         ({"a.yaml": "data: {root: x}"}, ["data.root.x=1"], "'root' is not a section"),
         ({"a.yaml": "data: {root: x}"}, ["train.sed=1"], "did you mean 'seed'"),
         ({"a.yaml": "data: {root: x}"}, ["model.variant="], r"no value; write model\.variant=null"),
-        ({"a.yaml": "data: {root: x}"}, ["model.name=2020-13-45"], "not a valid value"),
-        ({"a.yaml": "data: {root: 2020-13-45}"}, (), "not valid YAML"),
-        ({"a.yaml": "data: &d {root: x}\nmodel: {<<: *d}"}, (), "'<<' is not supported"),
+        ({"a.yaml": "data: &d {root: x}\nmodel: {<<: *d}"}, (), "aliases .* are not supported"),
         ({"a.yaml": "data: " + "[" * 3000}, (), "not valid YAML"),
         ({"a.yaml": "augment: {auto_augment: rnad-m9}"}, (), "augment.auto_augment: string should match"),
         ({"a.yaml": "train: {seed: 99999999999999999999999}"}, (), "train.seed: "),

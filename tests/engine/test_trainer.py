@@ -10,8 +10,8 @@ import torch
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, prepare, train, trainer
-from conv2former.engine.logging import read_metrics
 from conv2former.errors import OutputError, TrainingError
+from conv2former.tools.killing import differing, metrics_of
 
 from .conftest import configure
 
@@ -21,23 +21,7 @@ def final(folder) -> dict:
 
 
 def assert_equal(a, b, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def rows(folder) -> list[dict]:
-    timing = ("images_per_second", "data_wait", "memory_gib")
-    return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(folder / "metrics.jsonl")]
+    assert not differing(a, b, where)
 
 
 class Killed(Exception):
@@ -54,10 +38,10 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path):
         ".lock", "checkpoints", "config.yaml", "confusion.png", "curves.png", "first_batch.png", "metrics.jsonl",
         "report.json", "tensorboard", "train.log",
     }  # fmt: skip
-    evals = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"]
+    evals = [row for row in metrics_of(tmp_path / "run") if row["kind"] == "eval"]
     assert [row["epoch"] for row in evals] == [1, 2, 3, 4]
     assert report["top1"] == max(row["ema_top1"] for row in evals)
-    trains = [row["step"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    trains = [row["step"] for row in metrics_of(tmp_path / "run") if row["kind"] == "train"]
     assert trains == list(range(2, 21, 2))
     info = conv2former.inspect_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
     assert (info.name, info.class_names, info.has_ema) == ("conv2former_test", ["a", "b", "c"], True)
@@ -102,7 +86,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     for key in ("model", "model_ema", "optimizer", "step", "epoch", "best_metric", "metric"):
         assert_equal(whole[key], parts[key], key)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert report["steps"] == 20
 
 
@@ -137,7 +121,7 @@ def test_resume_never_and_from_a_path(raw_config, tmp_path):
     assert (tmp_path / "finished" / "checkpoints" / "best.pt").is_file()
     with pytest.raises(ConfigError, match="holds a run"):
         train(configure(raw_config), tmp_path / "other", resume=str(newest[-1]))
-    last = [row for row in rows(tmp_path / "run") if row["kind"] == "eval"][-1]
+    last = [row for row in metrics_of(tmp_path / "run") if row["kind"] == "eval"][-1]
     assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
         train(configure(raw_config), tmp_path / "other2", resume=str(tmp_path / "none.pt"))
