@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -220,7 +221,8 @@ def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes,
 
     def signalled(run, batches, step, check):
         if run.world.rank == count - 1 and step == 7:
-            os.killpg(os.getpgid(0), number)  # its loader's workers too
+            # from outside, and to its loader's workers too, as a scheduler does
+            subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgid(0)}"], check=True)
         return real(run, batches, step, check)
 
     with monkeypatch.context() as patch:
