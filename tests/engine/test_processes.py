@@ -222,7 +222,8 @@ def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes,
     def signalled(run, batches, step, check):
         if run.world.rank == count - 1 and step == 7:
             # from outside, and to its loader's workers too, as a scheduler does
-            subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgid(0)}"], check=True)
+            kill = ["kill", f"-{int(number)}", "--", f"-{os.getpgid(0)}"]
+            subprocess.run(kill, check=True, start_new_session=True)
         return real(run, batches, step, check)
 
     with monkeypatch.context() as patch:
