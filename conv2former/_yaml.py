@@ -8,19 +8,17 @@ from __future__ import annotations
 import re
 import reprlib
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import ConfigError, raise_mistakes
+from .errors import ConfigError
 
-__all__ = ["cut", "parse_yaml_value", "raise_first_mistakes", "read_yaml", "show"]
+__all__ = ["cut", "dump_yaml", "parse_yaml_value", "read_yaml", "show"]
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 30
-MAX_MISTAKES = 20
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,12 +69,24 @@ _Loader.yaml_implicit_resolvers = {
 for _name, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
 
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper with the loader's idea of what is text, so that what is written is read again as it was."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
 # PyYAML lets Python's own errors through: a number of 5000 digits, a character that does not exist.
 _ERRORS = (yaml.YAMLError, ValueError, OverflowError)
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 12, 12, 12
 _short.maxstring = _short.maxlong = _short.maxother = 200
+
+
+def dump_yaml(value: Any) -> str:
+    """Returns plain types as YAML that `read_yaml` reads back as they are."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def cut(text: object, limit: int = 200) -> str:
@@ -91,12 +101,6 @@ def show(value: object) -> str:
         return cut(_short.repr(value))
     except ValueError:  # Python writes no more than 4300 digits
         return "a very long number"
-
-
-def raise_first_mistakes(where: object, mistakes: Sequence[str]) -> None:
-    """Raises one ConfigError that lists the mistakes found in `where`, the first of very many; or does nothing."""
-    more = f" (the first of {len(mistakes)})" if len(mistakes) > MAX_MISTAKES else ""
-    raise_mistakes(f"{where}{more}", list(mistakes[:MAX_MISTAKES]))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

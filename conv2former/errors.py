@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +15,7 @@ __all__ = [
     "UserError",
     "bullets",
     "closest",
+    "counted",
     "raise_mistakes",
     "shorten",
 ]
@@ -82,8 +83,13 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join("  - " + item.replace("\n", "\n    ") for item in items)
 
 
-def raise_mistakes(where: object, mistakes: list[str]) -> None:
-    """Raises one ConfigError that lists every mistake found in `where`; does nothing if there is none."""
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Returns `1 class`, `2 classes`: the plural is the singular and an s unless it is given."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def raise_mistakes(where: object, mistakes: Sequence[str], limit: int = 20) -> None:
+    """Raises one ConfigError that lists the mistakes found in `where`, at most `limit`, if there are any."""
     if mistakes:
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{where}: {count}:\n" + bullets(mistakes))
+        more = f", the first {limit}" if len(mistakes) > limit else ""
+        raise ConfigError(f"{where}: {counted(len(mistakes), 'mistake')}{more}:\n" + bullets(mistakes[:limit]))

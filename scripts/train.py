@@ -17,8 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
-
+from conv2former._yaml import dump_yaml
 from conv2former.config import load_config
 from conv2former.engine import dry_run, train
 from conv2former.tools.cli import run_cli
@@ -44,7 +43,7 @@ def main() -> None:
 
     config = load_config(args.config, overrides)
     if args.print_config:
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        print(dump_yaml(config.to_dict()), end="")
         return
     if args.dry_run:
         lines = [

@@ -14,13 +14,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .._yaml import cut, parse_yaml_value, raise_first_mistakes, read_yaml, show
-from ..errors import ConfigError, closest
+from .._yaml import cut, parse_yaml_value, read_yaml, show
+from ..errors import ConfigError, closest, raise_mistakes
 from .schema import Config
 
 __all__ = ["apply_overrides", "check_config", "differences", "load_config"]
 
-MAX_FILES = 100  # of one configuration: bases of bases can be very many
+MAX_FILES = 30  # of one configuration: bases of bases can be very many
 MAX_WORDS = 10  # in a dotted key
 
 
@@ -71,7 +71,7 @@ def check_config(raw: Mapping[str, Any], where: object) -> Config:
         mistakes = [_describe(error) for error in e.errors()]
     except ValueError as e:  # pydantic lets Python's own through: it writes no number of more than 4300 digits as text
         mistakes = [str(e)]
-    raise_first_mistakes(where, mistakes or (config.conflicts() if config else []))
+    raise_mistakes(where, mistakes or (config.conflicts() if config else []))
     assert config is not None
     return config
 

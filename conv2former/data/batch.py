@@ -40,11 +40,15 @@ class Stream(enum.IntEnum):
 
 
 def seed_all(stream: Stream, *place: int) -> None:
-    """Seeds Python, NumPy and torch on every device from a place in the run, such as (seed, epoch, index)."""
+    """Seeds Python, NumPy and torch, on the CPU and the current GPU, from a place in the run: (seed, epoch, index)."""
     words = np.random.SeedSequence([stream, *map(int, place)]).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002 - timm's augmentation draws from the global generator
-    torch.manual_seed(int(words[2]) << 31 ^ int(words[3]))
+    # not torch.manual_seed, which takes a stack trace for every kind of device that there might be
+    seed = int(words[2]) << 31 ^ int(words[3])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def train_transforms(config: Config) -> list[Any]:

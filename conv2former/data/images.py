@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,11 @@ from ..errors import DataError
 
 __all__ = ["IMAGE_ENDINGS", "UnreadableImage", "files_below", "naming", "open_rgb", "to_rgb"]
 
-IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+MAX_ASPECT_RATIO = 200  # resized by its short side, a longer image would fill the memory
 Range = tuple[float, float]
 
 TO_RGB = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
@@ -51,6 +56,8 @@ class _RefusedImage(ValueError):
 def files_below(folder: Path) -> Iterator[str]:
     """Goes over the files in a folder and in those below it, sorted, without hidden ones.
 
+    Links are followed, but none that leads back to a folder above it.
+
     Raises:
         OSError: a folder cannot be read; `os.walk` alone would leave it out.
     """
@@ -58,9 +65,15 @@ def files_below(folder: Path) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True)):
-        if not any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
-            yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+    above = {str(folder): {os.path.realpath(folder)}}
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if not name.startswith(".") and real[name] not in above[parent]]
+        above |= {os.path.join(parent, name): above[parent] | {real[name]} for name in folders}
+        found.append((parent, names))
+    for parent, names in sorted(found):
+        yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 @contextmanager
@@ -70,6 +83,9 @@ def naming(name: str) -> Iterator[None]:
         yield
     except _RefusedImage as e:
         raise UnreadableImage(f"{name}: {e}", name) from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UnreadableImage(f"{name}: an image of more than {limit:,} pixels; make it smaller", name) from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
         if isinstance(e, UnidentifiedImageError):
             reason = "empty, or of a format that Pillow does not read"
@@ -95,7 +111,11 @@ def open_rgb(
         if isinstance(file, bytes):
             file = io.BytesIO(file)
         elif isinstance(file, (str, os.PathLike)):  # given a path, Pillow maps the file, and jumbles some turned TIFFs
+            if not os.path.isfile(file) and os.path.exists(file):  # opening a pipe would wait for ever
+                raise _RefusedImage("not a file; remove it")
             file = stack.enter_context(open(file, "rb"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return to_rgb(stack.enter_context(Image.open(file)), value_range)
 
 
@@ -115,6 +135,8 @@ def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
     image.load()
     if 0 in image.size:
         raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels is too long and thin; cut it in pieces")
     if image.mode.startswith(("I", "F")):
         rgb = _scaled(image, value_range, tags)
     else:

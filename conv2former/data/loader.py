@@ -8,6 +8,7 @@ batch. Streams keep all but the last: see streams.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -18,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import Config
 from ..config.schema import DataConfig
 from ..errors import DataError
-from .batch import Item, collate, eval_transform, load_image, train_transforms
+from .batch import Batch, Item, collate, eval_transform, load_image, train_transforms
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 
-__all__ = ["EpochSampler", "eval_loader", "train_loader"]
+__all__ = ["EpochSampler", "batches", "eval_loader", "train_loader"]
 
 
 class _Transformed(Dataset):
@@ -109,6 +110,21 @@ class _BatchNumbers(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self.sampler.batch_numbers()
+
+
+def batches(loader: DataLoader) -> Iterator[Batch]:
+    """Goes over a loader; an error from a worker has its own text, without the worker's traceback in front.
+
+    Raises:
+        DataError: of a sample.
+    """
+    try:
+        yield from loader
+    except DataError as e:
+        text = str(e)
+        if "Original Traceback" not in text:
+            raise
+        raise DataError(re.split(r"\n\S*(?:DataError|UnreadableImage): ", text)[-1].strip()) from None
 
 
 def _itself(batch: Any) -> Any:

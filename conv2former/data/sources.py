@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..config.schema import DataConfig
-from ..errors import DataError, closest, shorten
+from ..errors import DataError, UserError, closest, counted, shorten
 from .digits import write_digits
 from .images import IMAGE_ENDINGS, UnreadableImage, files_below, naming, open_rgb, to_rgb
 from .streams import StreamSource
@@ -42,11 +43,13 @@ class DataSource:
         images: `images[i]` is the i-th image, RGB, and its class index; `len(images)` is their number.
         class_names: names in index order.
         name: what to call the split in messages.
+        note: what its owner should know, such as files that were left out.
     """
 
     images: _Images
     class_names: list[str]
     name: str
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,7 +67,8 @@ def open_train_and_val(config: DataConfig) -> tuple[Source, Source]:
     train = open_split(config, config.train_split)
     if config.num_classes not in (None, len(train.class_names)):
         raise DataError(
-            f"{train.name} has {len(train.class_names)} classes, data.num_classes says {config.num_classes}: "
+            f"{train.name} has {counted(len(train.class_names), 'class', 'classes')}, data.num_classes says "
+            f"{config.num_classes}: "
             f"{shorten(train.class_names, 10)}"
         )
     if config.source == "folder":
@@ -72,7 +76,7 @@ def open_train_and_val(config: DataConfig) -> tuple[Source, Source]:
     val = open_val(config, train.class_names)
     both = sorted(_tars_of(train) & _tars_of(val))
     if both and config.val_split != config.train_split:
-        raise DataError(f"{len(both)} tars belong to {train.name} and to {val.name}: {shorten(both, 5)}")
+        raise DataError(f"{train.name} and {val.name} have {counted(len(both), 'tar')} in common: {shorten(both, 5)}")
     return train, val
 
 
@@ -139,7 +143,7 @@ def _check_classes(found: Sequence[str], class_names: Sequence[str], where: obje
     unknown = [name for name in found if name not in known]
     if unknown:
         raise DataError(
-            f"{where} has {len(unknown)} classes that the class list has not: {shorten(unknown, 10)}; "
+            f"{where} has {counted(len(unknown), 'class', 'classes')} not in the class list: {shorten(unknown, 10)}; "
             f"the list has {len(class_names)}: {shorten(class_names, 10)}"
         )
 
@@ -162,7 +166,13 @@ class _FolderImages:
 
 def _folders_in(folder: Path) -> list[str]:
     """Returns the names of the folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # it could not be stored or shown
+            raise DataError(f"{folder}: the name of the folder {name!r} is not UTF-8; rename it") from None
+    return names
 
 
 def _open_folder(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
@@ -174,21 +184,23 @@ def _open_folder(config: DataConfig, split: str | None, class_names: list[str] |
     names = class_names or found
     _check_classes(found, names, folder)
     index = {name: i for i, name in enumerate(names)}
-    samples, empty, endings = [], [], set()
+    samples, empty = [], []
+    other: Counter[str] = Counter()
     for name in found:
         files = list(files_below(folder / name))  # images of nested folders belong to the one right below the split
         images = [(path, index[name]) for path in files if path.lower().endswith(IMAGE_ENDINGS)]
         samples += images
+        other.update(os.path.splitext(p)[1] or "nothing" for p in files if not p.lower().endswith(IMAGE_ENDINGS))
         if not images:
             empty.append(name)
-            endings |= {os.path.splitext(path)[1] or "nothing" for path in files}
+    endings = shorten((f"{ending} ({count:,})" for ending, count in other.most_common()), 10)
     if empty:
-        other = f"; their files end in {shorten(sorted(endings), 10)}" if endings else ""
         raise DataError(
-            f"{folder} has {len(empty)} class folders without images: {shorten(empty, 10)}{other}; "
-            f"images end in {', '.join(IMAGE_ENDINGS)}"
+            f"{folder} has {counted(len(empty), 'class folder')} without images: {shorten(empty, 10)}; "
+            f"images end in {', '.join(IMAGE_ENDINGS)}{f', other files here in {endings}' if endings else ''}"
         )
-    return DataSource(_FolderImages(samples, config.value_range), names, str(folder))
+    left_out = f"left out of {folder}: {counted(other.total(), 'file')} ending in {endings}" if other else ""
+    return DataSource(_FolderImages(samples, config.value_range), names, str(folder), left_out)
 
 
 def _check_same_folders(config: DataConfig) -> None:
@@ -302,6 +314,8 @@ def _reading(where: str) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as e:
         reason = str(e).split("\n")[0]
         raise DataError(f"{where}: `datasets` cannot read the data ({reason}); copy or download it again") from None
@@ -321,9 +335,13 @@ def _load_hf(root: str, files: dict[str, str] | None, streaming: bool) -> Any:
             if streaming:
                 raise DataError(f"{root} is stored already, by save_to_disk: leave data.streaming out")
             return datasets.load_from_disk(root)
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            raise DataError(f"{root} is one split of a data set, by save_to_disk; give a folder of a DatasetDict's")
         if path.is_dir() or not path.is_absolute():
             return datasets.load_dataset(str(path.resolve()) if path.is_dir() else root, streaming=streaming)
         reason = "a file; give its folder" if path.is_file() else "no such folder"
+    except UserError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         reason = str(e).split("\n")[0]
     raise DataError(f"{root}: `datasets` cannot read it as a folder or a hub name (data.root): {reason}")
@@ -345,7 +363,7 @@ def _open_hf(
     if not config.streaming and len(dataset) == 0:
         raise DataError(f"{name} is empty")
     unique = (lambda key: _stream_labels(dataset.features[key], config, name)) if config.streaming else dataset.unique
-    found = _hf_labels(dataset.features, config.label_key, name, unique)
+    found = _hf_labels(dataset.features, config.label_key, name, unique, config.streaming)
     names = class_names or list(found.values())
     _check_classes(list(found.values()), names, name)
     index = {class_name: i for i, class_name in enumerate(names)}
@@ -388,18 +406,23 @@ def _check_columns(features: Any, config: DataConfig, where: str) -> None:
         raise DataError(f"{where}: the column '{config.image_key}' (data.image_key) holds {kind}, not images")
 
 
-def _hf_labels(features: Any, key: str, where: str, unique: Callable[[str], Iterable[Any]]) -> dict[Any, str]:
+def _hf_labels(
+    features: Any, key: str, where: str, unique: Callable[[str], Iterable[Any]], is_stream: bool = False
+) -> dict[Any, str]:
     """Returns the name of every label: from the column's own list, or from its `unique` values, sorted."""
     import datasets
 
     feature = features[key]
-    if isinstance(feature, datasets.ClassLabel):
+    is_named = isinstance(feature, datasets.ClassLabel)
+    if is_named and is_stream:
         return dict(enumerate(feature.names))
     kind = getattr(feature, "dtype", type(feature).__name__)
     if not str(kind).startswith(("int", "uint", "string", "large_string", "bool")):
         raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
     with _reading(where):
         labels = list(unique(key))
-    if None in labels:
+    if None in labels or (is_named and -1 in labels):
         raise DataError(f"{where}: the column '{key}' (data.label_key) has rows without a label")
+    if is_named:
+        return dict(enumerate(feature.names))
     return {label: str(label) for label in sorted(labels)}

@@ -25,6 +25,7 @@ from .batch import Batch, Item, Stream, collate, load_image
 
 __all__ = ["StreamBatches", "StreamImages", "StreamSource"]
 
+Row = tuple[dict[str, Any], str]
 _MOST_LANES = 16  # per process; as many workers can be of use
 
 
@@ -59,8 +60,10 @@ class StreamSource:
         even = [count for count in range(_MOST_LANES, _MOST_LANES // 2 - 1, -1) if shards % count == 0]
         return even[0] if even else _MOST_LANES
 
-    def rows(self, part: int, parts: int, seed: tuple[int, ...] | None = None, buffer: int = 1) -> Iterator[Any]:
-        """Yields the rows of one part, to its end: its shards, or every `parts`-th row where they are too few.
+    def rows(self, part: int, parts: int, seed: tuple[int, ...] | None = None, buffer: int = 1) -> Iterator[Row]:
+        """Yields the rows of one part and what to call them, to its end.
+
+        A part is some of the shards, or every `parts`-th row where the shards are too few.
 
         Args:
             part, parts: which of how many.
@@ -79,22 +82,23 @@ class StreamSource:
             rows = itertools.islice(rows, part, None, parts)  # type: ignore[assignment]
         return rows if seed is None else _shuffled(rows, buffer, np.random.default_rng([Stream.ORDER, *seed, part]))
 
-    def _shard(self, index: int) -> Iterator[dict[str, Any]]:
+    def _shard(self, index: int) -> Iterator[Row]:
+        number = itertools.count()
         try:
             shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=index)
             # `iter` rather than `__iter__`: that would divide the shards among the loader's workers once more
             for rows in shard.iter(batch_size=16):
                 for values in zip(*rows.values(), strict=True):
-                    yield dict(zip(rows, values, strict=True))
+                    yield dict(zip(rows, values, strict=True)), f"{self.name}, shard {index}, row {next(number)}"
         except UserError:
             raise
         except Exception as e:
             raise DataError(f"{self.name}: reading the stream failed ({type(e).__name__}: {e})") from None
 
 
-def _shuffled(rows: Iterator[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:
+def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:
     """Yields rows from a buffer of `size` in random order, each replaced by the next that comes."""
-    buffer: list[Any] = []
+    buffer: list[Row] = []
     for row in rows:
         if len(buffer) < size:
             buffer.append(row)
@@ -124,7 +128,7 @@ class StreamBatches(Dataset):
         self.source, self.transforms, self.skip, self.batch_size = source, transforms, skip, batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.lanes = source.lanes(world_size)
-        self._open: dict[int, tuple[tuple[int, int], Iterator[Any]]] = {}  # lane -> next key, and its rows
+        self._open: dict[int, tuple[tuple[int, int], Iterator[Row]]] = {}  # lane -> next key, and its rows
 
     def useful_workers(self, wanted: int) -> int:
         """Returns the most workers, at most `wanted`, that divide the lanes evenly; 0 for none."""
@@ -140,14 +144,13 @@ class StreamBatches(Dataset):
                 next(rows)
         items: list[Item] = []
         for i in range(self.batch_size):
-            row, index = next(rows), number * self.batch_size + i
-            where = f"{self.source.name}, epoch {epoch}, image {index} of rank {self.rank}"
-            place_of = (self.seed, epoch, self.rank, index)
+            row, where = next(rows)
+            place_of = (self.seed, epoch, self.rank, number * self.batch_size + i)
             items.append(load_image(partial(self.source.read, row, where), self.transforms[epoch], self.skip, place_of))
         self._open[lane] = ((epoch, place + 1), rows)
         return collate(items, fill=True)
 
-    def _rows(self, epoch: int, lane: int) -> Iterator[Any]:
+    def _rows(self, epoch: int, lane: int) -> Iterator[Row]:
         buffer = max(1, self.source.shuffle_images // self.lanes)
         parts = self.world_size * self.lanes
         for repeat in itertools.count():
@@ -173,6 +176,5 @@ class StreamImages(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         rows = self.source.rows(self.rank * workers + worker, self.world_size * workers)
-        for number, row in enumerate(rows):
-            where = f"{self.source.name}, image {number} of rank {self.rank}, worker {worker}"
+        for row, where in rows:
             yield load_image(partial(self.source.read, row, where), self.transform, self.skip, None)

@@ -19,8 +19,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._yaml import cut
 from ..config import Config, Plan
-from ..data import Stream, seed_all
+from ..data import Stream, seed_all, train_transforms
 from ..errors import ConfigError, closest, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, load_weights, variant
 from ..models.variants import parse_variant
@@ -52,6 +53,7 @@ class Run:
     Attributes:
         model: the raw network; what is saved, averaged and evaluated.
         forward: the network to train through: compiled and wrapped for several processes, where that is asked for.
+        parameters: of the network, those that are trained.
         ema: the average, or None.
         mixup: mixes a batch of images and labels, or None.
         criterion: (N, classes) logits and targets, as the batch has them, to a mean loss.
@@ -62,6 +64,7 @@ class Run:
     world: World
     model: Conv2Former
     forward: nn.Module
+    parameters: list[nn.Parameter]
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -80,12 +83,12 @@ def find_variant_of(config: Config) -> Variant:
     model = config.model
     if model.variant is not None:
         own = parse_variant(model.variant, "model.variant")
-        add_and_register(own, "model.variant")
+        add_and_register(own, "model.variant", replace=True)
         return own
     if model.name not in list_variants():
         names = list_variants()
         raise ConfigError(
-            f"model.name: no variant '{model.name}'{closest(model.name, names)}: {', '.join(names)}, "
+            f"model.name: no variant '{cut(model.name)}'{closest(model.name, names)}: {', '.join(names)}, "
             "or give your own as model.variant"
         )
     return variant(model.name)
@@ -195,6 +198,7 @@ def build_run(config: Config, plan: Plan, world: World, model: Conv2Former) -> R
         world=world,
         model=model,
         forward=forward,
+        parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -212,7 +216,7 @@ def check_names(config: Config, device: torch.device) -> None:
         ConfigError: lists every mistake: the variant, the optimizer, what does not go with the device.
     """
     mistakes = []
-    for check in (lambda: find_variant_of(config), lambda: _optimizer_args(config)):
+    for check in (lambda: find_variant_of(config), lambda: _optimizer_args(config), lambda: _check_policy(config)):
         try:
             check()
         except ConfigError as e:
@@ -224,6 +228,16 @@ def check_names(config: Config, device: torch.device) -> None:
     raise_mistakes("the configuration", mistakes)
 
 
+def _check_policy(config: Config) -> None:
+    try:
+        train_transforms(config)
+    except Exception as e:  # timm asserts, or fails in parsing
+        policy = cut(config.augment.auto_augment)
+        raise ConfigError(
+            f"augment.auto_augment: timm does not take '{policy}': {str(e) or type(e).__name__}"
+        ) from None
+
+
 def _optimizer_args(config: Config) -> dict[str, Any]:
     """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists."""
     optim = config.optim
@@ -231,7 +245,7 @@ def _optimizer_args(config: Config) -> dict[str, Any]:
         info = get_optimizer_info(optim.opt)
     except ValueError:
         names = [str(name) for name in list_optimizers()]
-        raise ConfigError(f"optim.opt: timm has no optimizer '{optim.opt}'{closest(optim.opt, names)}") from None
+        raise ConfigError(f"optim.opt: timm has no optimizer '{cut(optim.opt)}'{closest(optim.opt, names)}") from None
     if info.second_order:
         raise ConfigError(f"optim.opt: {optim.opt} needs second derivatives, which this loop does not compute")
     optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}

@@ -7,9 +7,10 @@ step, epoch          optimizer steps done, epochs done
 model, model_ema     state dicts of the raw module and of the average (None without one)
 optimizer, scaler    state dicts (scaler None unless fp16)
 metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
+best_row             epoch and all metrics of the best so far
 confusion            of the best so far: rows of counts, a row per true class (None with many classes)
 class_names          names in index order
-skipped              the images that could not be read so far, and why, with `data.on_error: skip`
+skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`
 started_from         the checkpoint given with --resume PATH, or None
 config, variant      the resolved configuration and the network's definition
 seconds              training time so far

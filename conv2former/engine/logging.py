@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,11 @@ __all__ = ["RunLog", "read_metrics", "writing"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a `metrics.jsonl`, without a last line that was cut off."""
+    """Returns the rows of a `metrics.jsonl`, without lines that were cut off."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 
@@ -148,7 +146,7 @@ class RunLog:
                         self._writer.add_scalar(f"{group}/{key}", value, step)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while writing into the run folder into an error that says so.
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
-from ..config import Config, Plan, check_config, differences, load_config, make_plan
+from .._yaml import dump_yaml
+from ..config import Config, Plan, apply_overrides, check_config, differences, load_config, make_plan
 from ..data import DataSource, StreamSource, open_train_and_val
 from ..errors import ConfigError, DataError, OutputError, UserError, bullets
 from ..models import Conv2Former
@@ -75,7 +74,9 @@ def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     """
     if isinstance(config, Config):
         return config
-    return check_config(config, "the configuration") if isinstance(config, Mapping) else load_config(config)
+    if isinstance(config, Mapping):
+        return check_config(apply_overrides(config, ()), "the configuration")
+    return load_config(config)
 
 
 def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
@@ -105,7 +106,27 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     plan = make_plan(config, world.size, len(train_source))
     model = build_model(config, len(train_source.class_names))
     lock = _lock(output) if world.is_main and output.is_dir() else None
+    try:
+        return _with_checkpoint(config, output, resume, world, plan, train_source, val_source, model, lock)
+    except BaseException:
+        if lock:  # a notebook keeps the exception, and with it what its frames hold
+            lock.close()
+        raise
+
+
+def _with_checkpoint(
+    config: Config,
+    output: Path,
+    resume: str,
+    world: World,
+    plan: Plan,
+    train_source: DataSource | StreamSource,
+    val_source: DataSource | StreamSource,
+    model: Conv2Former,
+    lock: TextIO | None,
+) -> Job:
     saved, started_from, notes = _find_checkpoint(output, resume)
+    notes += [source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note]
     plan_of_data = {
         "images": len(train_source),
         "global_batch_size": plan.global_batch_size,
@@ -118,12 +139,10 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     if world.is_main:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            (output / "config.yaml").write_text(dump_yaml(config.to_dict()))
         lock = lock or _lock(output)
         remove_leftovers(output / "checkpoints")
-    return Job(
-        config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock
-    )  # fmt: skip
+    return Job(config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock)
 
 
 def _check_output(output: Path) -> None:
@@ -169,7 +188,7 @@ def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, 
     if resume in ("auto", "never"):
         return None, None, []
     saved = read_training_checkpoint(Path(resume))
-    saved["best_metric"] = saved["confusion"] = None  # the best of this folder is yet to come
+    saved["best_metric"] = saved["best_row"] = saved["confusion"] = None  # the best of this folder is yet to come
     return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
 
 

@@ -124,8 +124,9 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     """
     run.scheduler.step_update(step)
     run.optimizer.zero_grad(set_to_none=True)
-    run.forward.train()
-    freeze(run.model, run.config.model.freeze)
+    if not run.model.training:  # after an evaluation
+        run.forward.train()
+        freeze(run.model, run.config.model.freeze)
     loss_sum = torch.zeros((), device=run.world.device)
     run.world.at(f"the forward pass of step {step}")
     for i, batch in enumerate(batches):
@@ -142,11 +143,10 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
             run.scaler.scale(loss / len(batches)).backward()
         loss_sum += loss.detach() / len(batches)
     run.scaler.unscale_(run.optimizer)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
     if run.config.optim.clip_grad:
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.optim.clip_grad)
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.clip_grad)
     else:
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in run.optimizer.param_groups)
     result = StepResult(loss_sum, grad_norm, lr)
     check.note(step, result, run.scaler.is_enabled())

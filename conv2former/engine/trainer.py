@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..config import Config, Plan, differences, make_plan
-from ..data import Batch, EpochSampler, Skipped, eval_loader, open_train_and_val, train_loader
+from ..data import Batch, EpochSampler, Skipped, batches, eval_loader, open_train_and_val, train_loader
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, bullets, shorten
 from .build import OVERFLOWS, Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
 from .checkpoint import save_checkpoint
@@ -32,7 +33,9 @@ from .prepare import Job, as_config, prepare
 from .signals import StopSignal, ignore_stop_signals
 from .step import FiniteCheck, StepResult, mix, train_step
 
-__all__ = ["describe", "dry_run", "train"]
+__all__ = ["Trainer", "describe", "dry_run", "train"]
+
+_RUNNING = threading.Lock()
 
 
 def train(
@@ -60,15 +63,21 @@ def train(
     config = as_config(config)
     world = World.from_environment()
     folder = Path(output) if output else Path("runs") / find_variant_of(config).name
-    job = prepare(config, folder, resume, world)
+    if not _RUNNING.acquire(blocking=False):
+        raise ConfigError(
+            "another thread of this process is training, and would share its random numbers; use processes"
+        )
+    job = None
     try:
+        job = prepare(config, folder, resume, world)
         # Until the processes have met, a signal has its usual effect: there is nothing to save, and a handler would not
         # run while a process waits for another in vain.
         with join_world(world, config.train.timeout_minutes) as world, StopSignal() as signal:
             _check_agreement(job, world)
-            return _Trainer(job, world, signal).train()
+            return Trainer(job, world, signal).train()
     finally:
-        if job.lock:
+        _RUNNING.release()
+        if job and job.lock:
             job.lock.close()
 
 
@@ -93,13 +102,13 @@ def _check_agreement(job: Job, world: World) -> None:
             raise ConfigError(f"rank {rank} has found something else than rank 0:\n" + bullets(changed))
 
 
-class _Trainer:
+class Trainer:
     """A run in progress.
 
     Attributes:
         step: optimizer steps done.
-        best_metric: top-1 of best.pt, None so far.
-        skipped: the images that could not be read and why, of all processes as of the last exchange.
+        best_metric, best_row: top-1 and all metrics of best.pt, None so far.
+        skipped: the images that could not be read and why, of each split, of all processes as of the last exchange.
     """
 
     def __init__(self, job: Job, world: World, signal: StopSignal) -> None:
@@ -110,9 +119,10 @@ class _Trainer:
         self.check = FiniteCheck(world, self.run.optimizer, limit)
         self.step = 0
         self.best_metric: float | None = None
+        self.best_row: dict[str, Any] | None = None
         self.confusion: list[list[int]] | None = None
-        self.skipped: dict[str, str] = {}
-        self.new_skipped: dict[str, str] = {}
+        self.skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
+        self.new_skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
         self.must_evaluate = False
         self._seconds, self._since = 0.0, time.perf_counter()
         if job.saved:
@@ -160,21 +170,21 @@ class _Trainer:
             if self.must_evaluate:
                 self._evaluate_and_save()
             for epoch in range(self.step // self.plan.steps_per_epoch, self.plan.epochs):
-                self._train_epoch(epoch)
+                self.train_epoch(epoch)
                 self._end_epoch(epoch)
             return self._finish()
         finally:
             self.log.close()
 
-    def _train_epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch, self.step - epoch * self.plan.steps_per_epoch)
-        batches = iter(self.loader)
+        source = batches(self.loader)
         every = self.config.checkpoint.every_steps
         meter = _Meter()
         while True:
             self.world.at(f"the data of step {self.step}")
             with meter.waiting():
-                window: list[Batch] = list(islice(batches, self.config.train.accum_steps))
+                window: list[Batch] = list(islice(source, self.config.train.accum_steps))
             if not window:
                 return
             self.world.at(f"step {self.step}")
@@ -182,7 +192,7 @@ class _Trainer:
                 self._show(window[0])
             result = train_step(self.run, window, self.step, self.check)
             self.step += 1
-            self._note_skipped(batch.skipped for batch in window)
+            self._note_skipped("training", (batch.skipped for batch in window))
             self.log.advance()
             meter.images += sum(len(batch.labels) for batch in window) * self.world.size
             if self.step % self.config.log.every_steps == 0:
@@ -247,38 +257,48 @@ class _Trainer:
         unit = 1 if sys.platform == "darwin" else 1024
         return row | {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
-    def _note_skipped(self, skipped: Iterable[list[Skipped]]) -> None:
+    def _note_skipped(self, split: str, skipped: Iterable[list[Skipped]]) -> None:
+        known, new = self.skipped[split], self.new_skipped[split]
         for items in skipped:
-            self.new_skipped |= {item.name: item.reason for item in items if item.name not in self.skipped}
+            new |= {item.name: item.reason for item in items if item.name not in known}
 
-    def _share_skipped(self) -> None:
+    def _share_skipped(self, evaluated: int = 0) -> None:
         """Tells all processes which images could not be read.
 
+        Args:
+            evaluated: how many validation images could be, after an evaluation.
+
         Raises:
-            DataError: they are more than the configured share.
+            DataError: they are more than the configured share of a split.
         """
         if self.config.data.on_error != "skip":
             return
-        for new in self.world.gather(self.new_skipped):
-            for name, reason in new.items():
-                if name not in self.skipped:
-                    self.log.say(f"skipped: {reason}")
-                    self.skipped[name] = reason
-        self.new_skipped = {}
-        total = len(self.job.train_source) + len(self.job.val_source)
-        if len(self.skipped) > self.config.data.max_skipped * total:
-            error = DataError(
-                f"{len(self.skipped)} of {total} images cannot be read, more than data.max_skipped = "
-                f"{self.config.data.max_skipped:g} allows: {shorten(self.skipped, 5)}"
-            )
-            error.scope = "run"
-            raise error
+        for theirs in self.world.gather(self.new_skipped):
+            for split, new in theirs.items():
+                known = self.skipped[split]
+                for name, reason in new.items():
+                    if name not in known:
+                        self.log.say(f"skipped: {reason}")
+                        known[name] = reason
+        self.new_skipped = {split: {} for split in self.skipped}
+        totals = {"training": len(self.job.train_source)}
+        if evaluated:
+            totals["validation"] = evaluated + len(self.skipped["validation"])
+        for split, total in totals.items():
+            names, share = self.skipped[split], self.config.data.max_skipped
+            if len(names) > share * total:
+                error = DataError(
+                    f"{len(names)} of {total} {split} images cannot be read, more than data.max_skipped = {share:g} "
+                    f"allows: {shorten(names, 5)}"
+                )
+                error.scope = "run"
+                raise error
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         self.world.at("an evaluation")
         result = evaluate(
             model,
-            self.val_loader,
+            batches(self.val_loader),
             self.world,
             self.run.autocast,
             self.config.train.channels_last,
@@ -288,7 +308,7 @@ class _Trainer:
             self._save(None)  # without a metric: the evaluation is made up for when the run goes on
             self._stop()
         assert result is not None
-        self._note_skipped([result.skipped])
+        self._note_skipped("validation", [result.skipped])
         return result
 
     def _evaluate_and_save(self) -> None:
@@ -298,7 +318,7 @@ class _Trainer:
             average = self._evaluate(self.run.ema.module)
             row |= {f"ema_{key}": value for key, value in average.metrics.items() if key != "n"}
             confusion = average.confusion
-        self._share_skipped()
+        self._share_skipped(int(row["n"]))
         if not row["n"]:
             raise DataError(f"{self.job.val_source.name}: not one image could be read")
         broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
@@ -308,10 +328,10 @@ class _Trainer:
                 "bounds and are not saved. Lower optim.base_lr or set optim.clip_grad"
             )
         metric = row["ema_top1" if self.run.ema else "top1"]  # of the weights that loading the file takes
-        if is_best := self.best_metric is None or metric > self.best_metric:
-            self.best_metric = metric
-            self.confusion = confusion.tolist() if confusion is not None else None
         epoch = self.step // self.plan.steps_per_epoch
+        if is_best := self.best_metric is None or metric > self.best_metric:
+            self.best_metric, self.best_row = metric, {"epoch": epoch, **row}
+            self.confusion = confusion.tolist() if confusion is not None else None
         self.log.evaluation(self.step, epoch, row)
         ema = f"  averaged weights {row['ema_top1']:.2f} %" if self.run.ema else ""
         self.log.say(
@@ -340,6 +360,7 @@ class _Trainer:
             "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
             "metric": metric,
             "best_metric": self.best_metric,
+            "best_row": self.best_row,
             "confusion": self.confusion,
             "class_names": self.job.class_names,
             "skipped": self.skipped,
@@ -361,7 +382,8 @@ class _Trainer:
         if saved["scaler"]:
             run.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
-        self.skipped, self._seconds = dict(saved.get("skipped") or {}), saved.get("seconds", 0.0)
+        self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
+        self.skipped |= saved.get("skipped") or {}
         epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
         # stopped before the evaluation at the end of an epoch, or a finished run in a new folder, which has no best yet
         not_yet = saved["metric"] is None or (self.best_metric is None and epoch == self.plan.epochs)
@@ -373,11 +395,9 @@ class _Trainer:
             return {}
         from .pictures import confusion_figure, curves_figure
 
-        rows = read_metrics(self.log.path)
-        evals = [row for row in rows if row["kind"] == "eval"]
-        prefix = "ema_" if self.run.ema else ""
-        best = max(evals, key=lambda row: (row[f"{prefix}top1"], -row["step"]))
-        curves = self.log.picture("curves", curves_figure(rows), self.step)
+        assert self.best_row is not None
+        best, prefix = self.best_row, "ema_" if self.run.ema else ""
+        curves = self.log.picture("curves", curves_figure(read_metrics(self.log.path)), self.step)
         confusion = None
         if self.confusion:
             figure = confusion_figure(self.confusion, self.job.class_names)
@@ -391,7 +411,7 @@ class _Trainer:
             "epoch": best["epoch"],
             "epochs": self.plan.epochs,
             "steps": self.step,
-            "skipped": len(self.skipped),
+            "skipped": sum(map(len, self.skipped.values())),
             "seconds": round(self.seconds, 1),
             "checkpoint": str(self.output / "checkpoints" / "best.pt"),
             "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,

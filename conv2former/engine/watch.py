@@ -12,6 +12,7 @@ from typing import Any
 __all__ = ["Watch"]
 
 _HANG_EXIT_CODE = 3  # that of TrainingError
+_LISTEN = 4  # seconds in which a living process is heard
 
 
 class Watch(threading.Thread):
@@ -49,49 +50,46 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """The thread."""
         beat = 0
+        seen: list[dict[int, list[str]]] = []  # the others, once a second, since the time has been up
         while beat == 0 or not self._done.wait(1.0):
             if self._parent not in (None, os.getppid()):
                 os._exit(1)  # torchrun has been killed: its processes must not train on beside those of a new start
             beat += 1
+            is_late = time.monotonic() - self._since > self._timeout
             try:
                 self._store.set(str(self._rank), f"{beat} {self._count} {socket.gethostname()} {self._place}")
-                if time.monotonic() - self._since > self._timeout:
-                    self._accuse()
-            except Exception:  # the store's process is gone or does not answer
-                if time.monotonic() - self._since > self._timeout:
+                seen = [*seen, self._read()] if is_late else []
+            except Exception as e:
+                if "reset" in str(e) or "closed" in str(e) or "pipe" in str(e):
+                    return  # the process that keeps the store has ended; nothing can be said any more
+                if is_late:
                     self._end("the process that the others meet at (rank 0, or torchrun) does not answer")
+            if len(seen) > _LISTEN:
+                self._accuse(seen[0], seen[-1], len(seen))
 
     def _read(self) -> dict[int, list[str]]:
         """Returns [beat, count, host, place] of every other process that has written anything."""
         others = [rank for rank in range(self._size) if rank != self._rank and self._store.check([str(rank)])]
         return {rank: self._store.get(str(rank)).decode().split(" ", 3) for rank in others}
 
-    def _accuse(self) -> None:
-        before = self._read()
-        time.sleep(3.5)  # in which a living process writes three times
-        after = self._read()
-        if time.monotonic() - self._since <= self._timeout or self._done.is_set():
-            return  # it has gone on meanwhile
-        absent = [rank for rank in range(self._size) if rank != self._rank and rank not in after]
-        silent = [rank for rank, words in after.items() if words[0] == before.get(rank, words)[0]]
-        behind = [rank for rank, words in after.items() if int(words[1]) < self._count]
-        missing = sorted({*absent, *silent, *behind})
-        waiting = [rank for rank in range(self._size) if rank not in missing]
-        if not missing:
-            if any(int(words[1]) > self._count for words in after.values()):
-                return  # it is this process that the others wait for; they will say so
-            missing = waiting = list(range(self._size))
-        if self._rank != min(waiting):
-            time.sleep(5.0)  # one voice is enough
-        where = [
-            f"rank {rank} ({after[rank][2]}) "
-            + ("is silent; it was last" if rank in silent else "is")
-            + f" at {after[rank][3]}"
-            if rank in after
-            else f"rank {rank} has not been heard at all"
-            for rank in missing
-            if rank != self._rank
-        ]
+    def _accuse(self, before: dict[int, list[str]], after: dict[int, list[str]], seconds: int) -> None:
+        """Ends the run if another process is to blame, judged by what was read of them, `seconds` apart."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        silent = [rank for rank in others if rank in before and after[rank][0] == before[rank][0]]
+        missing = [rank for rank in others if rank in silent or rank not in after or int(after[rank][1]) < self._count]
+        if not missing and any(int(words[1]) > self._count for words in after.values()):
+            return  # it is this process that the others wait for; they will say so
+        missing = missing or others
+        speaker = min(rank for rank in range(self._size) if rank not in missing)
+        if self._rank != speaker and seconds < 3 * _LISTEN:
+            return  # one voice is enough
+        where = []
+        for rank in missing:
+            if rank not in after:
+                where.append(f"rank {rank} has not been heard at all")
+            else:
+                _, _, host, place = after[rank]
+                where.append(f"rank {rank} ({host}) {'is silent; it was last' if rank in silent else 'is'} at {place}")
         self._end(f"{'; '.join(where)}. Rank {self._rank} has waited for {self._timeout:g} s at {self._place}")
 
     def _end(self, text: str) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._yaml import cut, raise_first_mistakes, read_yaml, show
-from ..errors import ConfigError, closest
+from .._yaml import cut, read_yaml, show
+from ..errors import ConfigError, closest, raise_mistakes
 
 __all__ = ["PretrainedTag", "Variant", "list_variants", "parse_variant", "read_variant", "variant"]
 
@@ -180,7 +180,7 @@ def parse_variant(raw: dict[str, Any], where: object, name: str | None = None) -
             mistakes += _check(content, _TAG_RULES, ("top1",), (), f"{at}.")
         else:
             mistakes.append(f"{at}: expected 'key: value' lines, found {show(content)}")
-    raise_first_mistakes(where, mistakes)
+    raise_mistakes(where, mistakes)
 
     def frozen(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

@@ -129,11 +129,18 @@ def register_variant(path: str | Path) -> str:
     return add_and_register(read_variant(path), path)
 
 
-def add_and_register(new: Variant, where: object) -> str:
-    """Registers an already checked variant; `where` is named in the error. See `register_variant`."""
+def add_and_register(new: Variant, where: object, replace: bool = False) -> str:
+    """Registers an already checked variant. See `register_variant`.
+
+    Args:
+        new: the variant.
+        where: named in the error.
+        replace: let it take the place of another one of the user's own.
+    """
     if new.name in list_variants() and variant(new.name).to_dict() == new.to_dict():
         return new.name
-    if is_model(new.name):
+    is_own = new.name in list_variants() and new.name not in __all__
+    if is_model(new.name) and not (replace and is_own):
         known = "this name is registered with another definition" if new.name in list_variants() else "timm has a model"
         raise ConfigError(f"{where}: {known}: '{new.name}'; give this one another name")
     _register(new)

@@ -21,13 +21,9 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except (UserError, TrainingError, RunStopped) as e:
         speaks = {"process": True, "node": local_rank == 0, "run": rank == 0}[e.scope]
-        # From a loader's worker the message comes with the worker's traceback in front.
-        text = str(e)
-        if "Original Traceback" in text:
-            text = text.rsplit("conv2former.errors.", 1)[-1].rsplit("conv2former.data.", 1)[-1].split(": ", 1)[-1]
         if speaks:
             prefix = "" if isinstance(e, RunStopped) else f"error on rank {rank}: " if rank else "error: "
-            print(f"{prefix}{text.strip()}", file=sys.stderr)
+            print(f"{prefix}{e}", file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -35,14 +31,27 @@ def run_cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except RuntimeError as e:
-        if not _lost_contact(e):
+    except (RuntimeError, MemoryError) as e:
+        if _out_of_memory(e):
+            print(
+                f"error on rank {rank}: out of memory; lower train.batch_size (and raise train.accum_steps by the same "
+                f"factor), set model.grad_checkpointing, or lower data.workers ({str(e).splitlines()[0][:200]})",
+                file=sys.stderr,
+            )
+        elif _lost_contact(e):
+            if local_rank == 0:
+                print(f"error on rank {rank}: another process has ended; its message says why", file=sys.stderr)
+        else:
             raise
-        print(f"error on rank {rank}: another process has ended; its message says why", file=sys.stderr)
         sys.exit(TrainingError.exit_code)
 
 
-def _lost_contact(error: RuntimeError) -> bool:
+def _out_of_memory(error: Exception) -> bool:
+    name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
+    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+
+
+def _lost_contact(error: Exception) -> bool:
     """Whether an error is what gloo or NCCL raises when another process has gone."""
     name, text = type(error).__name__, str(error)
     return name.startswith("Dist") or any(

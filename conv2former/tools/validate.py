@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, apply_overrides, check_config, load_config
-from ..data import DataSource, StreamSource, eval_loader, open_val
+from ..data import DataSource, StreamSource, batches, eval_loader, open_val
 from ..engine.build import autocast_for
 from ..engine.distributed import World, join_world
 from ..engine.evaluate import evaluate
@@ -45,7 +45,7 @@ def validate(
     batch_size = train.eval_batch_size or train.batch_size
     with join_world(world, train.timeout_minutes) as world:
         loader = eval_loader(source, settings.data, batch_size, world.rank, world.size, world.device.type == "cuda")
-        result = evaluate(model.to(world.device), loader, world, autocast, train.channels_last)
+        result = evaluate(model.to(world.device), batches(loader), world, autocast, train.channels_last)
         assert result is not None
         skipped = [item for items in world.gather(result.skipped) for item in items]
     total = result.metrics["n"] + len(skipped)

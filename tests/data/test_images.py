@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -248,12 +249,12 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
     refused(b"some text", "empty, or of a format")
     refused(png(0, 8, 0, b""), "not a readable image")
     refused(tmp_path / "none.png", "No such file")
-    refused(tmp_path, "Is a directory")
+    refused(tmp_path, "not a file; remove it")
     (tmp_path / "link.png").symlink_to(tmp_path / "none.png")
     refused(tmp_path / "link.png", "No such file")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        refused(encoded(noise, "PNG"), "exceeds limit of 200 pixels")
+        refused(encoded(noise, "PNG"), "an image of more than 200 pixels; make it smaller")
     with pytest.raises(ValueError, match="0 x 3 pixels"):
         to_rgb(Image.new("RGB", (0, 3)))
 
@@ -297,3 +298,16 @@ def test_the_error_goes_through_processes():
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.name) == (UnreadableImage, str(caught.value), "it")
     assert str(UnreadableImage("as a DataLoader raises it")) == "as a DataLoader raises it"
+
+
+def test_what_would_fill_the_memory(tmp_path, recwarn):
+    """A long thin image, which is resized by its short side; more pixels than Pillow allows; a pipe."""
+    refused(encoded(Image.new("L", (1, 1000)), "PNG"), "an image of 1 x 1000 pixels is too long and thin; cut it")
+    assert open_rgb(encoded(Image.new("L", (1, 200)), "PNG"), "strip").size == (1, 200)
+    refused(
+        encoded(Image.new("1", (20_000, 20_000)), "PNG"), "an image of more than 178,956,970 pixels; make it smaller"
+    )
+    assert open_rgb(encoded(Image.new("1", (10_000, 9_000)), "PNG"), "large").size == (10_000, 9_000)
+    assert not recwarn
+    os.mkfifo(tmp_path / "pipe.jpg")
+    refused(tmp_path / "pipe.jpg", "not a file; remove it")

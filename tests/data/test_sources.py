@@ -115,10 +115,10 @@ def test_wrong_folders(folder, tmp_path):
     (folder / "val" / "bird").mkdir()
     with pytest.raises(DataError, match=r"same class folders, but there are 1 only in .*val: bird$"):
         open_train_and_val(config(folder))
-    with pytest.raises(DataError, match="1 classes that the class list has not: bird; the list has 2: Cat, dog"):
+    with pytest.raises(DataError, match="1 class not in the class list: bird; the list has 2: Cat, dog"):
         open_val(config(folder), ["Cat", "dog"])
     (folder / "train" / "bird").mkdir()
-    with pytest.raises(DataError, match="1 class folders without images: bird"):
+    with pytest.raises(DataError, match="1 class folder without images: bird"):
         open_train_and_val(config(folder))
 
 
@@ -161,13 +161,14 @@ def test_files_of_other_types(folder):
         for name in ("1.dcm", "2.DCM", "notes"):
             (folder / split / "scan" / name).write_text("x")
     with pytest.raises(
-        DataError, match=r"images: scan; their files end in .DCM, .dcm, nothing; images end in .bmp, .jpeg"
+        DataError, match=r"images: scan; images end in .avif, .* here in .dcm \(1\), .DCM \(1\), nothing \(1\)$"
     ):
         open_train_and_val(config(folder))
     picture(7).save(folder / "train" / "scan" / "3.PNG")
     picture(7).save(folder / "val" / "scan" / "3.TIFF")
     train, val = open_train_and_val(config(folder))
     assert (7, 2) in shades(train) & shades(val)
+    assert train.note == f"left out of {folder}/train: 3 files ending in .dcm (1), .DCM (1), nothing (1)"
     assert (len(train), len(val)) == (8, 5)
 
 
@@ -248,7 +249,7 @@ def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
     if kind == "struct":  # `to_parquet` would put the files of the other into the data
         images += [{"bytes": None, "path": str(tmp_path / name)} for name in ("x.png", "none.png")]
         images += [{"bytes": contents[0], "path": "gone.png"}]
-    labels = [1, 0, 0, -1, None, 1, 1, 1][: len(images)]
+    labels = [1, 0, 0, 1, 0, 1, 1, 1][: len(images)]
     features = datasets.Features({"image": feature, "label": datasets.ClassLabel(names=["cat", "dog"])})
     root = tmp_path / "data"
     root.mkdir()
@@ -264,13 +265,40 @@ def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
         with pytest.raises(UnreadableImage, match=rf"data \(train\), row {row}: {expected}") as caught:
             train.images[row]
         assert caught.value.name == f"{root} (train), row {row}"
-    for row, label in ((3, -1), (4, None)):
-        with pytest.raises(DataError, match=rf"data \(train\), row {row}: label {label} is none of the 2 ") as caught:
-            train.images[row]
-        assert not isinstance(caught.value, UnreadableImage)
     if kind == "struct":
         with pytest.raises(UnreadableImage, match=r"none.png: not a readable image .No such file"):
             train.images[6]
+    for missing in (-1, None):
+        table = datasets.Dataset.from_dict({"image": images, "label": [missing, *labels[1:]]}, features=features)
+        table.to_parquet(root / "train.parquet")
+        with pytest.raises(
+            DataError, match=r"data \(train\): the column 'label' .* has rows without a label"
+        ) as caught:
+            open_train_and_val(config(root, "hf"))
+        assert not isinstance(caught.value, UnreadableImage)
+
+
+def test_links(folder):
+    """Those to elsewhere are followed, those that lead back are not."""
+    (folder / "train" / "Cat" / "nested" / "loop").symlink_to(folder / "train" / "Cat")
+    (folder / "train" / "dog" / "more").symlink_to(folder / "val" / "dog")
+    train, _ = open_train_and_val(config(folder))
+    assert len(train) == 7 + 2
+
+
+def test_a_class_folder_that_is_not_utf_8(folder):
+    os.mkdir(os.fsencode(folder / "train") + b"/\xff")
+    with pytest.raises(DataError, match=r"the name of the folder '.udcff' is not UTF-8; rename it"):
+        open_train_and_val(config(folder))
+
+
+def test_one_split_alone_saved_to_disk(parquet, tmp_path):
+    datasets.load_dataset(str(parquet), split="train").save_to_disk(tmp_path / "disk")
+    with pytest.raises(DataError, match=r"disk is one split of a data set"):
+        open_train_and_val(config(tmp_path / "disk", "hf"))
+    datasets.load_dataset(str(parquet)).save_to_disk(tmp_path / "both")
+    with pytest.raises(DataError, match=r"^\S+both is stored already, by save_to_disk: leave data.streaming out$"):
+        open_train_and_val(config(tmp_path / "both", "hf", streaming=True, epoch_images=3))
 
 
 def test_hf_images_in_an_archive(tmp_path):

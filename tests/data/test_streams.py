@@ -133,7 +133,7 @@ def test_unreadable_images_in_a_stream(folder, tmp_path):
     evaluated = list(eval_loader(val, run.data, 4, 0, 1, False))
     assert sum(len(batch.labels) for batch in evaluated) == 7
     run = config(tmp_path, epoch_images=8)
-    with pytest.raises(DataError, match=r"\(train\), epoch 0, image \d of rank 0"):
+    with pytest.raises(DataError, match=r"\(train\), shard 0, row 3: not a readable image"):
         list(train_loader(open_train_and_val(run.data)[0], run, EpochSampler(8, 4), False))
 
 

@@ -206,6 +206,7 @@ def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch, exit_c
         processes.kill()
         output = (folder / "output.txt").read_text()
         assert next(iter(processes.pids.values())) == 3, output
+        assert output.count("error: ") == 1, output
         assert "error: the processes do not come together: rank 1 (" in output
         assert ("is silent; it was last at " if stopped else ") is at step 3. Rank 0 has") in output
         assert "Rank 0 has waited for 3 s at the forward pass of step 3" in output
@@ -292,13 +293,16 @@ def test_unreadable_images_of_all_processes_are_counted(raw_config, tmp_path, ex
         assert output.count(f"skipped: {tmp_path}/data/{bad}") == 1, output
     evals = [row for row in metrics_of(tmp_path / "run") if row["kind"] == "eval"]
     assert {row["n"] for row in evals} == {9}
-    assert len(final(tmp_path / "run")["skipped"]) == 4
+    assert {split: len(names) for split, names in final(tmp_path / "run")["skipped"].items()} == {
+        "training": 3,
+        "validation": 1,
+    }
     many = configure(raw_config, data__max_skipped=0.05, train__accum_steps=1)
     (tmp_path / "many").mkdir()
     codes, output = run(lambda: train(many, tmp_path / "run2"), 2, tmp_path / "many")
     assert codes == [2, 2], output
     assert output.count("error: ") == 1
-    assert " of 34 images cannot be read, more than data.max_skipped = 0.05 allows: " in output
+    assert " of 24 training images cannot be read, more than data.max_skipped = 0.05 allows: " in output
 
 
 def test_two_runs_in_one_folder_are_refused(raw_config, tmp_path, monkeypatch, exit_codes):

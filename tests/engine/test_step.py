@@ -63,6 +63,7 @@ def test_accumulation_is_one_big_batch(raw_config):
     weights, measured = [], []
     for split in (8, 4, 2):
         run = make_run(raw_config, **PLAIN, train__accum_steps=8 // split, train__batch_size=split)
+        run.model.eval()
         run.forward.train = lambda mode=True, model=run.model: torch.nn.Module.train(model, False)
         parts = [Batch(*part, []) for part in zip(x.split(split), y.split(split), strict=True)]
         result = step_of(run, parts, step=5)
@@ -154,6 +155,7 @@ def test_precision_follows_the_device():
         ({"optim__opt": "sgd", "optim__betas": [0.9, 0.99]}, r"optim\.betas: sgd has none"),
         ({"model__variant": None, "model__name": "conv2former_x"}, "no variant 'conv2former_x'"),
         ({"model__variant": {"name": "oops", "dims": [1]}}, "model.variant: 3 mistakes"),
+        ({"augment__auto_augment": "rand-m9-foo5"}, r"augment\.auto_augment: timm does not take 'rand-m9-foo5'"),
     ],
 )
 def test_wrong_names(raw_config, changes, expected):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,6 +219,112 @@ def test_an_output_that_cannot_be_written(raw_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot be written .*file is a file"):
         train(configure(raw_config), tmp_path / "file" / "run")
+
+
+def test_a_configuration_in_any_form(raw_config, tmp_path, monkeypatch):
+    """A Config, plain types with the path of a variant, or a file; and the folder's default."""
+    (tmp_path / "conv2former_mine.yaml").write_text("dims: [8, 16, 24, 40]\ndepths: [1, 1, 2, 1]\nkernel_size: 5\n")
+    raw = copy.deepcopy(raw_config) | {"schedule": {"epochs": 1, "warmup_epochs": 0, "cooldown_epochs": 0}}
+    raw["model"]["variant"] = str(tmp_path / "conv2former_mine.yaml")
+    before = copy.deepcopy(raw)
+    monkeypatch.chdir(tmp_path)
+    report = train(raw)
+    assert raw == before
+    assert report["checkpoint"] == "runs/conv2former_mine/checkpoints/best.pt"
+    again = train("runs/conv2former_mine/config.yaml", "other")
+    assert (again["top1"], again["loss"]) == (report["top1"], report["loss"])
+
+
+def test_the_same_name_for_another_network(raw_config, tmp_path):
+    """As when a notebook tries shapes."""
+    short = {"schedule__epochs": 1, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0}
+    for width in (8, 16, 8):
+        shape = {"name": "conv2former_trial", "dims": [width, 16, 24, 40], "depths": [1, 1, 1, 1], "kernel_size": 3}
+        folder = tmp_path / f"{width}-{len(list(tmp_path.iterdir()))}"
+        train(configure(raw_config, model__variant=shape, **short), folder)
+        assert final(folder)["model"]["stem.conv3.weight"].shape[0] == width
+
+
+def test_a_mistake_leaves_nothing_behind(raw_config, tmp_path):
+    train(configure(raw_config), tmp_path / "run")
+    with pytest.raises(ConfigError) as kept:  # a notebook keeps it
+        train(configure(raw_config, train__seed=7), tmp_path / "run")
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    assert subprocess.run([sys.executable, "-c", lock, tmp_path / "run" / ".lock"]).returncode == 0
+    assert kept.value
+    train(configure(raw_config), tmp_path / "run")
+
+
+def test_one_run_at_a_time_in_a_process(raw_config, tmp_path, monkeypatch):
+    real = trainer.train_step
+    errors = []
+
+    def second(*args):
+        if not errors:
+            with pytest.raises(ConfigError, match="another thread of this process is training") as error:
+                train(configure(raw_config), tmp_path / "second")
+            errors.append(error)
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "train_step", second)
+    train(configure(raw_config), tmp_path / "run")
+    assert errors
+
+
+def test_a_report_without_its_metrics(raw_config, tmp_path):
+    first = train(configure(raw_config), tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    again = train(configure(raw_config), tmp_path / "run")
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_what_may_change_if_it_is_allowed(raw_config, tmp_path):
+    train(configure(raw_config), tmp_path / "run")
+    for newest in sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[1:]:
+        newest.unlink()
+    changes = {"optim__base_lr": 2e-3, "augment__hflip": 0.1, "augment__smoothing": 0.2}
+    with pytest.raises(ConfigError) as error:
+        train(configure(raw_config, **changes, checkpoint__allow_changes=["augment"]), tmp_path / "run")
+    assert "optim.base_lr: 0.001 -> 0.002" in str(error.value)
+    assert "augment." not in str(error.value)
+    allowed = configure(raw_config, **changes, checkpoint__allow_changes=["augment", "optim.base_lr"])
+    assert train(allowed, tmp_path / "run")["steps"] == 20
+
+
+def test_an_error_in_a_worker_is_its_own_text(raw_config, tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (32, 32)).save(tmp_path / "data" / split / "a" / f"{i}.png")
+    bad = tmp_path / "data" / "train" / "a" / "7.png"
+    bad.write_bytes(b"")
+    raw_config["data"] = {"root": str(tmp_path / "data"), "img_size": 32, "workers": 2}
+    with pytest.raises(DataError) as error:
+        train(configure(raw_config), tmp_path / "run")
+    assert str(error.value).startswith(f"{bad}: not a readable image")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_image_of_a_stream_counts_once(raw_config, tmp_path, capsys):
+    """Although every epoch comes by it, at another place."""
+    import datasets
+    from PIL import Image
+
+    good = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(good, "PNG")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split, count in (("train", 24), ("validation", 6)):
+        images = [{"bytes": good.getvalue() if i != 3 else b"no", "path": None} for i in range(count)]
+        columns = {"image": images, "label": [i % 2 for i in range(count)]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    raw_config["data"] |= {"root": str(tmp_path), "streaming": True, "epoch_images": 24, "on_error": "skip"}
+    report = train(configure(raw_config, data__max_skipped=0.2), tmp_path / "run")
+    assert (report["skipped"], report["n"]) == (2, 5)
+    assert capsys.readouterr().out.count("skipped: ") == 2
+    with pytest.raises(DataError, match=r"1 of 6 validation images cannot be read, .* \(validation\), shard 0, row 3$"):
+        train(configure(raw_config, data__max_skipped=0.1), tmp_path / "strict")
 
 
 def test_dry_run(raw_config):

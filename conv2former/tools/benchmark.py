@@ -1,0 +1,129 @@
+"""Speed, measured as ratios: two ways of doing the same, in turns, in one process, medians of many."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Config, make_plan
+from ..data import Batch, DataSource
+from ..engine.build import build_model
+from ..engine.distributed import World
+from ..engine.prepare import Job
+from ..engine.signals import StopSignal
+from ..engine.trainer import Trainer
+
+__all__ = ["Comparison", "compare", "compare_loop"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of two ways of doing the same, one pair per round."""
+
+    first: list[float]
+    second: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times longer the second took, per round."""
+        return [b / a for a, b in zip(self.first, self.second, strict=True)]
+
+    def describe(self, first: str, second: str, per: int, unit: str) -> list[str]:
+        """Returns lines with both medians, per `unit`, and the median and the middle half of the ratios."""
+        low, middle, high = statistics.quantiles(self.ratios, n=4)
+        a, b = (1000 * statistics.median(seconds) / per for seconds in (self.first, self.second))
+        return [
+            f"{first}: {a:.2f} ms per {unit}",
+            f"{second}: {b:.2f} ms per {unit}",
+            f"ratio {middle:.3f} (middle half of {len(self.ratios)} rounds: {low:.3f} to {high:.3f})",
+        ]
+
+
+def compare(first: Callable[[], None], second: Callable[[], None], rounds: int, device: torch.device) -> Comparison:
+    """Times two functions in turns, each first in every second round, after one round that does not count.
+
+    Args:
+        first, second: what to time.
+        rounds: how often.
+        device: waited for before the clock is read.
+    """
+
+    def seconds(action: Callable[[], None]) -> float:
+        since = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - since
+
+    times: list[tuple[float, float]] = []
+    for number in range(rounds + 1):
+        if number % 2:
+            b = seconds(second)
+            times.append((seconds(first), b))
+        else:
+            a = seconds(first)
+            times.append((a, seconds(second)))
+    return Comparison([a for a, _ in times[1:]], [b for _, b in times[1:]])
+
+
+def compare_loop(config: Config, steps: int, rounds: int) -> list[str]:
+    """Compares the training loop with a bare one on the same synthetic batches.
+
+    The bare loop does no more than forward, loss, backward and optimizer step. The training loop is the trainer's own,
+    with its seeding, gradient norm, checks, agreement on signals and logs, but without loader, averaging and mixup,
+    which are work of their own and not the loop's.
+
+    Args:
+        config: network, batch size, precision and optimizer; `data.num_classes` must be set.
+        steps: of one timing.
+        rounds: timings of each.
+
+    Returns:
+        Lines to print.
+    """
+    sections = {"ema": {"decay": None}, "augment": {"mixup": 0.0, "cutmix": 0.0}, "train": {"accum_steps": 1}}
+    plain = config.to_dict()
+    config = Config.model_validate({**plain, **{key: plain[key] | value for key, value in sections.items()}})
+    world = World.from_environment()
+    batch_size, side, classes = config.train.batch_size, config.data.img_size, config.data.num_classes
+    assert classes is not None
+    source = DataSource([], [str(i) for i in range(classes)], "random images")
+    plan = make_plan(config, world.size, batch_size * world.size * steps)
+    batch = Batch(torch.randn(batch_size, 3, side, side), torch.randint(classes, (batch_size,)), [])
+    if world.device.type == "cuda":
+        batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory(), [])
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(config, Path(folder), plan, source, source, build_model(config, classes), None, None, {}, [], None)
+        with StopSignal() as signal:
+            trainer = Trainer(job, world, signal)
+            trainer.loader = [batch] * steps  # type: ignore[assignment]
+            run = trainer.run
+            memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+            def bare() -> None:
+                run.model.train()
+                for images, labels, _ in [batch] * steps:
+                    images = images.to(world.device, memory_format=memory_format, non_blocking=True)
+                    labels = labels.to(world.device, non_blocking=True)
+                    with run.autocast():
+                        logits = run.forward(images)
+                    run.criterion(logits.float(), labels).backward()
+                    run.optimizer.step()
+                    run.optimizer.zero_grad(set_to_none=True)
+
+            def whole() -> None:
+                trainer.step = 1  # not 0, where the first batch is drawn
+                trainer.train_epoch(0)
+
+            result = compare(bare, whole, rounds, world.device)
+            trainer.log.close()
+    return [
+        f"{config.model.name}, batch {batch_size}, {side} x {side}, {config.train.precision}, {world.device.type}",
+        *result.describe("bare loop", "training loop", steps, "step"),
+    ]
