@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -143,7 +144,9 @@ def add_and_register(new: Variant, where: object, replace: bool = False) -> str:
     if is_model(new.name) and not (replace and is_own):
         known = "this name is registered with another definition" if new.name in list_variants() else "timm has a model"
         raise ConfigError(f"{where}: {known}: '{new.name}'; give this one another name")
-    _register(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's, about a name that is registered again
+        _register(new)
     __all__.remove(new.name)  # timm put it there; a user's name is no attribute of this module
     return new.name
 
