@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,13 +29,17 @@ def measure(name: str, size: int) -> tuple[int, float]:
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 2e9
 
 
-def variants_table() -> str:
-    """Returns a Markdown table of all known variants: shape, measured size, published accuracy."""
+def variants_table(names: Sequence[str] | None = None) -> str:
+    """Returns a Markdown table of variants: shape, measured size, published accuracy.
+
+    Args:
+        names: of the variants; None for all that are known.
+    """
     rows = [
         "| model | channels | blocks | kernel | parameters | GMACs 224 / 384 | published top-1, ImageNet-1k |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in list_variants():
+    for name in names or list_variants():
         known = variant(name)
         parameters, gmacs_224 = measure(name, 224)
         _, gmacs_384 = measure(name, 384)

@@ -223,15 +223,17 @@ def test_an_output_that_cannot_be_written(raw_config, tmp_path):
 
 def test_a_configuration_in_any_form(raw_config, tmp_path, monkeypatch):
     """A Config, plain types with the path of a variant, or a file; and the folder's default."""
-    (tmp_path / "conv2former_mine.yaml").write_text("dims: [8, 16, 24, 40]\ndepths: [1, 1, 2, 1]\nkernel_size: 5\n")
+    (tmp_path / "conv2former_in_any_form.yaml").write_text(
+        "dims: [8, 16, 24, 40]\ndepths: [1, 1, 2, 1]\nkernel_size: 5\n"
+    )
     raw = copy.deepcopy(raw_config) | {"schedule": {"epochs": 1, "warmup_epochs": 0, "cooldown_epochs": 0}}
-    raw["model"]["variant"] = str(tmp_path / "conv2former_mine.yaml")
+    raw["model"]["variant"] = str(tmp_path / "conv2former_in_any_form.yaml")
     before = copy.deepcopy(raw)
     monkeypatch.chdir(tmp_path)
     report = train(raw)
     assert raw == before
-    assert report["checkpoint"] == "runs/conv2former_mine/checkpoints/best.pt"
-    again = train("runs/conv2former_mine/config.yaml", "other")
+    assert report["checkpoint"] == "runs/conv2former_in_any_form/checkpoints/best.pt"
+    again = train("runs/conv2former_in_any_form/config.yaml", "other")
     assert (again["top1"], again["loss"]) == (report["top1"], report["loss"])
 
 
