@@ -180,7 +180,9 @@ def test_print_config(monkeypatch, capsys):
 
 def test_the_readme_has_the_table_that_the_script_prints():
     names = [
-        line.split("`")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `conv2f")
+        line.split("`")[1]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("| `conv2former_")
     ]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.yaml"))
     assert variants_table(names) in (ROOT / "README.md").read_text()
