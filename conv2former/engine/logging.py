@@ -73,7 +73,9 @@ class RunLog:
 
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 if a program plays the terminal
+            size = {"dynamic_ncols": True} if width else {"ncols": 120, "nrows": 20}
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **size)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one, and writes it to `train.log` with the time."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
@@ -338,3 +341,24 @@ def test_dry_run(raw_config):
     assert "4 epochs (1 warm-up, 1 cool-down) of 5 steps" in text
     assert "3 classes" in text
     assert "one step on 2 random images: loss " in text
+
+
+def test_the_bar_on_a_terminal(raw_config, tmp_path):
+    """Played by this test, of 0 x 0 characters, as programs leave it."""
+    import pty
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configure(raw_config).to_dict()))
+    code = "import sys; from conv2former.engine import train; train(sys.argv[1], sys.argv[2])"
+    master, slave = pty.openpty()
+    words = [sys.executable, "-c", code, tmp_path / "config.yaml", tmp_path / "run"]
+    process = subprocess.Popen(words, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while data := os.read(master, 4096):
+            shown += data
+    assert process.wait() == 0, shown.decode()
+    bars = [line for line in shown.decode().replace("\r", "\n").split("\n") if "%|" in line]
+    assert any("20/20" in line and "loss" in line and "images/s" in line for line in bars), bars[-5:]
+    assert "epoch 4/4  top-1" in (tmp_path / "run" / "train.log").read_text()
+    assert "%|" not in (tmp_path / "run" / "train.log").read_text()
