@@ -25,7 +25,7 @@ from ..config import Config, Plan, differences, make_plan
 from ..data import Batch, EpochSampler, Skipped, batches, eval_loader, open_train_and_val, train_loader
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, bullets, shorten
 from .build import OVERFLOWS, Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
-from .checkpoint import save_checkpoint
+from .checkpoint import latest_checkpoint, save_checkpoint
 from .distributed import World, join_world
 from .evaluate import Evaluation, evaluate
 from .logging import RunLog, read_metrics, writing
@@ -87,6 +87,12 @@ def _check_agreement(job: Job, world: World) -> None:
     Raises:
         ConfigError: what differs, and on which process.
     """
+    steps = world.gather(job.saved["step"] if job.saved else None)
+    if steps[world.rank] != steps[0]:
+        # The processes of a run that was just killed may have written after this one looked. The main process looked
+        # when it had the folder for itself, so by now there is nothing newer.
+        found = latest_checkpoint(job.output / "checkpoints")
+        job.saved = found[1] if found else None
     config = job.config.to_dict()
     del config["data"]["root"]  # may be another path on another machine
     mine = {

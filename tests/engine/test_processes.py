@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 
@@ -181,6 +182,28 @@ def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch, 
     codes, output = run(lambda: train(configure(raw_config), tmp_path / "run"), 2, tmp_path)
     assert codes == [2, 2], output
     assert "rank 1 has found something else than rank 0:\n  - validation images: 7 -> 5" in output
+
+
+def test_a_checkpoint_that_came_late(raw_config, tmp_path, monkeypatch, exit_codes):
+    """A process that looked before the last one of a killed run was written looks again."""
+    config = configure(raw_config, train__accum_steps=1, checkpoint__every_steps=1, checkpoint__keep=50)
+    assert run(lambda: train(config, tmp_path / "whole"), 2, tmp_path)[0] == [0, 0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    files = sorted((tmp_path / "parts" / "checkpoints").glob("step_*.pt"))
+    for path in files[9:]:
+        path.unlink()
+    real = prepare.latest_checkpoint
+
+    def early(folder):
+        found = real(folder)
+        if os.environ["RANK"] == "1":
+            found = (files[4], torch.load(files[4]), [])
+        return found
+
+    monkeypatch.setattr(prepare, "latest_checkpoint", early)
+    codes, output = run(lambda: train(config, tmp_path / "parts"), 2, tmp_path)
+    assert codes == [0, 0], output
+    assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch, exit_codes):
