@@ -155,6 +155,7 @@ class Conv2Former(RenamesForeignKeys):
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}: {fusion!r}")
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.fusion = fusion
         self.feature_info = []
 
         self.stem = Stem(in_chans, dims[0], **dd)

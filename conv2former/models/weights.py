@@ -399,8 +399,13 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
             f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
             "call timm.create_model with pretrained=True and pretrained_cfg_overlay=dict(file=FILE)"
         )
+    content = read_checkpoint(path)
+    definition = content.get("variant")
+    fusion = definition.get("fusion", "product") if isinstance(definition, dict) else model.fusion
+    if fusion != model.fusion:  # the tensors would fit
+        raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")
     try:
-        model.load_state_dict(native_state_dict(read_checkpoint(path), use_ema))
+        model.load_state_dict(native_state_dict(content, use_ema))
     except CheckpointError as e:
         text = str(e)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -77,6 +77,8 @@ def test_the_same_global_batches_train_the_same_network(raw_config, tmp_path):
     start = prepare.build_model(configure(raw_config, **frozen), 3).state_dict()
     moved = max((one[key] - start[key]).abs().max() for key in one if one[key].is_floating_point())
     assert moved > 1e-2  # there is something to compare
+    for key, value in one.items():  # after evaluations too
+        assert torch.equal(value, start[key]) or not key.startswith("stem."), key
     for name in ("two", "four"):
         other = final(tmp_path / name)["model"]
         for key, value in one.items():

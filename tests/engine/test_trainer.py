@@ -19,6 +19,7 @@ from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, prepare, train, trainer
 from conv2former.errors import OutputError, TrainingError
 from conv2former.tools.killing import differing, metrics_of
+from conv2former.tools.validate import validate
 
 from .conftest import configure
 
@@ -258,6 +259,18 @@ def test_a_mistake_leaves_nothing_behind(raw_config, tmp_path):
     assert subprocess.run([sys.executable, "-c", lock, tmp_path / "run" / ".lock"]).returncode == 0
     assert kept.value
     train(configure(raw_config), tmp_path / "run")
+
+
+def test_an_ablation_is_evaluated_as_what_it_is(raw_config, tmp_path):
+    """The tensors do not tell how context and values were joined; the checkpoint does."""
+    variant = raw_config["model"]["variant"] | {"name": "conv2former_test_sum", "fusion": "sum"}
+    report = train(configure(raw_config, model__variant=variant), tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    result = validate(best)
+    assert result["variant"] == "conv2former_test_sum"
+    assert result["loss"] == pytest.approx(report["loss"], rel=1e-6)
+    with pytest.raises(CheckpointError, match=r"best.pt was trained with fusion 'sum', the network has 'product'"):
+        train(configure(raw_config, model__checkpoint=str(best)), tmp_path / "other")
 
 
 def test_one_run_at_a_time_in_a_process(raw_config, tmp_path, monkeypatch):
