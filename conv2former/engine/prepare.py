@@ -6,6 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -105,43 +106,28 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     train_source, val_source = open_train_and_val(config.data)
     plan = make_plan(config, world.size, len(train_source))
     model = build_model(config, len(train_source.class_names))
-    lock = _lock(output) if world.is_main and output.is_dir() else None
-    try:
-        return _with_checkpoint(config, output, resume, world, plan, train_source, val_source, model, lock)
-    except BaseException:
-        if lock:  # a notebook keeps the exception, and with it what its frames hold
-            lock.close()
-        raise
-
-
-def _with_checkpoint(
-    config: Config,
-    output: Path,
-    resume: str,
-    world: World,
-    plan: Plan,
-    train_source: DataSource | StreamSource,
-    val_source: DataSource | StreamSource,
-    model: Conv2Former,
-    lock: TextIO | None,
-) -> Job:
-    saved, started_from, notes = _find_checkpoint(output, resume)
-    notes += [source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note]
-    plan_of_data = {
-        "images": len(train_source),
-        "global_batch_size": plan.global_batch_size,
-        "steps_per_epoch": plan.steps_per_epoch,
-    }
-    if isinstance(train_source, StreamSource):
-        plan_of_data["devices"] = world.size  # a stream's order depends on them
-    if saved:
-        _check_continuation(config, saved, train_source.class_names, plan_of_data)
-    if world.is_main:
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(dump_yaml(config.to_dict()))
-        lock = lock or _lock(output)
-        remove_leftovers(output / "checkpoints")
+    with ExitStack() as stack:  # an error lets go of the lock, although a notebook keeps the exception and its frames
+        lock = stack.enter_context(_lock(output)) if world.is_main and output.is_dir() else None
+        saved, started_from, notes = _find_checkpoint(output, resume)
+        notes += [
+            source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
+        ]
+        plan_of_data = {
+            "images": len(train_source),
+            "global_batch_size": plan.global_batch_size,
+            "steps_per_epoch": plan.steps_per_epoch,
+        }
+        if isinstance(train_source, StreamSource):
+            plan_of_data["devices"] = world.size  # a stream's order depends on them
+        if saved:
+            _check_continuation(config, saved, train_source.class_names, plan_of_data)
+        if world.is_main:
+            with writing(output):
+                output.mkdir(parents=True, exist_ok=True)
+                (output / "config.yaml").write_text(dump_yaml(config.to_dict()))
+            lock = lock or stack.enter_context(_lock(output))
+            remove_leftovers(output / "checkpoints")
+        stack.pop_all()  # the lock is the job's
     return Job(config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock)
 
 
@@ -154,7 +140,7 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{output}: cannot be written (no permission in {existing}); choose another --output")
 
 
-def _lock(output: Path, patience: float = 20.0) -> TextIO | None:
+def _lock(output: Path, patience: float = 20.0) -> TextIO:
     """Keeps others from training into the same folder; the operating system lets go when this process ends.
 
     The processes of a run that was just killed may need some seconds to go.
