@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +14,7 @@ __all__ = [
     "RunStopped",
     "TrainingError",
     "UserError",
+    "before_processes_meet",
     "bullets",
     "closest",
     "counted",
@@ -63,6 +65,16 @@ class RunStopped(RuntimeError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
     scope = "run"
+
+
+@contextmanager
+def before_processes_meet() -> Iterator[None]:
+    """Marks the mistakes inside as those that every process of a machine finds by itself, so that one says them."""
+    try:
+        yield
+    except UserError as e:
+        e.scope = "run" if e.scope == "run" else "node"
+        raise
 
 
 def closest(word: object, choices: Iterable[str]) -> str:

@@ -93,14 +93,9 @@ class EpochSampler(Sampler):
         for batch in batches:
             yield [(self.epoch, int(index)) for index in batch]
 
-    def batch_numbers(self) -> Iterator[tuple[int, int]]:
-        """Yields (epoch, number of the forward pass in it), which is all that a stream needs to know."""
-        for number in range(self.first_step * self.accum_steps, self.passes):
-            yield self.epoch, number
-
 
 class _BatchNumbers(Sampler):
-    """The numbers of an EpochSampler's batches instead of their images."""
+    """(epoch, number in it) of an EpochSampler's batches instead of their images: all that a stream needs to know."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -109,7 +104,9 @@ class _BatchNumbers(Sampler):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self.sampler.batch_numbers()
+        sampler = self.sampler
+        for number in range(sampler.first_step * sampler.accum_steps, sampler.passes):
+            yield sampler.epoch, number
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -116,7 +116,7 @@ def _reason(error: BaseException) -> str:
     return str(error).split("\n")[0]
 
 
-def _to_disk(file: BinaryIO | Path) -> None:
+def _to_disk(file: IO[Any] | Path) -> None:
     """Flushes a file, or the names in a folder, to the disk."""
     if not isinstance(file, Path):
         file.flush()
@@ -135,8 +135,7 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with temporary.open("w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from .._yaml import dump_yaml
 from ..config import Config, Plan, apply_overrides, check_config, differences, load_config, make_plan
 from ..data import DataSource, StreamSource, open_train_and_val
-from ..errors import ConfigError, DataError, OutputError, UserError, bullets
+from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets
 from ..models import Conv2Former
 from .build import build_model, check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
@@ -93,11 +93,8 @@ def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
         UserError: a mistake in the configuration, the data, the checkpoint or the output folder. Its `scope` says that
             every process of the machine has the same.
     """
-    try:
+    with before_processes_meet():
         return _prepare(config, output, resume, world)
-    except UserError as e:
-        e.scope = "run" if e.scope == "run" else "node"
-        raise
 
 
 def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:

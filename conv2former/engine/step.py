@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch, Stream, seed_all
 from ..errors import TrainingError
-from .build import Run, freeze
+from .build import OVERFLOWS, Run, freeze
 from .distributed import World
 
 __all__ = ["FiniteCheck", "StepResult", "mix", "train_step"]
@@ -59,6 +59,11 @@ class FiniteCheck:
         self.lag = default if lag is None else lag
         self._in_a_row = torch.zeros((), device=world.device)
         self._unread: deque[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    @classmethod
+    def of(cls, run: Run) -> FiniteCheck:
+        """Returns the check that a run needs."""
+        return cls(run.world, run.optimizer, OVERFLOWS if run.scaler.is_enabled() else 1)
 
     def note(self, step: int, result: StepResult, scaled: bool) -> None:
         """Takes in a step's gradient norm, before the optimizer steps.

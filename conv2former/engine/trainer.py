@@ -24,7 +24,7 @@ from .. import __version__
 from ..config import Config, Plan, differences, make_plan
 from ..data import Batch, EpochSampler, Skipped, batches, eval_loader, open_train_and_val, train_loader
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, bullets, shorten
-from .build import OVERFLOWS, Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
+from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
 from .checkpoint import latest_checkpoint, save_checkpoint
 from .distributed import World, join_world
 from .evaluate import Evaluation, evaluate
@@ -121,8 +121,7 @@ class Trainer:
         self.job, self.config, self.plan, self.world, self.signal = job, job.config, job.plan, world, signal
         self.output = job.output
         self.run: Run = build_run(job.config, job.plan, world, job.model)
-        limit = OVERFLOWS if self.run.scaler.is_enabled() else 1
-        self.check = FiniteCheck(world, self.run.optimizer, limit)
+        self.check = FiniteCheck.of(self.run)
         self.step = 0
         self.best_metric: float | None = None
         self.best_row: dict[str, Any] | None = None
@@ -501,7 +500,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     with join_world(world, config.train.timeout_minutes) as world:
         run = build_run(config, plan, world, model)
         start = time.perf_counter()
-        check = FiniteCheck(world, run.optimizer, OVERFLOWS if run.scaler.is_enabled() else 1)
+        check = FiniteCheck.of(run)
         result = train_step(run, [Batch(images, labels, [])] * config.train.accum_steps, 0, check)
         loss = float(result.loss)  # waits for the device
         check.read()

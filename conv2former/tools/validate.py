@@ -11,7 +11,7 @@ from ..data import DataSource, StreamSource, batches, eval_loader, open_val
 from ..engine.build import autocast_for
 from ..engine.distributed import World, join_world
 from ..engine.evaluate import evaluate
-from ..errors import CheckpointError, ConfigError, DataError, UserError, shorten
+from ..errors import CheckpointError, ConfigError, DataError, before_processes_meet, shorten
 from ..models import CheckpointInfo, Conv2Former, inspect_checkpoint, load_weights
 
 __all__ = ["validate"]
@@ -35,11 +35,8 @@ def validate(
     Raises:
         UserError: the file, the configuration or the data is wrong, or they do not go together.
     """
-    try:
+    with before_processes_meet():
         world, settings, source, model, info = _prepare(checkpoint, config, overrides, use_ema)
-    except UserError as e:
-        e.scope = "run" if e.scope == "run" else "node"  # every process of the machine has the same
-        raise
     train = settings.train
     precision, autocast = autocast_for(train.precision, world.device)
     batch_size = train.eval_batch_size or train.batch_size
