@@ -112,17 +112,23 @@ class Skipped(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images, (N, 3, H, W) float, their class indices, (N,) int64, and what could not be read."""
+    """Images, (N, 3, H, W) float, their class indices, (N,) int64, and what could not be read.
+
+    `indices`, (N,) int64, are the images' places in the data set, -1 where it has none: in a stream.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     skipped: list[Skipped]
+    indices: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
 
-Item = tuple[torch.Tensor, int] | Skipped
+Item = tuple[torch.Tensor, int, int] | Skipped
 
 
-def load_image(read: Callable[[], Any], transform: Any, skip: bool, place: tuple[int, ...] | None) -> Item:
+def load_image(
+    read: Callable[[], Any], transform: Any, skip: bool, place: tuple[int, ...] | None, index: int = -1
+) -> Item:
     """Reads and transforms one image.
 
     Args:
@@ -130,6 +136,7 @@ def load_image(read: Callable[[], Any], transform: Any, skip: bool, place: tuple
         transform: of the image.
         skip: return an unreadable image as `Skipped` instead of raising.
         place: seeds the transform, see `Stream.IMAGE`; None for one without random draws.
+        index: of the image in the data set.
 
     Raises:
         DataError: the image is unreadable, or anything else is wrong with the sample.
@@ -142,7 +149,7 @@ def load_image(read: Callable[[], Any], transform: Any, skip: bool, place: tuple
         raise
     if place is not None:
         seed_all(Stream.IMAGE, *place)
-    return transform(image), label
+    return transform(image), label, index
 
 
 def collate(items: list[Item], fill: bool) -> Batch:
@@ -158,7 +165,7 @@ def collate(items: list[Item], fill: bool) -> Batch:
         DataError: not one image can be read, and the places are to be filled.
     """
     skipped = [item for item in items if isinstance(item, Skipped)]
-    kept: list[tuple[torch.Tensor, int]] = []
+    kept: list[tuple[torch.Tensor, int, int]] = []
     readable = [item for item in items if not isinstance(item, Skipped)]
     if fill and not readable:
         raise DataError(f"not one image of a batch of {len(items)} can be read: {skipped[0].reason}")
@@ -169,5 +176,6 @@ def collate(items: list[Item], fill: bool) -> Batch:
             kept.append(previous)
     else:
         kept = readable
-    images = torch.stack([image for image, _ in kept]) if kept else torch.empty(0, 3, 1, 1)
-    return Batch(images, torch.tensor([label for _, label in kept], dtype=torch.int64), skipped)
+    images = torch.stack([image for image, _, _ in kept]) if kept else torch.empty(0, 3, 1, 1)
+    labels, indices = (torch.tensor([item[k] for item in kept], dtype=torch.int64) for k in (1, 2))
+    return Batch(images, labels, skipped, indices)

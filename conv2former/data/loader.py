@@ -38,8 +38,9 @@ class _Transformed(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         if isinstance(key, tuple):
             epoch, index = key
-            return load_image(lambda: self._read(index), self.transforms[epoch], self.skip, (self.seed, epoch, index))
-        return load_image(lambda: self._read(key), self.transforms[0], self.skip, None)
+            place = (self.seed, epoch, index)
+            return load_image(lambda: self._read(index), self.transforms[epoch], self.skip, place, index)
+        return load_image(lambda: self._read(key), self.transforms[0], self.skip, None, key)
 
     def _read(self, index: int) -> tuple[Any, int]:
         image, label = self.source.images[index]

@@ -15,24 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from ..config.schema import DataConfig
 from ..errors import DataError, UserError, closest, counted, shorten
+from .classes import match_classes
 from .digits import write_digits
 from .images import IMAGE_ENDINGS, UnreadableImage, files_below, naming, open_rgb, to_rgb
 from .streams import StreamSource
 from .tars import TarImages, find_tars, index_tars
 
-__all__ = ["DataSource", "open_split", "open_train_and_val", "open_val"]
+__all__ = ["DataSource", "is_bare", "open_split", "open_train_and_val", "open_val"]
 
 VAL_NAMES = ("validation", "val", "valid", "test")
 
 
 class _Images(Protocol):
+    """Images that can be reached in any order. `labels` and `name` read no image."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...  # class indices, (images,), integers
+
+    def name(self, index: int) -> str: ...  # a path, or what the image is called in messages
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class DataSource:
     """One split.
 
     Attributes:
-        images: `images[i]` is the i-th image, RGB, and its class index; `len(images)` is their number.
+        images: `images[i]` is the i-th image, RGB, and its class index; `len(images)` is their number; `images.labels`
+            are all class indices and `images.name(i)` tells where an image lies, both without reading one.
         class_names: names in index order.
         name: what to call the split in messages.
         note: what its owner should know, such as files that were left out.
@@ -99,7 +109,8 @@ def open_split(config: DataConfig, split: str | None, class_names: list[str] | N
 
     Args:
         config: where the data is.
-        split: its name; None for the first of validation, val, valid and test that exists.
+        split: its name; None for the first of validation, val, valid and test that exists; of image folders '.' for
+            the root itself, with a folder per class.
         class_names: the class list to use; None to find it in this split.
 
     Raises:
@@ -138,16 +149,6 @@ def _choose_split(wanted: str | None, existing: Sequence[str], where: object) ->
     return wanted
 
 
-def _check_classes(found: Sequence[str], class_names: Sequence[str], where: object) -> None:
-    known = set(class_names)
-    unknown = [name for name in found if name not in known]
-    if unknown:
-        raise DataError(
-            f"{where} has {counted(len(unknown), 'class', 'classes')} not in the class list: {shorten(unknown, 10)}; "
-            f"the list has {len(class_names)}: {shorten(class_names, 10)}"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------- image folders
 
 
@@ -163,6 +164,13 @@ class _FolderImages:
         path, label = self.samples[index]
         return open_rgb(path, path, self.value_range), label
 
+    @property
+    def labels(self) -> np.ndarray:
+        return np.fromiter((label for _, label in self.samples), np.int64, len(self.samples))
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0]
+
 
 def _folders_in(folder: Path) -> list[str]:
     """Returns the names of the folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints."""
@@ -175,15 +183,26 @@ def _folders_in(folder: Path) -> list[str]:
     return names
 
 
+def is_bare(root: Path) -> bool:
+    """Whether a folder holds class folders of images rather than splits.
+
+    Folders that could be splits (train, val, ...) or that hold no image themselves, as a misspelt split, say that it
+    does not.
+    """
+    folders = _folders_in(root) if root.is_dir() else []
+    if not folders or {"train", *VAL_NAMES} & set(folders):
+        return False
+    return any(name.lower().endswith(IMAGE_ENDINGS) for folder in folders for name in os.listdir(root / folder))
+
+
 def _open_folder(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
     root = Path(config.root)
-    folder = root / _choose_split(split, _folders_in(root), root)
+    folder = root if split == "." else root / _choose_split(split, _folders_in(root), root)
     found = _folders_in(folder)
     if not found:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE")
     names = class_names or found
-    _check_classes(found, names, folder)
-    index = {name: i for i, name in enumerate(names)}
+    index = dict(zip(found, match_classes(found, names, folder), strict=True))
     samples, empty = [], []
     other: Counter[str] = Counter()
     for name in found:
@@ -234,9 +253,7 @@ def _open_tars(config: DataConfig, split: str | None, class_names: list[str] | N
                 raise DataError(f"{where}: class {label} of the {len(listed)} in {root}'s list of class names")
             found[i] = listed[label]
     names = class_names or listed or found
-    _check_classes(found, names, name)
-    index = {class_name: i for i, class_name in enumerate(names)}
-    return DataSource(images.relabel([index[class_name] for class_name in found]), names, name)
+    return DataSource(images.relabel(match_classes(found, names, name)), names, name)
 
 
 def _listed_classes(root: Path) -> list[str]:
@@ -276,16 +293,25 @@ class _HfReader:
 class _HfImages:
     dataset: Any
     read: _HfReader
-    name: str
+    source_name: str
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        where = f"{self.name}, row {index}"
+        where = self.name(index)
         with _reading(where):
             row = self.dataset[index]
         return self.read(row, where)
+
+    @property
+    def labels(self) -> np.ndarray:
+        with _reading(self.source_name):
+            column = self.dataset[self.read.label_key]
+        return np.fromiter((self.read.relabel.get(label, -1) for label in column), np.int64, len(self))
+
+    def name(self, index: int) -> str:
+        return f"{self.source_name}, row {index}"
 
 
 def _hf_image(value: Any, where: str, value_range: tuple[float, float] | None) -> Image.Image:
@@ -365,9 +391,7 @@ def _open_hf(
     unique = (lambda key: _stream_labels(dataset.features[key], config, name)) if config.streaming else dataset.unique
     found = _hf_labels(dataset.features, config.label_key, name, unique, config.streaming)
     names = class_names or list(found.values())
-    _check_classes(list(found.values()), names, name)
-    index = {class_name: i for i, class_name in enumerate(names)}
-    relabel = {label: index[class_name] for label, class_name in found.items()}
+    relabel = dict(zip(found, match_classes(list(found.values()), names, name), strict=True))
     is_image = isinstance(dataset.features[config.image_key], datasets.Image)
     dataset = dataset.with_format(None).select_columns([config.image_key, config.label_key])
     if is_image:

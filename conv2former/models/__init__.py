@@ -2,6 +2,8 @@
 
 from .backbone import Conv2Former
 from .block import Conv2FormerBlock, ConvMlp, ConvMod
+from .preprocessing import Preprocessing
+from .restore import load_model
 from .variants import Variant, list_variants, variant
 from .weights import CheckpointInfo, inspect_checkpoint, load_weights
 from .zoo import register_variant
@@ -12,9 +14,11 @@ __all__ = [
     "Conv2FormerBlock",
     "ConvMlp",
     "ConvMod",
+    "Preprocessing",
     "Variant",
     "inspect_checkpoint",
     "list_variants",
+    "load_model",
     "load_weights",
     "register_variant",
     "variant",

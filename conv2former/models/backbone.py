@@ -122,6 +122,7 @@ class Conv2Former(RenamesForeignKeys):
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm's builder
+    default_cfg: dict[str, Any]  # the same, under its older name
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ Three layouts of the same network are understood: this project's, that of the au
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 import re
@@ -20,15 +21,18 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CheckpointError, shorten
+from .preprocessing import Preprocessing, noted_preprocessing
 from .variants import find_variant
 
-__all__ = ["CheckpointInfo", "inspect_checkpoint", "load_weights", "read_checkpoint"]
+__all__ = ["CheckpointInfo", "describe_checkpoint", "inspect_checkpoint", "load_weights", "read_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 FIRST_CONV = "stem.conv1"
 EMA_NAMES = ("state_dict_ema", "model_ema")  # of averaged weights in a checkpoint, as timm has them
+HUB_CONFIG = "config.json"  # of timm's hub layout, beside one of these, in the order in which timm looks for them
+HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 # ------------------------------------------------------------------------------------------------ layouts of others
 
@@ -102,19 +106,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be
-            untarred.
+            untarred. Or a folder in timm's hub layout, also as `local-dir:FOLDER`, or the weight file in one.
 
     Returns:
-        What the file holds: a state dict, or a training checkpoint with the state dict inside.
+        What the file holds: a state dict, or a training checkpoint with the state dict inside. For a folder the state
+        dict under `state_dict`, and its config.json under `hub_config`.
 
     Raises:
         CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
     """
-    path = Path(path)
+    path = Path(str(path).removeprefix("local-dir:"))
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, not a weight file (a '.pth.tar' file must not be unpacked)")
-    if not path.is_file():
+        weights = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
+        if weights is None or not (path / HUB_CONFIG).is_file():
+            raise CheckpointError(
+                f"{path} is a folder without {HUB_CONFIG} and {HUB_FILES[0]}, so not in timm's layout; give a weight "
+                "file (a '.pth.tar' file must not be unpacked)"
+            )
+        path = weights
+    elif not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    elif not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+    content = _read_file(path)
+    if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
+        return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
+    return content
+
+
+def _read_hub_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:  # a broken encoding, too, is a ValueError
+        raise CheckpointError(f"{path} is not readable as JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
+    return config
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         import safetensors.torch  # a dependency of timm, slow to import
 
@@ -256,6 +286,7 @@ class CheckpointInfo(Architecture):
         epoch, metric: as the training script saved them, None where it did not.
         recipe: the training arguments or configuration in the file; empty where there is none.
         class_names: names in index order, None where the file has none.
+        preprocessing: of images, as the file notes it, or else as published for such a network, or the default.
     """
 
     name: str | None
@@ -267,6 +298,19 @@ class CheckpointInfo(Architecture):
     metric: float | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def model_args(self) -> dict[str, Any]:
+        """Returns the arguments of `Conv2Former` that define the network."""
+        return {
+            "dims": self.dims,
+            "depths": self.depths,
+            "kernel_size": self.kernel_size,
+            "mlp_ratio": self.mlp_ratio,
+            "ls_init_value": 1e-6 if self.layer_scale else None,
+            "head_hidden_size": self.head_hidden_size,
+            "fusion": self.fusion,
+        }
 
     def __str__(self) -> str:
         best = "" if self.metric is None else f", metric {self.metric:g}"
@@ -274,6 +318,7 @@ class CheckpointInfo(Architecture):
             f"{super().__str__()}, {self.num_classes} classes, {self.num_parameters:,} parameters",
             f"  layout: {self.layout}, {'averaged' if self.has_ema else 'raw'} weights",
             f"  epoch: {'not noted' if self.epoch is None else self.epoch}{best}",
+            f"  images: {self.preprocessing}",
             "  recipe: " + (", ".join(f"{key}={value!r}" for key, value in self.recipe.items()) or "not noted"),
         ]
         return "\n".join(lines)
@@ -285,7 +330,11 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     Raises:
         CheckpointError: the file cannot be read, holds code, or is not a Conv2Former's.
     """
-    content = read_checkpoint(path)
+    return describe_checkpoint(read_checkpoint(path), path)
+
+
+def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointInfo:
+    """As `inspect_checkpoint`, of what `read_checkpoint` returned; `path` is named in errors."""
     raw, _ = unwrap_checkpoint(content)
     try:
         state_dict = native_state_dict(content)
@@ -297,22 +346,45 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     recipe = content.get("args") or content.get("config") or {}
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
-    epoch, metric, names = content.get("epoch"), content.get("metric"), content.get("class_names")
-    definition = content.get("variant")
-    definition = definition if isinstance(definition, dict) else {}
+    recipe = recipe if isinstance(recipe, dict) else {}
+    hub_config = _hub_config(content)
+    epoch, metric = content.get("epoch"), content.get("metric")
+    names = content.get("class_names") or _hub_class_names(hub_config)
+    definition = _definition(content)
     fusion = definition.get("fusion", "product")
+    name = (architecture.variant if fusion == "product" else None) or definition.get("name")
     return CheckpointInfo(
         **vars(architecture),
-        name=(architecture.variant if fusion == "product" else None) or definition.get("name"),
+        name=name,
         fusion=fusion,
         num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
         layout=_layout(raw),
         has_ema=any(isinstance(content.get(name), dict) and content[name] for name in EMA_NAMES),
         epoch=epoch if isinstance(epoch, int) else None,
         metric=float(metric) if isinstance(metric, (int, float)) else None,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         class_names=[str(name) for name in names] if isinstance(names, list) else None,
+        preprocessing=noted_preprocessing(recipe, hub_config, name),
     )
+
+
+def _definition(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint says about the network beyond its tensors: `name` and `fusion`, or nothing."""
+    definition = content.get("variant")
+    if not isinstance(definition, dict):
+        definition = _hub_config(content).get("model_args")
+    return definition if isinstance(definition, dict) else {}
+
+
+def _hub_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    config = content.get("hub_config")
+    return config if isinstance(config, dict) else {}
+
+
+def _hub_class_names(hub_config: Mapping[str, Any]) -> Any:
+    inner = hub_config.get("pretrained_cfg")
+    found = [config.get("label_names") for config in (hub_config, inner) if isinstance(config, dict)]
+    return next((names for names in found if names), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -399,9 +471,13 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
             f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
             "call timm.create_model with pretrained=True and pretrained_cfg_overlay=dict(file=FILE)"
         )
-    content = read_checkpoint(path)
-    definition = content.get("variant")
-    fusion = definition.get("fusion", "product") if isinstance(definition, dict) else model.fusion
+    load_content(model, read_checkpoint(path), path, use_ema)
+
+
+def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use_ema: bool = True) -> None:
+    """As `load_weights`, into a Conv2Former itself, of what `read_checkpoint` returned; `path` is named in errors."""
+    definition = _definition(content)
+    fusion = definition.get("fusion", "product") if definition else model.fusion
     if fusion != model.fusion:  # the tensors would fit
         raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")
     try:

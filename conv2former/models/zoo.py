@@ -21,7 +21,7 @@ __all__ = ["register_variant"]  # timm adds every entry point
 default_cfgs: dict[str, Any] = {}  # where timm's register_model looks when an entry point is registered
 
 
-def _cfg(tag: PretrainedTag | None) -> dict[str, Any]:
+def make_cfg(tag: PretrainedTag | None) -> dict[str, Any]:
     """Returns timm's description of one weight file, or of the untrained network."""
     source = tag or PretrainedTag("", top1=0.0)
     cfg = {
@@ -106,7 +106,9 @@ def _entrypoint(new: Variant) -> Callable[..., Conv2Former]:
 
 
 def _register(new: Variant) -> Callable[..., Conv2Former]:
-    cfgs: dict[str, Any] = {f"{new.name}.{tag.tag}": _cfg(tag) for tag in new.pretrained} or {new.name: _cfg(None)}
+    cfgs: dict[str, Any] = {f"{new.name}.{tag.tag}": make_cfg(tag) for tag in new.pretrained} or {
+        new.name: make_cfg(None)
+    }
     default_cfgs.update(generate_default_cfgs(cfgs))
     entrypoint = register_model(_entrypoint(new))
     add_variant(new)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -93,7 +94,7 @@ def compare_loop(config: Config, steps: int, rounds: int) -> list[str]:
     world = World.from_environment()
     batch_size, side, classes = config.train.batch_size, config.data.img_size, config.data.num_classes
     assert classes is not None
-    source = DataSource([], [str(i) for i in range(classes)], "random images")
+    source = DataSource(cast(Any, []), [str(i) for i in range(classes)], "random images")
     plan = make_plan(config, world.size, batch_size * world.size * steps)
     batch = Batch(torch.randn(batch_size, 3, side, side), torch.randint(classes, (batch_size,)), [])
     if world.device.type == "cuda":
@@ -108,7 +109,7 @@ def compare_loop(config: Config, steps: int, rounds: int) -> list[str]:
 
             def bare() -> None:
                 run.model.train()
-                for images, labels, _ in [batch] * steps:
+                for images, labels in [(batch.images, batch.labels)] * steps:
                     images = images.to(world.device, memory_format=memory_format, non_blocking=True)
                     labels = labels.to(world.device, non_blocking=True)
                     with run.autocast():

@@ -59,7 +59,7 @@ def test_the_schedule(raw_config):
 
 def test_accumulation_is_one_big_batch(raw_config):
     """Up to rounding, where no layer looks across the batch: here with BatchNorm's statistics frozen."""
-    x, y, _ = batch(8)
+    x, y, *_ = batch(8)
     weights, measured = [], []
     for split in (8, 4, 2):
         run = make_run(raw_config, **PLAIN, train__accum_steps=8 // split, train__batch_size=split)

@@ -1,0 +1,72 @@
+"""From a weight file alone to a network with its weights: the file says which network it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .backbone import Conv2Former
+from .variants import list_variants, read_variant, variant
+from .weights import CheckpointInfo, describe_checkpoint, load_content, read_checkpoint
+from .zoo import make_cfg
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+) -> tuple[Conv2Former, CheckpointInfo]:
+    """Builds the network that a weight file holds, with its weights, in evaluation mode.
+
+    Args:
+        path: a file in any known layout, or a folder in timm's hub layout; see `read_checkpoint`.
+        use_ema: take the averaged weights where the file has them.
+        expect: the name of a variant, or its YAML file, that the network must be; None for whatever it is.
+
+    Returns:
+        The network, whose `pretrained_cfg` has the file's preprocessing where timm looks for it, and what the file
+        says about itself.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, or another than expected.
+        ConfigError: there is no variant of the expected name.
+    """
+    content = read_checkpoint(path)
+    info = describe_checkpoint(content, path)
+    if expect is not None:
+        _check_expected(info, path, expect)
+    if len(info.dims) != 4 or not info.head_hidden_size:
+        raise CheckpointError(f"{path} holds a part of a network; all four stages and the head are needed")
+    if len(info.class_names or ()) not in (0, info.num_classes):
+        raise CheckpointError(
+            f"{path} names {len(info.class_names or ())} classes, and its classifier has {info.num_classes}"
+        )
+    model = Conv2Former(in_chans=info.in_chans, num_classes=info.num_classes, **info.model_args())
+    load_content(model, content, path, use_ema)
+    size = info.preprocessing.img_size
+    cfg = {
+        **make_cfg(None),
+        "architecture": info.name or "conv2former",
+        "num_classes": info.num_classes,
+        **info.preprocessing.to_cfg(),
+        "input_size": (info.in_chans, size, size),
+        "pool_size": (size // 32, size // 32),
+    }
+    model.pretrained_cfg, model.default_cfg = cfg, cfg
+    return model.eval(), info
+
+
+def _check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) -> None:
+    is_file = str(expect).endswith((".yaml", ".yml"))
+    wanted = read_variant(expect) if is_file else variant(str(expect))
+    differing = []
+    for key, own in wanted.model_args().items():
+        theirs = info.model_args()[key]
+        if key != "ls_init_value" and theirs != own:
+            a, b = (list(value) if isinstance(value, tuple) else value for value in (theirs, own))
+            differing.append(f"{key} {a} for {b}")
+    if (wanted.ls_init_value is None) == info.layer_scale:
+        differing.append(f"{'with' if info.layer_scale else 'without'} layer scale")
+    if differing:
+        name = info.name if info.name in list_variants() else "a network of its own"
+        raise CheckpointError(f"{path} is not {wanted.name} but {name}: {', '.join(differing)}")
