@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-__all__ = ["batch_figure", "confusion_figure", "curves_figure"]
+__all__ = ["batch_figure", "confusion_figure", "curves_figure", "grid_figure"]
 
 
 def batch_figure(
@@ -27,17 +29,35 @@ def batch_figure(
         mean, std: of the normalisation.
         smoothing: of the labels, taken off the shares that are shown.
     """
-    shown = images[:32].detach().float().cpu()
-    shown = (shown * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)).clamp(0, 1)
-    columns = min(8, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.7 * columns, 1.95 * rows), layout="constrained", dpi=100)
+    scale, offset = torch.tensor(std).view(1, 3, 1, 1), torch.tensor(mean).view(1, 3, 1, 1)
+    shown = images[:32].detach().float().cpu() * scale + offset
+    pixels = [image.permute(1, 2, 0).numpy() for image in shown.clamp(0, 1)]
+    captions = [_label(target.cpu(), class_names, smoothing) for target in targets[: len(pixels)]]
+    return grid_figure(pixels, captions)
+
+
+def grid_figure(
+    images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, size: float = 1.7, colours: Any = None
+) -> Figure:
+    """Draws images in rows, each with the caption above it.
+
+    Args:
+        images: each (H, W, 3), uint8 or float in [0, 1], of any size.
+        captions: one for each, of any number of lines; markup in them is not read.
+        columns: images in a row, at most.
+        size: width and height of an image, inches.
+        colours: of the captions, one for each; None for black.
+    """
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    figure = Figure(figsize=(size * columns, (size + 0.13 * lines + 0.1) * rows), layout="constrained", dpi=100)
     grid = figure.subplots(rows, columns, squeeze=False)
     for i, axes in enumerate(grid.flat):
         axes.set_axis_off()
-        if i < len(shown):
-            axes.imshow(shown[i].permute(1, 2, 0).numpy())
-            axes.set_title(_label(targets[i].cpu(), class_names, smoothing), fontsize=7, parse_math=False)
+        if i < len(images):
+            axes.imshow(images[i])
+            axes.set_title(captions[i], fontsize=7, color=colours[i] if colours else "black", parse_math=False)
     return figure
 
 

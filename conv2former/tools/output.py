@@ -1,0 +1,89 @@
+"""What tools write and show: files that appear whole or not at all, pictures, tables, bars."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from ..errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["bar", "check_writable", "replacing", "save_figure", "text_table"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, and puts what is written there in its place if all goes well.
+
+    The folder is made if need be. After an error neither the temporary file nor folder is left, and `path` is as it
+    was.
+
+    Args:
+        path: a file to write, or a folder to fill; a folder that is not empty is not replaced.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}-") as folder:
+            temporary = Path(folder) / path.name  # the ending tells some writers the format
+            yield temporary
+            if temporary.exists():
+                os.replace(temporary, path)
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written ({e.strerror or e})") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Checks that a file could be written, before the work whose result it is to hold.
+
+    Raises:
+        OutputError: it could not; nothing has changed but for folders above it, which are made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give a file name")
+    with replacing(path) as temporary:
+        temporary.with_name(".test").touch()
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a picture whole or not at all; the ending of `path` is its format.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table for a terminal, the first column aligned to the left and the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def padded(line: Sequence[str]) -> str:
+        first, *others = zip(line, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+    return "\n".join(map(padded, lines))
+
+
+def bar(items: Iterable[T], total: int | None, unit: str, what: str = "") -> Iterator[T]:
+    """Goes over `items` with a bar on a terminal, on the main process; elsewhere without one."""
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    with tqdm(items, desc=what or None, total=total, unit=unit, disable=not shown, dynamic_ncols=True) as progress:
+        yield from progress
