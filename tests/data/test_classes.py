@@ -24,7 +24,7 @@ def test_names_for_people():
     names = display_names(SYNSETS)
     assert names[:2] == ["tench", "goldfish"]
     assert len(set(names)) == 1000
-    assert names[134] == "crane (n02012849)" and names[517] == "crane (n03126707)"
+    assert (names[134], names[517]) == ("crane (n02012849)", "crane (n03126707)")
     assert display_names(["cat", "n01440764"]) == ["cat", "n01440764"]
 
 
@@ -57,7 +57,7 @@ def test_a_network_that_was_trained_on_other_names_or_in_another_order():
 
 def test_other_networks():
     assert match_classes(["b", "a"], ["a", "b", "c"], "") == [1, 0]
-    with pytest.raises(DataError, match="1 class not in the class list: dgo.*did you mean 'dog'"):
+    with pytest.raises(DataError, match=r"1 class not in the class list: dgo.*did you mean 'dog'"):
         match_classes(["cat", "dgo"], ["cat", "dog"], "photos")
     with pytest.raises(DataError):
         match_classes(["0", "1"], ["a", "b"], "photos")  # indices are ImageNet's alone
