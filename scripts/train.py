@@ -21,6 +21,7 @@ from conv2former._yaml import dump_yaml
 from conv2former.config import load_config
 from conv2former.engine import dry_run, train
 from conv2former.tools.cli import run_cli
+from conv2former.tools.recipes import run_name
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
             f"{time.perf_counter() - START:.1f} s from the start of this program to the first step",
         ]
     else:
-        output = Path(args.output or Path("runs") / Path(args.config).stem)
+        output = Path(args.output or Path("runs") / run_name(Path(args.config)))
         lines = summary(train(config, output, args.resume), output)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))
@@ -80,4 +81,9 @@ def summary(report: dict, output: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(
+        main,
+        "interrupted; the same command goes on from the last checkpoint",
+        "lower train.batch_size (and raise train.accum_steps by the same factor), set model.grad_checkpointing, or "
+        "lower data.workers",
+    )

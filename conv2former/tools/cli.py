@@ -11,10 +11,19 @@ from ..errors import RunStopped, TrainingError, UserError
 __all__ = ["run_cli"]
 
 
-def run_cli(main: Callable[[], None]) -> None:
+def run_cli(
+    main: Callable[[], None],
+    interrupted: str = "interrupted; nothing is left half-written",
+    less_memory: str = "lower train.eval_batch_size or data.workers",
+) -> None:
     """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C.
 
     Errors are one message on standard error, without a traceback, from one process where all have the same.
+
+    Args:
+        main: the script.
+        interrupted: what to say after Ctrl-C.
+        less_memory: what to do when memory runs out.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     try:
@@ -26,18 +35,15 @@ def run_cli(main: Callable[[], None]) -> None:
             print(f"{prefix}{e}", file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (RuntimeError, MemoryError) as e:
         if _out_of_memory(e):
-            print(
-                f"error on rank {rank}: out of memory; lower train.batch_size (and raise train.accum_steps by the same "
-                f"factor), set model.grad_checkpointing, or lower data.workers ({str(e).splitlines()[0][:200]})",
-                file=sys.stderr,
-            )
+            reason = (str(e) or type(e).__name__).splitlines()[0][:200]
+            print(f"error on rank {rank}: out of memory; {less_memory} ({reason})", file=sys.stderr)
         elif _lost_contact(e):
             if local_rank == 0:
                 print(f"error on rank {rank}: another process has ended; its message says why", file=sys.stderr)

@@ -43,6 +43,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             if temporary.exists():
                 os.replace(temporary, path)
+    except BrokenPipeError:  # of the terminal, not of the file
+        raise
     except OSError as e:
         raise OutputError(f"{path} cannot be written ({e.strerror or e})") from None
 
