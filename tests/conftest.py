@@ -9,7 +9,10 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-import conv2former
+_store = tempfile.TemporaryDirectory(prefix="conv2former-tests-store-")
+os.environ["CONV2FORMER_HOME"] = _store.name  # before the import: what a developer has installed changes no test
+
+import conv2former  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
@@ -56,3 +59,24 @@ def official_content(official_file) -> dict:
     from conv2former.models.weights import read_checkpoint
 
     return read_checkpoint(official_file)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store for installed weights; what a test installs is unknown to timm again afterwards."""
+    from timm.models import _registry
+
+    from conv2former.models import variants, zoo
+
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path / "store"))
+    before = set(conv2former.list_variants())
+    yield tmp_path / "store"
+    monkeypatch.undo()
+    for name in conv2former.list_variants():
+        if name not in before:
+            variants._variants.pop(name)
+            zoo._from_store.discard(name)
+            _registry._clear_model_entries(name)
+            _registry._model_entrypoints.pop(name)
+        else:
+            zoo.register_installed(name)

@@ -1,7 +1,8 @@
-"""The networks: block, backbone, variants and weights. Needs torch, timm and PyYAML only."""
+"""The networks: block, backbone, variants and weights. Needs torch, timm, safetensors and PyYAML only."""
 
 from .backbone import Conv2Former
 from .block import Conv2FormerBlock, ConvMlp, ConvMod
+from .installed import InstalledModel, list_installed
 from .preprocessing import Preprocessing
 from .restore import load_model
 from .variants import Variant, list_variants, variant
@@ -14,9 +15,11 @@ __all__ = [
     "Conv2FormerBlock",
     "ConvMlp",
     "ConvMod",
+    "InstalledModel",
     "Preprocessing",
     "Variant",
     "inspect_checkpoint",
+    "list_installed",
     "list_variants",
     "load_model",
     "load_weights",

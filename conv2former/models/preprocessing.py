@@ -6,6 +6,7 @@ timm's terms are used throughout, so that the fields are keywords of `timm.data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -71,43 +72,53 @@ def candidates(img_size: int) -> dict[str, Preprocessing]:
     }
 
 
-def noted_preprocessing(recipe: Mapping[str, Any], hub_config: Mapping[str, Any], variant: str | None) -> Preprocessing:
+def noted_preprocessing(
+    recipe: Mapping[str, Any], note: Mapping[str, Any], variant: str | None
+) -> tuple[Preprocessing, list[str]]:
     """Puts together what a weight file notes about its preprocessing; what it does not is as published or the default.
 
     Args:
         recipe: the training script's arguments or configuration in the file.
-        hub_config: of timm's hub layout, beside the file.
+        note: timm's `pretrained_cfg` beside the file, or the fields of a `Preprocessing` in it; outweighs the recipe.
         variant: name of the network; its published files tell the crop that goes with an image size.
+
+    Returns:
+        The preprocessing, and the names of the fields that are noted.
     """
     section = recipe.get("data")
-    noted: dict[Any, Any] = dict(section) if isinstance(section, Mapping) else dict(recipe)
-    cfg = hub_config.get("pretrained_cfg", hub_config)
-    if isinstance(cfg, Mapping):
-        noted |= cfg
-    size = noted.get("input_size")  # (channels, height, width), in timm's arguments and its hub layout
-    if isinstance(size, (list, tuple)) and len(size) == 3:
-        noted["img_size"] = size[-1]
+    noted: dict[Any, Any] = _with_img_size(section if isinstance(section, Mapping) else recipe)
+    noted |= _with_img_size(note)
     found = {field.name: noted[field.name] for field in fields(Preprocessing) if _is_right(field.name, noted)}
     found |= {key: tuple(found[key]) for key in ("mean", "std") if key in found}
     own = Preprocessing(**found)
     published = _variants[variant].pretrained if variant in _variants else ()
     for tag in published:
         if tag.input_size[-1] == own.img_size and not {"crop_pct", "crop_mode"} & found.keys():
-            return replace(own, crop_pct=tag.crop_pct, crop_mode=tag.crop_mode)
-    return own
+            return replace(own, crop_pct=tag.crop_pct, crop_mode=tag.crop_mode), list(found)
+    return own, list(found)
+
+
+def _with_img_size(noted: Mapping[Any, Any]) -> dict[Any, Any]:
+    size = noted.get("input_size")  # (channels, height, width), in timm's arguments and its pretrained_cfg
+    is_size = isinstance(size, (list, tuple)) and len(size) == 3
+    return {**noted, "img_size": size[-1]} if is_size else dict(noted)  # type: ignore[index]
 
 
 def _is_right(key: str, noted: Mapping[str, Any]) -> bool:
     """Whether a file's note of a field can be used; others, such as timm's empty `--interpolation`, say nothing."""
-    value = noted.get(key)
+    value: Any = noted.get(key)
     if key in ("mean", "std"):
         return (
             isinstance(value, (list, tuple))
             and len(value) == 3
-            and all(isinstance(v, (int, float)) and (v > 0 or key == "mean") for v in value)
+            and all(_is_number(v) and (v > 0 or key == "mean") for v in value)
         )
     if key == "img_size":
         return type(value) is int and 32 <= value <= 4096
     if key == "crop_pct":
-        return isinstance(value, (int, float)) and 0.1 <= value <= 1
+        return _is_number(value) and 0.1 <= value <= 1
     return value in {"interpolation": ["bilinear", "bicubic"], "crop_mode": ["center", "squash", "border"]}[key]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from .backbone import Conv2Former
-from .variants import list_variants, read_variant, variant
+from .variants import differences, list_variants, read_variant, variant
 from .weights import CheckpointInfo, describe_checkpoint, load_content, read_checkpoint
 from .zoo import make_cfg
 
@@ -31,7 +33,13 @@ def load_model(
         CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, or another than expected.
         ConfigError: there is no variant of the expected name.
     """
-    content = read_checkpoint(path)
+    return restore(read_checkpoint(path), path, use_ema, expect)
+
+
+def restore(
+    content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+) -> tuple[Conv2Former, CheckpointInfo]:
+    """As `load_model`, of what `read_checkpoint` returned; `path` is named in errors."""
     info = describe_checkpoint(content, path)
     if expect is not None:
         _check_expected(info, path, expect)
@@ -59,14 +67,7 @@ def load_model(
 def _check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) -> None:
     is_file = str(expect).endswith((".yaml", ".yml"))
     wanted = read_variant(expect) if is_file else variant(str(expect))
-    differing = []
-    for key, own in wanted.model_args().items():
-        theirs = info.model_args()[key]
-        if key != "ls_init_value" and theirs != own:
-            a, b = (list(value) if isinstance(value, tuple) else value for value in (theirs, own))
-            differing.append(f"{key} {a} for {b}")
-    if (wanted.ls_init_value is None) == info.layer_scale:
-        differing.append(f"{'with' if info.layer_scale else 'without'} layer scale")
+    differing = differences(info.model_args(), wanted.model_args())
     if differing:
         name = info.name if info.name in list_variants() else "a network of its own"
         raise CheckpointError(f"{path} is not {wanted.name} but {name}: {', '.join(differing)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,17 @@ from typing import Any
 from .._yaml import cut, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
 
-__all__ = ["PretrainedTag", "Variant", "list_variants", "parse_variant", "read_variant", "variant"]
+__all__ = [
+    "PretrainedTag",
+    "Variant",
+    "differences",
+    "is_builtin",
+    "list_variants",
+    "names_of_same_file",
+    "parse_variant",
+    "read_variant",
+    "variant",
+]
 
 NUM_STAGES = 4
 MAX_WEIGHTS = 1e10  # 40 GB; Conv2Former-L has 2e8
@@ -29,6 +39,7 @@ class PretrainedTag:
         crop_pct, crop_mode: resize and crop of that evaluation, in timm's terms.
         num_classes: classes of its classifier.
         page: web page with the file.
+        kernel_size: of the network in the file, where it is not the variant's; None where it is.
     """
 
     tag: str
@@ -38,6 +49,7 @@ class PretrainedTag:
     crop_mode: str = "center"
     num_classes: int = 1000
     page: str = ""
+    kernel_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Variant:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the definition as plain built-in types, as `parse_variant` reads it, without the pretrained tags."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_args().items()}
+        plain = {key: _plain(value) for key, value in self.model_args().items()}
         return {"name": self.name, **plain, "train_drop_path_rate": self.train_drop_path_rate}
 
 
@@ -141,6 +153,7 @@ _TAG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_mode": (lambda v: v in ("center", "squash", "border"), "center, squash or border"),
     "num_classes": (lambda v: _is_int(v, 1, 10**6), "a whole number from 1 to 1000000"),
     "page": (lambda v: isinstance(v, str), "the address of a web page"),
+    "kernel_size": (_is_odd, "an odd number from 1 to 255"),
 }
 
 
@@ -221,6 +234,11 @@ def read_builtin_variants() -> list[Variant]:
     return sorted(found, key=lambda v: (v.dims[-1], sum(v.depths), v.name))
 
 
+def is_builtin(name: str) -> bool:
+    """Whether a variant is one of the project's own."""
+    return (_builtin_dir() / f"{name}.yaml").is_file()
+
+
 def add_variant(new: Variant) -> None:
     """Remembers a variant under its name, for `variant`, `list_variants` and the naming of checkpoints."""
     _variants[new.name] = new
@@ -253,3 +271,33 @@ def find_variant(**model_args: Any) -> str | None:
         if wanted.items() <= known.model_args().items():
             return known.name
     return None
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns how two networks differ, each as `key found for wanted`.
+
+    Args:
+        found, wanted: as `Variant.model_args`; of the initial layer scale only whether there is one is compared.
+    """
+    out = []
+    for key in wanted:
+        a, b = _plain(found[key]), _plain(wanted[key])
+        stages = [value if isinstance(value, list) else [value] * NUM_STAGES for value in (a, b)]
+        if key != "ls_init_value" and stages[0] != stages[1]:  # one number is the same one for every stage
+            out.append(f"{key} {a} for {b}")
+    if (found["ls_init_value"] is None) != (wanted["ls_init_value"] is None):
+        out.append(f"{'without' if found['ls_init_value'] is None else 'with'} layer scale")
+    return out
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def names_of_same_file(name: str) -> list[str]:
+    """Returns all names, `variant.tag`, of the published file that has this one, which comes first."""
+    own, _, tag = name.partition(".")
+    published = _variants[own].pretrained if own in _variants else ()
+    page = next((source.page for source in published if source.tag == tag), "")
+    same = [f"{v.name}.{source.tag}" for v in _variants.values() for source in v.pretrained if source.page == page]
+    return [name, *(other for other in same if page and other != name)]

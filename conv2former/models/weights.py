@@ -21,8 +21,9 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CheckpointError, shorten
+from .installed import HUB_CONFIG, HUB_FILES, SECTION, find_installed
 from .preprocessing import Preprocessing, noted_preprocessing
-from .variants import find_variant
+from .variants import find_variant, is_builtin
 
 __all__ = ["CheckpointInfo", "describe_checkpoint", "inspect_checkpoint", "load_weights", "read_checkpoint"]
 
@@ -31,8 +32,6 @@ _logger = logging.getLogger(__name__)
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 FIRST_CONV = "stem.conv1"
 EMA_NAMES = ("state_dict_ema", "model_ema")  # of averaged weights in a checkpoint, as timm has them
-HUB_CONFIG = "config.json"  # of timm's hub layout, beside one of these, in the order in which timm looks for them
-HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 # ------------------------------------------------------------------------------------------------ layouts of others
 
@@ -106,7 +105,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be
-            untarred. Or a folder in timm's hub layout, also as `local-dir:FOLDER`, or the weight file in one.
+            untarred. Or a folder in timm's hub layout, also as `local-dir:FOLDER`, or the weight file in one. Or the
+            name of installed weights, such as `conv2former_t.hvision_in1k`, where no file has that name.
 
     Returns:
         What the file holds: a state dict, or a training checkpoint with the state dict inside. For a folder the state
@@ -115,7 +115,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
     """
+    path = weight_file(path)
+    content = _read_file(path)
+    if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
+        return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
+    return content
+
+
+def weight_file(path: str | Path) -> Path:
+    """Returns the file that `read_checkpoint` reads the weights from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(str(path).removeprefix("local-dir:"))
+    if not path.exists() and (installed := find_installed(str(path))):
+        path = installed.path
     if path.is_dir():
         weights = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
         if weights is None or not (path / HUB_CONFIG).is_file():
@@ -123,15 +138,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"{path} is a folder without {HUB_CONFIG} and {HUB_FILES[0]}, so not in timm's layout; give a weight "
                 "file (a '.pth.tar' file must not be unpacked)"
             )
-        path = weights
-    elif not path.exists():
+        return weights
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    elif not path.is_file():
+    if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
-    content = _read_file(path)
-    if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
-        return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
-    return content
+    return path
 
 
 def _read_hub_config(path: Path) -> dict[str, Any]:
@@ -287,6 +299,7 @@ class CheckpointInfo(Architecture):
         recipe: the training arguments or configuration in the file; empty where there is none.
         class_names: names in index order, None where the file has none.
         preprocessing: of images, as the file notes it, or else as published for such a network, or the default.
+        preprocessing_noted: the names of its fields that the file notes.
     """
 
     name: str | None
@@ -299,6 +312,7 @@ class CheckpointInfo(Architecture):
     recipe: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    preprocessing_noted: tuple[str, ...] = ()
 
     def model_args(self) -> dict[str, Any]:
         """Returns the arguments of `Conv2Former` that define the network."""
@@ -344,15 +358,21 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     if architecture is None:
         raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(raw, 5)}")
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    recipe = content.get("args") or content.get("config") or {}
+    hub_config = _hub_config(content)
+    own = hub_config.get(SECTION)
+    notes = own if isinstance(own, dict) else content
+    recipe = notes.get("args") or notes.get("config") or notes.get("recipe") or {}
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
     recipe = recipe if isinstance(recipe, dict) else {}
-    hub_config = _hub_config(content)
-    epoch, metric = content.get("epoch"), content.get("metric")
+    epoch, metric = notes.get("epoch"), notes.get("metric")
     names = content.get("class_names") or _hub_class_names(hub_config)
-    definition = _definition(content)
+    definition = definition_in(content)
     fusion = definition.get("fusion", "product")
-    name = (architecture.variant if fusion == "product" else None) or definition.get("name")
+    known, noted = architecture.variant if fusion == "product" else None, definition.get("name")
+    name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
+    note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config)
+    preprocessing, noted = noted_preprocessing(recipe, note if isinstance(note, dict) else {}, name)
+    assumed = notes.get("assumed")  # of a converted file: what is in pretrained_cfg although nobody noted it
     return CheckpointInfo(
         **vars(architecture),
         name=name,
@@ -364,16 +384,21 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         metric=float(metric) if isinstance(metric, (int, float)) else None,
         recipe=recipe,
         class_names=[str(name) for name in names] if isinstance(names, list) else None,
-        preprocessing=noted_preprocessing(recipe, hub_config, name),
+        preprocessing=preprocessing,
+        preprocessing_noted=tuple(key for key in noted if key not in (assumed if isinstance(assumed, list) else ())),
     )
 
 
-def _definition(content: Mapping[str, Any]) -> dict[str, Any]:
+def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a checkpoint says about the network beyond its tensors: `name` and `fusion`, or nothing."""
-    definition = content.get("variant")
-    if not isinstance(definition, dict):
-        definition = _hub_config(content).get("model_args")
-    return definition if isinstance(definition, dict) else {}
+    hub_config = _hub_config(content)
+    own = hub_config.get(SECTION)
+    places = (
+        content.get("variant"),
+        own.get("variant") if isinstance(own, dict) else None,
+        hub_config.get("model_args"),
+    )
+    return next((definition for definition in places if isinstance(definition, dict)), {})
 
 
 def _hub_config(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,7 +501,7 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
 
 def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use_ema: bool = True) -> None:
     """As `load_weights`, into a Conv2Former itself, of what `read_checkpoint` returned; `path` is named in errors."""
-    definition = _definition(content)
+    definition = definition_in(content)
     fusion = definition.get("fusion", "product") if definition else model.fusion
     if fusion != model.fusion:  # the tensors would fit
         raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")

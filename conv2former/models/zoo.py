@@ -1,22 +1,45 @@
-"""Registers every variant of `configs/models/` and of the user with timm."""
+"""Registers every variant of `configs/models/`, of the user, and of what is installed with timm."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._input import update_model_args  # not exported by timm.models
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shorten
 from .backbone import Conv2Former
-from .variants import PretrainedTag, Variant, add_variant, list_variants, read_builtin_variants, read_variant, variant
+from .installed import InstalledModel, find_installed, names_installed, variants_installed
+from .variants import (
+    PretrainedTag,
+    Variant,
+    add_variant,
+    differences,
+    list_variants,
+    parse_variant,
+    read_builtin_variants,
+    read_variant,
+    variant,
+)
 from .weights import CLASSIFIER, FIRST_CONV, adapt_classifier, check_fit, native_state_dict
 
 __all__ = ["register_variant"]  # timm adds every entry point
+
+CLASSIFIER_NAME = CLASSIFIER[0].rsplit(".", 1)[0]
 
 default_cfgs: dict[str, Any] = {}  # where timm's register_model looks when an entry point is registered
 
@@ -37,7 +60,7 @@ def make_cfg(tag: PretrainedTag | None) -> dict[str, Any]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": FIRST_CONV,
-        "classifier": CLASSIFIER[0].rsplit(".", 1)[0],
+        "classifier": CLASSIFIER_NAME,
         "paper_ids": "arXiv:2211.11943",
         "paper_name": "Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition",
         "license": "apache-2.0",
@@ -67,32 +90,99 @@ def _filter_fn(state_dict: dict[str, Any], model: Conv2Former, is_backbone: bool
     return state_dict
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> Conv2Former:
-    if pretrained:
-        _require_source(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    return build_model_with_cfg(
+def _create(
+    name: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Conv2Former:
+    args: dict[str, Any] = {}
+    if not pretrained_cfg or isinstance(pretrained_cfg, str):
+        pretrained_cfg, args = _choose(name, pretrained_cfg or "", pretrained, pretrained_cfg_overlay or {})
+    elif pretrained:
+        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        if not (cfg.has_weights or cfg.state_dict):
+            raise _not_installed(name, cfg.tag or "")
+    model = build_model_with_cfg(
         Conv2Former,
         name,
         pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=partial(_filter_fn, is_backbone=kwargs.get("features_only", False)),
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**variant(name).model_args(), **kwargs},
+        **{**variant(name).model_args(), **args, **kwargs},
     )
+    if args:
+        update_model_args(model, **args)  # timm's export writes down what differs from the entry point
+    return model
 
 
-def _require_source(name: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> None:
-    """Raises CheckpointError if there is no file to load; it says where the authors keep it and what to do with it."""
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
-    if cfg.has_weights or cfg.state_dict:
-        return
-    tags = variant(name).pretrained
-    if not tags:
-        raise CheckpointError(f"no pretrained weights are published for {name}; use pretrained=False")
-    tag = next((t for t in tags if t.tag == cfg.tag), tags[0])
-    raise CheckpointError(
-        f"the weights of {name}.{tag.tag} cannot be downloaded by a program: their authors keep them at {tag.page}. "
-        f"Download the file by hand, leave it as it is, and load it with "
-        f"timm.create_model('{name}', checkpoint_path=FILE) or conv2former.load_weights(model, FILE)"
+def _choose(name: str, tag: str, pretrained: bool, overlay: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Finds out which weights are meant.
+
+    Args:
+        name: of the variant.
+        tag: of the weights, empty for whichever there are.
+        pretrained: whether they are to be loaded.
+        overlay: timm's `pretrained_cfg_overlay`; weights named there are the ones to load.
+
+    Returns:
+        timm's `pretrained_cfg`, or the name of a registered one, and what the network in the file has else than the
+        variant.
+
+    Raises:
+        CheckpointError: they are not installed, or damaged; or there is no such tag.
+    """
+    is_given = any(overlay.get(key) for key in ("file", "url", "hf_hub_id", "state_dict"))
+    published = next((source for source in variant(name).pretrained if source.tag == tag), None)
+    found = None
+    if tag or (pretrained and not is_given):
+        try:
+            found = find_installed(f"{name}.{tag}" if tag else name)
+        except CheckpointError:
+            if pretrained or not published:  # else they are not needed
+                raise
+    if found:
+        cfg = _cfg_of(found)
+        return {**cfg, "file": None} if is_given else cfg, _args_of(found)
+    if (pretrained and not is_given) or (tag and not published):
+        raise _not_installed(name, tag)
+    return tag, {"kernel_size": published.kernel_size} if published and published.kernel_size else {}
+
+
+def _cfg_of(found: InstalledModel, labels: bool = True) -> dict[str, Any]:
+    """Returns timm's description of installed weights, without what this timm does not know."""
+    cfg = {"first_conv": FIRST_CONV, "classifier": CLASSIFIER_NAME, **found.pretrained_cfg(labels)}
+    return {key: value for key, value in cfg.items() if key in PretrainedCfg.__dataclass_fields__}
+
+
+def _args_of(found: InstalledModel) -> dict[str, Any]:
+    """Returns what an installed network has else than its variant: a kernel size that nobody knew before."""
+    own, args = variant(found.variant).model_args(), found.model_args()
+    return {"kernel_size": args["kernel_size"]} if differences(args, own) else {}
+
+
+def _not_installed(name: str, tag: str) -> CheckpointError:
+    """Returns the error where there is no file to load: where the authors keep it, and what to do with it."""
+    tags, installed = variant(name).pretrained, names_installed(name)
+    also = f"; installed: {shorten(installed)}" if installed else ""
+    published = next((source for source in tags if source.tag == tag), None if tag else next(iter(tags), None))
+    if published:
+        full = f"{name}.{published.tag}"
+        return CheckpointError(
+            f"the weights {full} are not installed, and no program can download them: their authors keep them at "
+            f"{published.page}. Download the file there by hand, leave it as it is, and install it, once: "
+            f"python scripts/convert.py FILE --install {full}{also}. Without installing: "
+            f"timm.create_model('{full if tag else name}', pretrained=True, pretrained_cfg_overlay=dict(file=FILE))"
+        )
+    if tag:
+        known = shorten(source.tag for source in tags) or "none"
+        return CheckpointError(f"{name} has no weights '{tag}'; published: {known}{also}")
+    return CheckpointError(
+        f"no weights are published or installed for {name}; use pretrained=False, or install a file of your own: "
+        f"python scripts/convert.py FILE --install {name}.TAG"
     )
 
 
@@ -106,13 +196,23 @@ def _entrypoint(new: Variant) -> Callable[..., Conv2Former]:
 
 
 def _register(new: Variant) -> Callable[..., Conv2Former]:
-    cfgs: dict[str, Any] = {f"{new.name}.{tag.tag}": make_cfg(tag) for tag in new.pretrained} or {
-        new.name: make_cfg(None)
-    }
-    default_cfgs.update(generate_default_cfgs(cfgs))
-    entrypoint = register_model(_entrypoint(new))
+    """Registers a variant with timm: its published weights, and those that are installed."""
     add_variant(new)
-    return entrypoint
+    published = [source.tag for source in new.pretrained]
+    cfgs = {tag: make_cfg(source) for tag, source in zip(published, new.pretrained, strict=True)} or {
+        "": make_cfg(None)
+    }
+    tags = list(cfgs)
+    for name in names_installed(new.name):
+        with contextlib.suppress(CheckpointError):  # it says so when it is asked for
+            if found := find_installed(name):
+                cfgs[found.tag] = _cfg_of(found, labels=False)
+    default_cfgs.update(
+        generate_default_cfgs({f"{new.name}.{tag}" if tag else new.name: cfg for tag, cfg in cfgs.items()})
+    )
+    # timm puts weights that are there in front; what `conv2former_t` alone builds must not depend on what is installed
+    default_cfgs[new.name].tags = deque([*tags, *(tag for tag in cfgs if tag not in tags)])
+    return register_model(_entrypoint(new))
 
 
 def register_variant(path: str | Path) -> str:
@@ -143,16 +243,45 @@ def add_and_register(new: Variant, where: object, replace: bool = False) -> str:
     if new.name in list_variants() and variant(new.name).to_dict() == new.to_dict():
         return new.name
     is_own = new.name in list_variants() and new.name not in __all__
-    if is_model(new.name) and not (replace and is_own):
+    if is_model(new.name) and not (is_own and (replace or new.name in _from_store)):
         known = "this name is registered with another definition" if new.name in list_variants() else "timm has a model"
         raise ConfigError(f"{where}: {known}: '{new.name}'; give this one another name")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's, about a name that is registered again
-        _register(new)
-    __all__.remove(new.name)  # timm put it there; a user's name is no attribute of this module
+    _from_store.discard(new.name)
+    _register_own(new)
     return new.name
 
 
-for _variant in read_builtin_variants():
-    if not is_model(_variant.name):  # timm may have a model of that name by now
-        globals()[_variant.name] = _register(_variant)
+def _register_own(new: Variant) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's, about a name that is registered again
+        _register(new)
+    if new.name not in _builtin:
+        __all__.remove(new.name)  # timm put it there; a user's name is no attribute of this module
+
+
+def register_installed(name: str) -> None:
+    """Makes timm know what is installed for a variant, or no longer is; a network of the user's own becomes one.
+
+    What is damaged is passed over, as is a network whose name timm has for another: neither may stop a program that
+    does not ask for it.
+    """
+    if name in list_variants():
+        _register_own(variant(name))
+        return
+    for full in [] if is_model(name) else names_installed(name):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            if name not in list_variants() and (found := find_installed(full)):
+                new = parse_variant(found.definition, found.path)
+                _from_store.add(name)
+                _register_own(new)
+
+
+_builtin = {new.name: new for new in read_builtin_variants() if not is_model(new.name)}  # timm may have one by now
+_from_store: set[str] = set()  # the networks of one's own that are known because they are installed
+for _variant in _builtin.values():
+    add_variant(_variant)  # all, before any is looked up
+for _variant in _builtin.values():
+    globals()[_variant.name] = _register(_variant)
+for _name in variants_installed():
+    if _name not in _builtin:
+        register_installed(_name)

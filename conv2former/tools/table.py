@@ -8,9 +8,10 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import list_variants, variant
+from ..models import list_installed, list_variants, variant
+from .output import text_table
 
-__all__ = ["measure", "variants_table"]
+__all__ = ["installed_table", "measure", "variants_table"]
 
 
 def measure(name: str, size: int) -> tuple[int, float]:
@@ -43,10 +44,35 @@ def variants_table(names: Sequence[str] | None = None) -> str:
         known = variant(name)
         parameters, gmacs_224 = measure(name, 224)
         _, gmacs_384 = measure(name, 384)
-        published = [f"{tag.top1} (`{tag.tag}`)" for tag in known.pretrained]
+        # a file whose network has another kernel is in the row of the variant that has it
+        tags = [tag for tag in known.pretrained if tag.kernel_size in (None, known.kernel_size)]
+        published = [f"{tag.top1} (`{tag.tag}`)" for tag in tags]
         shape = [" ".join(map(str, values)) for values in (known.dims, known.depths)]
         rows.append(
             f"| `{name}` | {shape[0]} | {shape[1]} | {known.kernel_size} | {parameters:,} | "
             f"{gmacs_224:.2f} / {gmacs_384:.2f} | {', '.join(published)} |"
         )
     return "\n".join(rows)
+
+
+def installed_table(verify: bool = False) -> str:
+    """Returns a table of the installed weights for a terminal, and what is wrong with those that cannot be used.
+
+    Args:
+        verify: also compare the checksums of the weight files.
+    """
+    found = list_installed(verify)
+    header = ["name", "classes", "metric", "source", "sha256", "state"]
+    rows = [
+        [
+            model.name,
+            f"{model.num_classes:,}" if model.config else "-",
+            "-" if model.metric is None else f"{model.metric:g}",
+            model.source or "-",
+            model.sha256[:12] or "-",
+            "damaged" if model.problem else "verified" if verify and model.sha256 else "ok",
+        ]
+        for model in found
+    ]
+    problems = [f"{model.name}: {model.problem}" for model in found if model.problem]
+    return "\n".join([text_table(header, rows), *problems]) if rows else "nothing is installed"

@@ -32,6 +32,7 @@ def test_published_tags():
         "conv2former_s.hvision_in1k": (84.1, 224),
         "conv2former_s.hvision_in22k_ft_in1k": (84.9, 224),
         "conv2former_b.hvision_in1k": (84.4, 224),
+        "conv2former_b.hvision_in22k_ft_in1k": (86.2, 224),  # the same file as the next
         "conv2former_b_22k.hvision_in22k_ft_in1k": (86.2, 224),
         "conv2former_l.hvision_in22k_ft_in1k": (87.0, 224),
         "conv2former_l.hvision_in22k_ft_in1k_384": (87.7, 384),
