@@ -12,7 +12,7 @@ import pytest
 import conv2former
 from conv2former.config import Config, load_config
 from conv2former.engine import dry_run
-from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table
+from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table, run_name
 
 from .conftest import ROOT
 
@@ -40,6 +40,7 @@ def step(config: Config) -> list[str]:
     """Trains one step. Recipes that differ in nothing that the step sees share it: folder and hf, 224 and 384."""
     raw = config.to_dict()
     raw["data"] = {key: raw["data"][key] for key in ("num_classes", "img_size")}  # a dry run opens no data
+    raw["log"] = raw["checkpoint"] = None
     key = json.dumps(raw)
     if key not in _stepped:
         _stepped[key] = dry_run(config)
@@ -48,8 +49,10 @@ def step(config: Config) -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_trains_a_step(path):
-    found = load_config(path).data.num_classes
-    text = "\n".join(step(load_config(path, [*CHEAP, f"data.num_classes={found or 7}"])))
+    whole = load_config(path)
+    found = whole.data.num_classes
+    network = ["model.name=conv2former_n"] if whole.model.name == "auto" else []  # there is no file to tell it
+    text = "\n".join(step(load_config(path, [*CHEAP, *network, f"data.num_classes={found or 7}"])))
     assert f" {found or 7} classes" in text
     loss, norm = re.search(r"loss ([\d.]+), gradient norm ([\d.e+]+)", text).groups()
     assert float(loss) > 0
@@ -77,8 +80,9 @@ def bases(path) -> list[str]:
 
 def test_names_are_unique():
     """The run folder is named after the file."""
-    stems = [path.stem for path in RECIPES]
-    assert len(stems) == len(set(stems))
+    names = [run_name(path) for path in RECIPES]
+    assert len(names) == len(set(names))
+    assert {"conv2former_t", "quickstart", "finetune_folder", "linear_probe_csv", "scratch_hf"} <= set(names)
 
 
 def test_header(recipe):
@@ -115,7 +119,7 @@ def test_starting_weights_are_asked_for(recipe):
         assert checkpoint in header
 
 
-@pytest.mark.parametrize("name", ["imagenet22k_to_1k/conv2former_s_22k_to_1k.yaml", "custom/finetune_folder.yaml"])
+@pytest.mark.parametrize("name", ["imagenet22k_to_1k/conv2former_s_22k_to_1k.yaml", "finetune/folder.yaml"])
 def test_missing_weights_are_named(name):
     config = load_config(CONFIGS / name, ["data.num_classes=3", "data.img_size=32"])
     with pytest.raises(conv2former.CheckpointError, match=f"{re.escape(config.model.checkpoint)}: no such file"):
@@ -141,6 +145,23 @@ def test_published_results_are_those_of_the_variants(folder):
         else:  # the only result without a file
             assert recipe.published == "none" or recipe.path.stem == "conv2former_b_22k_to_1k_384"
     assert len(seen) == 4
+
+
+def test_recipes_for_ones_own_images():
+    """What docs/recipes.md promises: every kind of source, whatever the folder looks like, however few the images."""
+    sources = {path.stem for path in RECIPES if path.parent.name == "finetune" and "digits" not in path.stem}
+    assert sources == {"folder", "hf", "csv"}
+    for folder in ("finetune", "linear_probe", "scratch"):
+        for source in sources:
+            config = load_config(CONFIGS / folder / f"{source}.yaml")
+            assert (config.data.source, config.data.holdout, config.train.shrink_batch) == (source, 0.2, True)
+            assert (config.train.eval_every, config.schedule.cooldown_epochs > 0) == (1, folder == "scratch")
+            assert (config.model.name == "auto") == (folder != "scratch")
+            assert (config.optim.layer_decay, config.model.freeze) == {
+                "finetune": (0.8, "nothing"),
+                "linear_probe": (None, "backbone"),
+                "scratch": (None, "nothing"),
+            }[folder]
 
 
 def test_what_the_recipes_for_given_weights_set():

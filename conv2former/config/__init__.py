@@ -6,7 +6,7 @@ except ModuleNotFoundError as e:
     raise ModuleNotFoundError('training and evaluation need more packages: pip install "conv2former[train]"') from e
 
 from .load import apply_overrides, check_config, differences, load_config
-from .resolve import Plan, img_size_at, make_plan
+from .resolve import Plan, fit_batch, img_size_at, make_plan
 from .schema import Config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "apply_overrides",
     "check_config",
     "differences",
+    "fit_batch",
     "img_size_at",
     "load_config",
     "make_plan",

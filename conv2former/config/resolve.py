@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import DataError
 from .schema import Config
 
-__all__ = ["Plan", "img_size_at", "make_plan"]
+__all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,24 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
         steps_per_epoch=steps,
         epochs=config.schedule.epochs + config.schedule.cooldown_epochs,
     )
+
+
+def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
+    """Returns the configuration with a batch that the training set fills, where `train.shrink_batch` asks for it.
+
+    Accumulation steps are kept as long as each has an image, with mixup or cutmix a pair, for every device. A set that
+    is too small even for one step is left to `make_plan`, which refuses it.
+    """
+    train, augment = config.train, config.augment
+    if not train.shrink_batch or num_train_images >= train.batch_size * train.accum_steps * world_size:
+        return config
+    unit = 2 if augment.mixup or augment.cutmix else 1  # they pair images
+    accum_steps = min(train.accum_steps, max(1, num_train_images // (unit * world_size)))
+    batch_size = num_train_images // (world_size * accum_steps) // unit * unit
+    if not batch_size:
+        return config
+    smaller = train.model_copy(update={"batch_size": batch_size, "accum_steps": accum_steps})
+    return config.model_copy(update={"train": smaller})
 
 
 def img_size_at(config: Config, epoch: int) -> int:

@@ -35,7 +35,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which network, and from which weights it starts."""
 
-    name: str = "conv2former_t"  # in timm's registry; with `variant`, the variant's name
+    # in timm's registry; with `variant`, the variant's name; auto: whichever network `checkpoint` holds
+    name: str = "conv2former_t"
     variant: dict[str, JsonValue] | None = None  # a variant of your own: the path of its YAML file, or its content
     checkpoint: Location | None = None  # weights to start from; a classifier for other classes is replaced
     drop_path_rate: Rate | None = None  # null: the variant's train_drop_path_rate
@@ -50,16 +51,31 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the images are, and their size and normalisation."""
 
-    source: Literal["folder", "hf", "wds", "digits"] = "folder"
+    source: Literal["folder", "csv", "hf", "wds", "digits"] = "folder"
     # folder: a folder with one folder per split, in it one per class.
+    # csv: the folder that the paths in a table are relative to; without `csv` it also holds a SPLIT.csv per split.
     # hf: a local folder of parquet, arrow or image files that `datasets` reads, or a name on the Hugging Face hub.
     # wds: a folder of WebDataset tars, root/SPLIT/*.tar or root/SPLIT-*.tar, on a local or mounted disk.
     # digits: where scikit-learn's digits are written, once, as a parquet data set.
     root: Location = ""
     train_split: Location = "train"
     val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first
-    image_key: str = "image"  # hf only: columns of the data set
+    # csv only: a .csv or .tsv with a header, of all splits or of one, or a .txt of lines `path label` without a header
+    csv: Location | None = None
+    image_key: str = "image"  # hf and csv: columns of the data set
     label_key: str = "label"  # also of the json files in tars
+    split_key: str = "split"  # csv only: the column, if there is one, that says to which split a row belongs
+    # a text file with a class name a line: which classes there are, in which order; it also names labels 0, 1, ...
+    class_names: Location | None = None
+    # the share of each class that is held out of training for validation, where the data has no validation split and
+    # `val_split` is null; a function of this, the seed and the images' names
+    holdout: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    holdout_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # filled in by the run: which images are held out. An evaluation with other ones is refused.
+    holdout_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    # how often the classes are seen in an epoch, whose length stays: as often as they have images; equally often; or
+    # between the two, by the square root of their images. Images of rare classes repeat, each time augmented anew.
+    sampling: Literal["uniform", "balanced", "sqrt"] = "uniform"
     # null: as many as the data has; otherwise checked against it
     num_classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
     streaming: bool = False  # hf only: read the training images as they come instead of storing the data set first
@@ -136,6 +152,10 @@ class TrainConfig(Section):
     accum_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     eval_batch_size: BatchSize | None = None  # null: batch_size
     eval_every: Positive = 1  # epochs; the last epoch is always evaluated
+    # let a training set that is smaller than the global batch have a smaller batch; the rate follows it
+    shrink_batch: bool = False
+    # weight of a class in the training loss: by one over its images, or over their square root; 1 in the mean over them
+    class_weight: Literal["none", "balanced", "sqrt"] = "none"
     keep_tail: bool = False  # also train on an epoch's last batches that do not fill all accumulation steps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     tf32: bool = True  # let GPUs round the factors of fp32 products to 19 bits
@@ -185,11 +205,18 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def weighs(self) -> bool:
+        """Whether the classes have weights in the loss."""
+        return self.train.class_weight != "none"
+
     def conflicts(self) -> list[str]:
         """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""
         found = []
         if not self.data.root:
             found.append("data.root: missing; give the folder of the data set, or its name on the Hugging Face hub")
+        if self.model.name == "auto" and self.model.variant is None and not self.model.checkpoint:
+            found.append("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
         if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
@@ -199,6 +226,13 @@ class Config(Section):
             found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
         if self.data.streaming and self.data.epoch_images is None:
             found.append("data.epoch_images: missing; with data.streaming say how many images an epoch is")
+        if self.data.csv and self.data.source != "csv":
+            found.append(f"data.csv: only with data.source csv, not {self.data.source}")
+        for key, is_set in (("data.sampling", self.data.sampling != "uniform"), ("train.class_weight", self.weighs)):
+            if is_set and self.data.streaming:
+                found.append(f"{key}: not with data.streaming, whose classes cannot be counted")
+        if self.weighs and self.data.sampling != "uniform":
+            found.append("train.class_weight: corrects what data.sampling does already; set one of them")
         if self.data.epoch_images is not None and not self.data.streaming:
             found.append("data.epoch_images: has no effect without data.streaming; leave it out")
         if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:

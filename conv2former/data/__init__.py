@@ -1,7 +1,7 @@
 """From a data section to loaders and a class list."""
 
 from .batch import Batch, Skipped, Stream, eval_transform, seed_all, train_transforms
-from .loader import EpochSampler, batches, eval_loader, train_loader
+from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
 from .sources import DataSource, open_train_and_val, open_val
 from .streams import StreamSource
 
@@ -18,6 +18,7 @@ __all__ = [
     "open_train_and_val",
     "open_val",
     "seed_all",
+    "start_workers",
     "train_loader",
     "train_transforms",
 ]

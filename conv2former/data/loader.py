@@ -9,11 +9,13 @@ batch. Streams keep all but the last: see streams.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Config
@@ -23,11 +25,11 @@ from .batch import Batch, Item, collate, eval_transform, load_image, train_trans
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 
-__all__ = ["EpochSampler", "batches", "eval_loader", "train_loader"]
+__all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader"]
 
 
 class _Transformed(Dataset):
-    """Images through a transform. A key is an index, or, to seed the transform, a pair of epoch and index."""
+    """Images through a transform. A key is an index, or, to seed the transform, that of an EpochSampler."""
 
     def __init__(self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0) -> None:
         self.source, self.transforms, self.skip, self.seed = source, transforms, skip, seed
@@ -35,10 +37,10 @@ class _Transformed(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+    def __getitem__(self, key: int | tuple[int, ...]) -> Item:
         if isinstance(key, tuple):
-            epoch, index = key
-            place = (self.seed, epoch, index)
+            epoch, index, *repeat = key
+            place = (self.seed, epoch, index, *repeat)
             return load_image(lambda: self._read(index), self.transforms[epoch], self.skip, place, index)
         return load_image(lambda: self._read(key), self.transforms[0], self.skip, None, key)
 
@@ -53,7 +55,8 @@ class EpochSampler(Sampler):
     """Deals one global order of the images to devices, in batches of (epoch, index).
 
     The order is cut into global batches, a rest is left out; a global batch is cut into accumulation steps, and each of
-    those into the devices' batches.
+    those into the devices' batches. An image that comes more than once in an epoch is (epoch, index, repeat) from the
+    second time on, with repeat = 1, 2, ..., so that it is augmented anew.
 
     Args:
         num_images: size of the data set.
@@ -62,6 +65,8 @@ class EpochSampler(Sampler):
         rank, world_size: this device, and how many there are.
         seed: of the order.
         keep_tail: deal also the whole batches of an epoch's last, shorter accumulation.
+        labels: (images,) class indices; needed unless `sampling` is uniform.
+        sampling: see `class_quotas`.
     """
 
     def __init__(
@@ -73,12 +78,20 @@ class EpochSampler(Sampler):
         world_size: int = 1,
         seed: int = 0,
         keep_tail: bool = False,
+        labels: np.ndarray | None = None,
+        sampling: str = "uniform",
     ) -> None:
+        self.sampling = sampling
+        if sampling != "uniform":
+            assert labels is not None
+            counts = np.bincount(labels)
+            self._of_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
         self.num_images, self.batch_size, self.accum_steps = num_images, batch_size, accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
         passes = num_images // (batch_size * world_size)
         self.passes = passes if keep_tail else passes // accum_steps * accum_steps
         self.epoch = self.first_step = 0
+        self.idle = False
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Chooses what the next iteration goes over: `epoch`, from optimizer step `first_step` of it on."""
@@ -87,12 +100,56 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.passes - self.first_step * self.accum_steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
-        used = order[: self.passes * self.world_size * self.batch_size]
-        batches = used.reshape(-1, self.world_size, self.batch_size)[self.first_step * self.accum_steps :, self.rank]
-        for batch in batches:
-            yield [(self.epoch, int(index)) for index in batch]
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        if self.idle:
+            return
+        order, repeats = self._order()
+        used = self.passes * self.world_size * self.batch_size
+        shape = (-1, self.world_size, self.batch_size)
+        first = self.first_step * self.accum_steps
+        mine = (part[:used].reshape(shape)[first:, self.rank].tolist() for part in (order, repeats))
+        for indices, times in zip(*mine, strict=True):
+            yield [
+                (self.epoch, i, repeat) if repeat else (self.epoch, i) for i, repeat in zip(indices, times, strict=True)
+            ]
+
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the image of each place of the epoch, and how often it has come before: both (images,)."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.sampling == "uniform":
+            return rng.permutation(self.num_images), np.zeros(self.num_images, dtype=np.int64)
+        images, repeats = [], []
+        counts = np.array([len(members) for members in self._of_class])
+        for members, quota in zip(self._of_class, class_quotas(counts, self.sampling, rng).tolist(), strict=True):
+            if quota:
+                times = -(-quota // len(members))  # through the class, the last time not to the end
+                images.append(np.concatenate([rng.permutation(members) for _ in range(times)])[:quota])
+                repeats.append(np.repeat(np.arange(times), len(members))[:quota])
+        order = rng.permutation(self.num_images)
+        return np.concatenate(images)[order], np.concatenate(repeats)[order]
+
+
+def class_quotas(counts: np.ndarray, sampling: str, rng: np.random.Generator) -> np.ndarray:
+    """Returns how many places of an epoch each class gets.
+
+    Args:
+        counts: (classes,) training images.
+        sampling: 'balanced' for the same number of each class that has images, 'sqrt' in proportion to the square root
+            of its images.
+        rng: rounds: up with the probability that keeps the mean over epochs.
+
+    Returns:
+        (classes,) integers that add up to the number of images.
+    """
+    there = np.flatnonzero(counts)
+    shares = np.sqrt(counts[there]) if sampling == "sqrt" else np.ones(len(there))
+    total = int(counts.sum())
+    # one shift for all: every quota is its exact value rounded up or down
+    edges = np.floor(np.cumsum(shares / shares.sum() * total) + rng.random()).astype(np.int64)
+    edges[-1] = total
+    quotas = np.zeros(len(counts), dtype=np.int64)
+    quotas[there] = np.diff(edges, prepend=0)
+    return quotas
 
 
 class _BatchNumbers(Sampler):
@@ -100,14 +157,44 @@ class _BatchNumbers(Sampler):
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
+        self.idle = False
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         sampler = self.sampler
+        if self.idle:
+            return
         for number in range(sampler.first_step * sampler.accum_steps, sampler.passes):
             yield sampler.epoch, number
+
+
+class _Share(Sampler):
+    """One device's places in a data set, in order: every `world_size`-th."""
+
+    def __init__(self, num_images: int, rank: int, world_size: int) -> None:
+        self.places = range(rank, num_images, world_size)
+        self.idle = False
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(() if self.idle else self.places)
+
+
+def start_workers(loader: DataLoader) -> None:
+    """Starts a loader's worker processes, which then wait for its first iteration.
+
+    Before Python 3.12 a forked process can hang for ever if a thread outside Python is just entering it, as gloo's and
+    autograd's threads do. Before training starts they are at rest.
+    """
+    for sampler in (loader.sampler, loader.batch_sampler):
+        if loader.num_workers and isinstance(sampler, (EpochSampler, _BatchNumbers, _Share)):
+            sampler.idle = True
+            iter(loader)
+            sampler.idle = False
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
@@ -168,6 +255,16 @@ def train_loader(
     )
 
 
+@dataclass(frozen=True)
+class _Views:
+    """Several transforms of one image, stacked."""
+
+    transforms: Sequence[Any]
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return torch.stack([transform(image) for transform in self.transforms])
+
+
 def eval_loader(
     source: DataSource | StreamSource,
     data: DataConfig,
@@ -176,9 +273,22 @@ def eval_loader(
     world_size: int,
     pin_memory: bool,
     worker_init: Any = None,
+    views: Sequence[Any] = (),
 ) -> DataLoader:
-    """Returns a loader over this device's share of the images: every image on just one device, none twice."""
-    workers, transform, skip = data.workers, eval_transform(data), data.on_error == "skip"
+    """Returns a loader over this device's share of the images: every image on just one device, none twice.
+
+    Args:
+        source: the images.
+        data: size and normalisation of the images, workers, and what to do about unreadable ones.
+        batch_size: images.
+        rank, world_size: this device, and how many there are.
+        pin_memory: for a fast copy to a GPU.
+        worker_init: called in every worker process with its number.
+        views: what `eval_transform` takes, of one output size; batches are then (N, views, 3, H, W), and every image
+            is read once. Without it they are (N, 3, H, W), as `data` says.
+    """
+    workers, skip = data.workers, data.on_error == "skip"
+    transform = _Views([eval_transform(view) for view in views]) if views else eval_transform(data)
     common = {
         "batch_size": batch_size,
         "pin_memory": pin_memory,
@@ -187,10 +297,12 @@ def eval_loader(
     }
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)
-        return DataLoader(images, num_workers=images.useful_workers(workers), **common)
+        workers = images.useful_workers(workers)
+        return DataLoader(images, num_workers=workers, persistent_workers=workers > 0, **common)
     return DataLoader(
         _Transformed(source, [transform], skip),
-        sampler=cast(Any, range(rank, len(source), world_size)),
+        sampler=_Share(len(source), rank, world_size),
         num_workers=workers,
+        persistent_workers=workers > 0,  # not forked anew for every evaluation, see `start_workers`
         **common,
     )

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +22,16 @@ from ..config.schema import DataConfig
 from ..errors import DataError, UserError, closest, counted, shorten
 from .classes import match_classes
 from .digits import write_digits
+from .holdout import Division, divide
 from .images import IMAGE_ENDINGS, UnreadableImage, files_below, naming, open_rgb, to_rgb
 from .streams import StreamSource
+from .tables import TABLE_ENDINGS, Row, TableImages, read_class_list, read_table
 from .tars import TarImages, find_tars, index_tars
 
 __all__ = ["DataSource", "is_bare", "open_split", "open_train_and_val", "open_val"]
 
 VAL_NAMES = ("validation", "val", "valid", "test")
+SPLIT_NAMES = ("train", "training", *VAL_NAMES)
 
 
 class _Images(Protocol):
@@ -54,12 +57,14 @@ class DataSource:
         class_names: names in index order.
         name: what to call the split in messages.
         note: what its owner should know, such as files that were left out.
+        sha256: of a held-out part, which images it has: see `holdout.fingerprint`; elsewhere empty.
     """
 
     images: _Images
     class_names: list[str]
     name: str
     note: str = ""
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,40 +73,151 @@ class DataSource:
 Source = DataSource | StreamSource
 
 
+class _NoValidationSplit(DataError):
+    """No split is called like a validation split; `existing` are those that there are."""
+
+    def __init__(self, text: str, existing: Sequence[str]) -> None:
+        super().__init__(text)
+        self.existing = list(existing)
+
+
 def open_train_and_val(config: DataConfig) -> tuple[Source, Source]:
     """Opens both splits. The class list is the training split's, and the validation split is read by it.
+
+    Where there is no validation split and `config.holdout` is set, the training split is divided; see holdout.py.
 
     Raises:
         DataError: a split is missing or empty, or the classes are not what the configuration or the other split says.
     """
-    train = open_split(config, config.train_split)
+    root = Path(config.root)
+    is_folder = config.source == "folder" and config.train_split != "."
+    if is_folder and not config.holdout and is_bare(root) and not (root / config.train_split).is_dir():
+        raise DataError(
+            f"{root} has class folders and no split '{config.train_split}'; data.holdout=0.2 holds a fifth of each "
+            "class out for validation and trains on the others"
+        )
+    train = open_split(config, _train_split(config))
     if config.num_classes not in (None, len(train.class_names)):
         raise DataError(
-            f"{train.name} has {counted(len(train.class_names), 'class', 'classes')}, data.num_classes says "
-            f"{config.num_classes}: "
+            f"{config.class_names or train.name} has {counted(len(train.class_names), 'class', 'classes')}, "
+            f"data.num_classes says {config.num_classes}: "
             f"{shorten(train.class_names, 10)}"
         )
-    if config.source == "folder":
-        _check_same_folders(config)
-    val = open_val(config, train.class_names)
-    both = sorted(_tars_of(train) & _tars_of(val))
+    try:
+        if config.source == "folder" and _train_split(config) != ".":
+            _check_same_folders(config)
+        val = open_split(config, config.val_split, train.class_names)
+    except _NoValidationSplit as e:
+        if config.holdout is None:
+            hint = "" if config.streaming else "; data.holdout=0.2 holds a fifth of the training images out instead"
+            raise DataError(f"{e}{hint}") from None
+        _check_undivided(config, e)
+        division = _divide(config, train)
+        assert isinstance(train, DataSource)
+        rest = replace(train, images=division.train, name=f"{train.name}, not held out")
+        return rest, _held_out(config, train, division)
+    both = sorted(_files_of(train) & _files_of(val))
     if both and config.val_split != config.train_split:
-        raise DataError(f"{train.name} and {val.name} have {counted(len(both), 'tar')} in common: {shorten(both, 5)}")
+        what = "tar" if config.source == "wds" else "image"
+        raise DataError(f"{train.name} and {val.name} have {counted(len(both), what)} in common: {shorten(both, 5)}")
     return train, val
-
-
-def _tars_of(source: Source) -> set[str]:
-    is_tars = isinstance(source, DataSource) and isinstance(source.images, TarImages)
-    return {str(tar) for tar in source.images.tars} if is_tars else set()  # type: ignore[union-attr]
 
 
 def open_val(config: DataConfig, class_names: list[str] | None) -> Source:
     """Opens the validation split, its labels as indices into `class_names`; None takes the split's own list.
 
+    Where there is none and `config.holdout` is set, it is what training with this configuration holds out.
+
     Raises:
-        DataError: the split is missing or empty, or has a class that is not in `class_names`.
+        DataError: the split is missing or empty, has a class that is not in `class_names`, or other images than those
+            of `config.holdout_sha256` would be held out.
     """
-    return open_split(config, config.val_split, class_names)
+    try:
+        return open_split(config, config.val_split, class_names)
+    except _NoValidationSplit as e:
+        if config.holdout is None and config.source == "csv" and not e.existing:  # a table of one split
+            return open_split(config, ".", class_names)
+        if config.holdout is None:
+            raise
+        _check_undivided(config, e)
+    train = open_split(config, _train_split(config), class_names)
+    return _held_out(config, train, _divide(config, train))
+
+
+def _train_split(config: DataConfig) -> str:
+    """Returns the name of the training split: of class folders without splits, which are to be divided, '.'."""
+    root = Path(config.root)
+    by_itself = config.source == "folder" and config.holdout and config.val_split is None
+    if by_itself and config.train_split == DataConfig().train_split and is_bare(root):
+        _check_class_folders(root)
+        return "."
+    return config.train_split
+
+
+def _check_class_folders(root: Path) -> None:
+    """Raises a DataError if a class folder could be a misspelt split: by its name, and because it has folders."""
+    for name in _folders_in(root):
+        if closest(name, SPLIT_NAMES) and _folders_in(root / name):
+            raise DataError(
+                f"{root / name}: a class, or a misspelt split{closest(name, SPLIT_NAMES)}? It has folders itself; "
+                "rename it, or set data.train_split=. if it is a class"
+            )
+
+
+def _check_undivided(config: DataConfig, error: _NoValidationSplit) -> None:
+    """Raises a DataError if there is more than the training split: it may be a validation split, misspelt."""
+    train = _train_split(config)
+    root, others = Path(config.root), [name for name in error.existing if name != train]
+    if config.source == "folder":
+        files = (os.scandir(root / name) for name in others)
+        kinds = [any(f.is_dir() or f.name.lower().endswith(IMAGE_ENDINGS) for f in found) for found in files]
+        others = [] if train == "." else [name for name, is_split in zip(others, kinds, strict=True) if is_split]
+    elif config.source == "wds":
+        tars = find_tars(root)
+        others = [name for name in others if not set(tars[name]) <= set(tars.get(train, []))]
+    if others:
+        there = f"; to train on '{train}' alone, give data.root={root / train}" if config.source == "folder" else ""
+        raise DataError(
+            f"{error}: if one of them is, name it (data.val_split); nothing is held out (data.holdout) where there is "
+            f"more than '{train}'{there}"
+        )
+
+
+def _divide(config: DataConfig, train: Source) -> Division:
+    """Divides a training split.
+
+    Raises:
+        DataError: it is a stream, or not the one of which `config.holdout_sha256` is.
+    """
+    assert config.holdout is not None
+    if isinstance(train, StreamSource):
+        raise DataError(
+            f"{train.name}: of a stream nothing can be held out (data.holdout); store the data, or name a validation "
+            "split (data.val_split)"
+        )
+    root = config.root
+    division = divide(train.images, train.class_names, train.name, root, config.holdout, config.holdout_seed)
+    if config.holdout_sha256 not in (None, division.sha256):
+        raise DataError(
+            f"{train.name}: the images have changed: other ones than in the run would be held out. What was held out "
+            "is listed in split.csv in the run folder (data.source=csv data.csv=RUN/split.csv); data.holdout=null "
+            "looks for a validation split"
+        )
+    return division
+
+
+def _held_out(config: DataConfig, train: Source, division: Division) -> DataSource:
+    return DataSource(division.val, train.class_names, f"{train.name}, held out", division.note, sha256=division.sha256)
+
+
+def _files_of(source: Source) -> set[str]:
+    """Returns the files of tars and tables, of which one could be in two splits."""
+    images = source.images if isinstance(source, DataSource) else None
+    if isinstance(images, TarImages):
+        return {str(tar) for tar in images.tars}
+    if isinstance(images, TableImages):
+        return {os.path.normpath(images.name(i)) for i in range(len(images))}
+    return set()
 
 
 def open_split(config: DataConfig, split: str | None, class_names: list[str] | None = None) -> Source:
@@ -116,12 +232,15 @@ def open_split(config: DataConfig, split: str | None, class_names: list[str] | N
     Raises:
         DataError: the data set or the split is missing or empty, or has a class that is not in `class_names`.
     """
-    if config.source in ("folder", "wds"):
+    if class_names is None and config.class_names is not None:
+        class_names = read_class_list(Path(config.class_names))
+    if config.source in ("folder", "csv", "wds"):
         root = Path(config.root)
         try:
             if not root.is_dir():
                 raise DataError(f"{root}: {'a file, not a' if root.exists() else 'no such'} folder (data.root)")
-            return (_open_folder if config.source == "folder" else _open_tars)(config, split, class_names)
+            openers = {"folder": _open_folder, "csv": _open_table, "wds": _open_tars}
+            return openers[config.source](config, split, class_names)
         except OSError as e:
             raise DataError(f"{e.filename or root}: cannot be read ({e.strerror})") from None
     files = None
@@ -138,15 +257,34 @@ def _choose_split(wanted: str | None, existing: Sequence[str], where: object) ->
     if wanted is None:
         found = [name for name in VAL_NAMES if name in existing]
         if not found:
-            raise DataError(
-                f"{where} has no validation split: none of {', '.join(VAL_NAMES)} in {shorten(existing) or 'it'}"
-            )
+            text = f"{where} has no validation split: none of {', '.join(VAL_NAMES)} in {shorten(existing) or 'it'}"
+            raise _NoValidationSplit(text, existing)
         return found[0]
     if wanted not in existing:
         raise DataError(
             f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing) or 'none'}"
         )
     return wanted
+
+
+def _match(config: DataConfig, found: Sequence[str], class_names: Sequence[str], where: object) -> list[int]:
+    """Finds the classes of a data set in a list, as `match_classes`; a list of the user's also names 0, 1, 2, ..."""
+    if config.class_names is not None and not set(found) <= set(class_names) and all(map(_is_index, found)):
+        beyond = [name for name in found if int(name) >= len(class_names)]
+        if beyond:
+            raise DataError(
+                f"{where} has class {shorten(beyond, 10)}, and the class list {len(class_names)} names, for 0 to "
+                f"{len(class_names) - 1} (data.class_names)"
+            )
+        return [int(name) for name in found]
+    try:
+        return match_classes(found, class_names, where)
+    except DataError as e:
+        raise (DataError(f"{e} ({config.class_names})") if config.class_names else e) from None
+
+
+def _is_index(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10
 
 
 # ---------------------------------------------------------------------------------------------------- image folders
@@ -202,7 +340,7 @@ def _open_folder(config: DataConfig, split: str | None, class_names: list[str] |
     if not found:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE")
     names = class_names or found
-    index = dict(zip(found, match_classes(found, names, folder), strict=True))
+    index = dict(zip(found, _match(config, found, names, folder), strict=True))
     samples, empty = [], []
     other: Counter[str] = Counter()
     for name in found:
@@ -235,6 +373,64 @@ def _check_same_folders(config: DataConfig) -> None:
         raise DataError(f"the splits must have the same class folders, but there are {'; '.join(differences)}")
 
 
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
+    path, rows = _rows_of(config, split)
+    _check_files(config, path, rows)
+    line_of: dict[str, int] = {}
+    for row in rows:
+        line_of.setdefault(row.label, row.line)
+    found = sorted(line_of, key=lambda label: (int(label), label)) if all(map(_is_index, line_of)) else sorted(line_of)
+    names = class_names or found
+    unknown = [label for label in line_of if label not in names]
+    where = f"{path}, line {line_of[unknown[0]]}" if unknown else path
+    index = dict(zip(found, _match(config, found, names, where), strict=True))
+    labels = np.array([index[row.label] for row in rows], dtype=np.int64)
+    paths = [os.path.normpath(row.image) for row in rows]
+    images = TableImages(str(Path(config.root)), paths, labels, config.value_range)
+    is_part = rows[0].split is not None
+    return DataSource(images, names, f"{path} ({rows[0].split})" if is_part else str(path))
+
+
+def _rows_of(config: DataConfig, split: str | None) -> tuple[Path, list[Row]]:
+    """Returns the table that has a split, and the split's rows."""
+    root = Path(config.root)
+    if config.csv is None:
+        tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() in TABLE_ENDINGS}
+        if not tables:
+            raise DataError(f"{root} has no tables; expected {root}/train.csv, or another file as data.csv")
+        path = tables[_choose_split(split, list(tables), root)]
+        return path, read_table(path, config.image_key, config.label_key, config.split_key)
+    path = Path(config.csv)
+    if not path.is_file() and (root / path).is_file():
+        raise DataError(f"{path}: no such file (data.csv); it is not relative to data.root: give {root / path}")
+    rows = read_table(path, config.image_key, config.label_key, config.split_key)
+    if rows[0].split is None:  # it is one split
+        text = f"column '{config.split_key}' (data.split_key), so the table is one split"
+        if split is None:
+            raise _NoValidationSplit(f"{path} has no validation split: no {text}", [])
+        if split not in (".", DataConfig().train_split):
+            raise DataError(f"{path} has no split '{split}': no {text}")
+        return path, rows
+    splits = dict.fromkeys(row.split for row in rows)
+    chosen = _choose_split(split, [str(name) for name in splits], path)
+    return path, [row for row in rows if row.split == chosen]
+
+
+def _check_files(config: DataConfig, path: Path, rows: Sequence[Row]) -> None:
+    """Raises a DataError if a file that a table names is not there."""
+    missing = [row for row in rows if not os.path.isfile(os.path.join(config.root, row.image))]
+    if missing:
+        first = missing[0]
+        some = f"{len(missing):,} of {len(rows):,} are missing; " if len(missing) > 1 else ""
+        raise DataError(
+            f"{path}, line {first.line}: no such file: {os.path.join(config.root, first.image)}; {some}paths are "
+            "relative to data.root"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- WebDataset tars
 
 
@@ -245,7 +441,8 @@ def _open_tars(config: DataConfig, split: str | None, class_names: list[str] | N
     split = _choose_split(split, [word for word in sorted(tars) if word == split or not word.isdigit()], root)
     name = f"{root} ({split})"
     images, labels = index_tars(tars[split], config.label_key, config.value_range)
-    found, listed = [str(label) for label in labels], _listed_classes(root)
+    found = [str(label) for label in labels]
+    listed = _listed_classes(root) if config.class_names is None else []
     for i, label in enumerate(labels):
         if listed and isinstance(label, int):
             if not 0 <= label < len(listed):
@@ -253,21 +450,13 @@ def _open_tars(config: DataConfig, split: str | None, class_names: list[str] | N
                 raise DataError(f"{where}: class {label} of the {len(listed)} in {root}'s list of class names")
             found[i] = listed[label]
     names = class_names or listed or found
-    return DataSource(images.relabel(match_classes(found, names, name)), names, name)
+    return DataSource(images.relabel(_match(config, found, names, name)), names, name)
 
 
 def _listed_classes(root: Path) -> list[str]:
     """Returns the class names that a file beside the tars lists, one a line, or an empty list if there is none."""
-    for file in (root / "classnames.txt", root / "classes.txt"):
-        if file.is_file():
-            try:
-                names = [line.strip() for line in file.read_text("utf-8-sig").rstrip().split("\n")]
-            except UnicodeDecodeError as e:
-                raise DataError(f"{file}: not a text file ({e})") from None
-            if "" in names or len(set(names)) < len(names):
-                raise DataError(f"{file}: a line is empty or a name is there twice; each line must name one class")
-            return names
-    return []
+    files = (root / "classnames.txt", root / "classes.txt")
+    return next((read_class_list(file) for file in files if file.is_file()), [])
 
 
 # ------------------------------------------------------------------------------------------- Hugging Face `datasets`
@@ -388,10 +577,17 @@ def _open_hf(
     _check_columns(dataset.features, config, name)
     if not config.streaming and len(dataset) == 0:
         raise DataError(f"{name} is empty")
-    unique = (lambda key: _stream_labels(dataset.features[key], config, name)) if config.streaming else dataset.unique
+    count = len(class_names) if config.class_names and class_names else config.num_classes
+
+    def unique(key: str) -> Iterable[Any]:
+        return _stream_labels(dataset.features[key], key, count, name) if config.streaming else dataset.unique(key)
+
     found = _hf_labels(dataset.features, config.label_key, name, unique, config.streaming)
     names = class_names or list(found.values())
-    relabel = dict(zip(found, match_classes(list(found.values()), names, name), strict=True))
+    is_listed = isinstance(dataset.features[config.label_key], datasets.ClassLabel)
+    if config.class_names and is_listed and len(found) != len(names):
+        raise DataError(f"{config.class_names} has {len(names)} names, the data has {len(found)} classes: {name}")
+    relabel = dict(zip(found, _match(config, list(found.values()), names, name), strict=True))
     is_image = isinstance(dataset.features[config.image_key], datasets.Image)
     dataset = dataset.with_format(None).select_columns([config.image_key, config.label_key])
     if is_image:
@@ -399,18 +595,18 @@ def _open_hf(
         dataset = dataset.cast_column(config.image_key, datasets.Image(decode=False))
     read = _HfReader(config.image_key, config.label_key, relabel, config.value_range)
     if config.streaming:
-        count = config.epoch_images if split == config.train_split else 0
-        return StreamSource(dataset, read, names, name, count or 0, config.shuffle_images)
+        num_images = config.epoch_images if split == config.train_split else 0
+        return StreamSource(dataset, read, names, name, num_images or 0, config.shuffle_images)
     return DataSource(_HfImages(dataset, read, name), names, name)
 
 
-def _stream_labels(feature: Any, config: DataConfig, where: str) -> Iterable[int]:
+def _stream_labels(feature: Any, key: str, count: int | None, where: str) -> Iterable[int]:
     """Returns the labels of a stream, which cannot be looked through for them."""
-    if config.num_classes and str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        return range(config.num_classes)
+    if count and str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        return range(count)
     raise DataError(
-        f"{where}: a stream's classes cannot be counted; the column '{config.label_key}' must be a ClassLabel, or hold "
-        "integers from 0 to below data.num_classes"
+        f"{where}: a stream's classes cannot be counted; the column '{key}' must be a ClassLabel, or hold integers "
+        "from 0 to below data.num_classes"
     )
 
 

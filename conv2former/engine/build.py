@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from timm.data import Mixup
@@ -22,9 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
-from ..errors import ConfigError, closest, raise_mistakes
-from ..models import Conv2Former, Variant, list_variants, load_weights, variant
-from ..models.variants import parse_variant
+from ..data.classes import class_names_of, match_classes
+from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
+from ..models import Conv2Former, Variant, list_variants, variant
+from ..models.variants import differences, parse_variant, read_builtin_variants
+from ..models.weights import describe_checkpoint, load_content, read_checkpoint
 from ..models.zoo import add_and_register
 from .distributed import World
 
@@ -38,7 +43,10 @@ __all__ = [
     "drop_path_rate_of",
     "find_variant_of",
     "freeze",
+    "name_network",
 ]
+
+_logger = logging.getLogger(__name__)
 
 # fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
 OVERFLOWS = 20
@@ -74,13 +82,49 @@ class Run:
     autocast: Autocast
 
 
+def name_network(config: Config) -> Config:
+    """Returns the configuration with the network that `model.name: auto` stands for: that of `model.checkpoint`.
+
+    A network that is none of the project's own is put into `model.variant`, as the file defines it.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no whole network for RGB images.
+        ConfigError: the definition in it has mistakes.
+    """
+    model, path = config.model, config.model.checkpoint
+    if model.name != "auto" or model.variant is not None:
+        return config
+    if not path:
+        raise ConfigError("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
+    content = read_checkpoint(path)
+    info = describe_checkpoint(content, path)
+    if len(info.dims) != 4 or not info.head_hidden_size:
+        raise CheckpointError(f"{path} holds a part of a network; all four stages and the head are needed")
+    if info.in_chans != 3:
+        raise CheckpointError(f"{path} is for images of {info.in_chans} channels; training needs one for 3, RGB")
+    for builtin in read_builtin_variants():
+        if not differences(info.model_args(), builtin.model_args()):
+            return _with_model(config, name=builtin.name)
+    definition = content.get("variant")
+    if not isinstance(definition, dict):
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in info.model_args().items()}
+        definition = {"name": "conv2former_custom", **plain}
+    own = parse_variant(definition, path)
+    return _with_model(config, name=own.name, variant=own.to_dict())
+
+
+def _with_model(config: Config, **values: Any) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update=values)})
+
+
 def find_variant_of(config: Config) -> Variant:
     """Returns the definition of the configured network, registering it with timm if it is the user's own.
 
     Raises:
         ConfigError: the variant has mistakes, or there is none of that name.
+        CheckpointError: see `name_network`.
     """
-    model = config.model
+    model = name_network(config).model
     if model.variant is not None:
         own = parse_variant(model.variant, "model.variant")
         add_and_register(own, "model.variant", replace=True)
@@ -100,8 +144,13 @@ def drop_path_rate_of(config: Config) -> float:
     return find_variant_of(config).train_drop_path_rate if rate is None else rate
 
 
-def build_model(config: Config, num_classes: int) -> Conv2Former:
+def build_model(config: Config, num_classes: int, class_names: Sequence[str] | None = None) -> Conv2Former:
     """Builds the network on the CPU, with the configured starting weights. The same seed gives the same weights.
+
+    Args:
+        config: the run.
+        num_classes: of the data.
+        class_names: of the data, in index order; None where they are not known.
 
     Raises:
         ConfigError: there is no such variant.
@@ -117,9 +166,35 @@ def build_model(config: Config, num_classes: int) -> Conv2Former:
     )
     assert isinstance(model, Conv2Former)
     if config.model.checkpoint:
-        load_weights(model, config.model.checkpoint)
+        _load(model, config.model.checkpoint, class_names)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     return model
+
+
+def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None) -> None:
+    """Loads starting weights. A classifier of as many classes is only taken for the same ones, by name.
+
+    Where the file has them in another order, so has the classifier; where they are others, the fresh one stays.
+    """
+    classifier = model.get_classifier()
+    fresh = copy.deepcopy(classifier.state_dict())
+    content = read_checkpoint(path)
+    info = describe_checkpoint(content, path)
+    load_content(model, content, path)
+    noted = class_names_of(info.num_classes, info.class_names)
+    if class_names is None or noted is None or len(noted) != len(class_names):
+        return
+    try:
+        order = match_classes(class_names, noted, path)
+    except DataError:
+        _logger.warning(
+            "the checkpoint's %d classes are others than the data's: the classifier starts anew; all other weights are "
+            "loaded",
+            len(noted),
+        )
+        classifier.load_state_dict(fresh)
+    else:
+        classifier.load_state_dict({key: tensor[order] for key, tensor in classifier.state_dict().items()})
 
 
 def freeze(model: Conv2Former, until: str) -> None:
@@ -145,7 +220,9 @@ def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
     return precision, partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-def build_run(config: Config, plan: Plan, world: World, model: Conv2Former) -> Run:
+def build_run(
+    config: Config, plan: Plan, world: World, model: Conv2Former, class_counts: np.ndarray | None = None
+) -> Run:
     """Builds all that trains a network. Every process builds the same.
 
     Args:
@@ -153,6 +230,7 @@ def build_run(config: Config, plan: Plan, world: World, model: Conv2Former) -> R
         plan: its numbers.
         world: the processes, met.
         model: from `build_model`; moved to the device.
+        class_counts: (classes,) training images, for `train.class_weight`; None for equal ones.
     """
     _, autocast = autocast_for(config.train.precision, world.device)
     if world.device.type == "cuda":
@@ -204,9 +282,56 @@ def build_run(config: Config, plan: Plan, world: World, model: Conv2Former) -> R
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         mixup=mixup,
-        criterion=create_classification_loss(smoothing=config.augment.smoothing, soft_targets=mixup is not None),
+        criterion=_build_criterion(config, num_classes, class_counts).to(world.device),
         autocast=autocast,
     )
+
+
+def class_weights(counts: np.ndarray, kind: str) -> torch.Tensor:
+    """Returns each class's weight in the loss, (classes,) float, 1 in the mean over the training images.
+
+    Args:
+        counts: (classes,) training images; a class without any has weight 0.
+        kind: 'balanced': one over the images; 'sqrt': over their square root.
+    """
+    power = {"balanced": 1.0, "sqrt": 0.5}[kind]
+    weights = np.where(counts > 0, np.maximum(counts, 1.0) ** -power, 0.0)
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy in which every class has a weight: the mean over the images of -sum(weight x target x log p).
+
+    The mean is over the number of images, not over their weights, so that accumulation steps and devices average to
+    what one large batch gives.
+
+    Args:
+        weights: (classes,).
+        smoothing: of targets that are class indices, as timm's.
+    """
+
+    weights: torch.Tensor
+
+    def __init__(self, weights: torch.Tensor, smoothing: float) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, scalar, of (N, classes) logits and (N,) indices or (N, classes) probabilities."""
+        if targets.ndim == 1:
+            targets = nn.functional.one_hot(targets, logits.shape[1]).to(logits.dtype)
+            targets = targets * (1.0 - self.smoothing) + self.smoothing / logits.shape[1]
+        return nn.functional.cross_entropy(logits, targets, weight=self.weights)
+
+
+def _build_criterion(config: Config, num_classes: int, class_counts: np.ndarray | None) -> nn.Module:
+    smoothing = config.augment.smoothing
+    if config.weighs:
+        counts = np.ones(num_classes) if class_counts is None else class_counts
+        return WeightedCrossEntropy(class_weights(counts, config.train.class_weight), smoothing)
+    has_mixup = bool(config.augment.mixup or config.augment.cutmix)
+    return create_classification_loss(smoothing=smoothing, soft_targets=has_mixup)
 
 
 def check_names(config: Config, device: torch.device) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -12,8 +13,9 @@ from torch import nn
 
 from ..data import Batch, Skipped
 from .distributed import World
+from .tallies import Answers, Tally
 
-__all__ = ["MAX_CONFUSION_CLASSES", "Evaluation", "evaluate"]
+__all__ = ["MAX_CONFUSION_CLASSES", "Evaluation", "Score", "evaluate", "evaluate_views"]
 
 MAX_CONFUSION_CLASSES = 50  # more cannot be read in a picture
 
@@ -25,16 +27,72 @@ class Evaluation:
     Attributes:
         metrics: `top1` and `top5` in percent, the mean cross-entropy `loss`, and the number of images `n`. With fewer
             than five classes `top5` is over all of them.
-        confusion: (classes, classes) counts, a row per true class; None with more than `MAX_CONFUSION_CLASSES`.
+        confusion: (classes, classes) counts, a row per true class; None with more than `MAX_CONFUSION_CLASSES`, or
+            than the `Score` was told.
         skipped: this process's unreadable images, which are in none of the counts.
+        tallies: the results of the further tallies, by name.
     """
 
     metrics: dict[str, float]
     confusion: torch.Tensor | None
     skipped: list[Skipped]
+    tallies: dict[str, Any] = field(default_factory=dict)
 
 
-@torch.inference_mode()
+class Score:
+    """Counts one network's answers on this process, and adds them up over all.
+
+    Args:
+        device: of the counts.
+        among: indices of the classes that can be the answer, all others are left out; None for all. Labels must be
+            among them. The result's classes are then places in this list.
+        max_confusion_classes: with more, confusions are not counted.
+        tallies: what else to count, by name.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        among: Sequence[int] | None = None,
+        max_confusion_classes: int = MAX_CONFUSION_CLASSES,
+        tallies: Mapping[str, Tally] | None = None,
+    ) -> None:
+        self.evaluator = ClassificationEvaluator(device)
+        self.device, self.max_confusion_classes, self.tallies = device, max_confusion_classes, dict(tallies or {})
+        self.among = None if among is None else torch.tensor(among, device=device)
+        self.confusion: torch.Tensor | None = None
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
+        """Counts a batch: (N, classes) logits, (N,) labels, (N,) places of the images in the data set."""
+        if self.among is not None:
+            place = torch.full((logits.shape[1],), -1, device=self.device)
+            place[self.among] = torch.arange(len(self.among), device=self.device)
+            logits, labels = logits[:, self.among], place[labels]
+        self.evaluator.update(logits, labels)
+        answers = Answers(logits.float(), labels, indices)
+        classes = logits.shape[1]
+        if classes <= self.max_confusion_classes:
+            if self.confusion is None:
+                self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+            # not argmax: of two equal logits, which bf16 has, it may take another than top-1 does
+            self.confusion.index_put_((labels, answers.top[:, 0]), torch.ones_like(labels), accumulate=True)
+        for tally in self.tallies.values():
+            tally.update(answers)
+
+    def total(self, world: World, skipped: list[Skipped]) -> Evaluation:
+        """Returns the result over all processes; every one must call it."""
+        confusion = self.confusion
+        classes = max(world.gather(0 if confusion is None else len(confusion)))
+        if classes and confusion is None:  # a process without images
+            confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+        if confusion is not None:
+            confusion = world.sum(confusion).cpu()
+        metrics = self.evaluator.compute(distributed=world.size > 1)
+        n = int(world.sum(self.evaluator.counts[0]))
+        counted = {name: tally.total(world) for name, tally in self.tallies.items()}
+        return Evaluation({**{k: metrics[k] for k in ("top1", "top5", "loss")}, "n": n}, confusion, skipped, counted)
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -56,36 +114,43 @@ def evaluate(
     Returns:
         The result, the same on every process but for `skipped`; None if it was interrupted.
     """
+    results = evaluate_views(model, loader, world, autocast, [Score(world.device)], channels_last, interrupted)
+    return results[0] if results else None
+
+
+@torch.inference_mode()
+def evaluate_views(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    world: World,
+    autocast: Callable[[], AbstractContextManager],
+    scores: Sequence[Score],
+    channels_last: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Evaluation] | None:
+    """As `evaluate`, of one or more views of every image, such as two preprocessings, with a score for each.
+
+    Args:
+        loader: its images are (N, 3, H, W), or (N, views, 3, H, W).
+        scores: one for each view.
+    """
     model.eval()
-    evaluator = ClassificationEvaluator(world.device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    confusion: torch.Tensor | None = None
     skipped: list[Skipped] = []
     stops = False
     for batch in loader:
         skipped += batch.skipped
         if len(batch.images):
-            images = batch.images.to(world.device, memory_format=memory_format, non_blocking=True)
             labels = batch.labels.to(world.device, non_blocking=True)
-            with autocast():
-                logits = model(images)
-            evaluator.update(logits, labels)
-            classes = logits.shape[1]
-            if classes <= MAX_CONFUSION_CLASSES:
-                if confusion is None:
-                    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
-                confusion.index_put_((labels, logits.argmax(1)), torch.ones_like(labels), accumulate=True)
+            views = batch.images.unbind(1) if batch.images.ndim == 5 else (batch.images,)
+            for view, score in zip(views, scores, strict=True):
+                images = view.to(world.device, memory_format=memory_format, non_blocking=True)
+                with autocast():
+                    logits = model(images)
+                score.update(logits, labels, batch.indices)
         if stops := interrupted():
             break
     world.at("the end of an evaluation")
-    seen = world.gather((stops, 0 if confusion is None else len(confusion)))
-    if any(stopped for stopped, _ in seen):
+    if any(world.gather(stops)):
         return None
-    classes = max(length for _, length in seen)
-    if classes and confusion is None:  # a process without images
-        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
-    if confusion is not None:
-        confusion = world.sum(confusion).cpu()
-    metrics = evaluator.compute(distributed=world.size > 1)
-    n = int(world.sum(evaluator.counts[0]))
-    return Evaluation({**{key: metrics[key] for key in ("top1", "top5", "loss")}, "n": n}, confusion, skipped)
+    return [score.total(world, skipped) for score in scores]

@@ -19,7 +19,13 @@ from ..errors import OutputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RunLog", "read_metrics", "writing"]
+__all__ = ["RunLog", "bar_size", "read_metrics", "writing"]
+
+
+def bar_size() -> dict[str, Any]:
+    """Returns tqdm's arguments for the width of a bar. A program that plays the terminal says that it has none."""
+    width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    return {"dynamic_ncols": True} if width else {"ncols": 120, "nrows": 20}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -73,9 +79,7 @@ class RunLog:
 
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if sys.stderr.isatty():
-            width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 if a program plays the terminal
-            size = {"dynamic_ncols": True} if width else {"ncols": 120, "nrows": 20}
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **size)
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one, and writes it to `train.log` with the time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -11,17 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from .._yaml import dump_yaml
-from ..config import Config, Plan, apply_overrides, check_config, differences, load_config, make_plan
+from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
 from ..data import DataSource, StreamSource, open_train_and_val
+from ..data.holdout import relative_names
+from ..data.tables import write_table
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets
-from ..models import Conv2Former
+from ..models import Conv2Former, inspect_checkpoint
 from .build import build_model, check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
 from .logging import writing
 
 __all__ = ["Job", "as_config", "prepare"]
+
+SPLIT_FILE = "split.csv"  # which images are trained on and which are held out
 
 # What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
 # global batch, which the plan guards and other numbers of devices need.
@@ -66,6 +73,16 @@ class Job:
         """Names in index order."""
         return self.train_source.class_names
 
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """Class indices of the training images, (images,); None of a stream, which has no end to look for."""
+        return self.train_source.images.labels if isinstance(self.train_source, DataSource) else None
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class, (classes,); None of a stream."""
+        return None if self.labels is None else np.bincount(self.labels, minlength=len(self.class_names))
+
 
 def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     """Returns a checked configuration from one, from plain types, or from a YAML file.
@@ -101,14 +118,16 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     check_names(config, world.device)
     _check_output(output)
     train_source, val_source = open_train_and_val(config.data)
+    given, config = config, _settle(config, world.size, train_source, val_source)
     plan = make_plan(config, world.size, len(train_source))
-    model = build_model(config, len(train_source.class_names))
+    model = build_model(config, len(train_source.class_names), train_source.class_names)
     with ExitStack() as stack:  # an error lets go of the lock, although a notebook keeps the exception and its frames
         lock = stack.enter_context(_lock(output)) if world.is_main and output.is_dir() else None
         saved, started_from, notes = _find_checkpoint(output, resume)
         notes += [
             source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
         ]
+        notes += _settled(given, config, len(train_source), output) if world.is_main else []
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,
@@ -122,10 +141,54 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
             with writing(output):
                 output.mkdir(parents=True, exist_ok=True)
                 (output / "config.yaml").write_text(dump_yaml(config.to_dict()))
+                if config.data.holdout_sha256:
+                    _write_split(output / SPLIT_FILE, config.data.root, train_source, val_source)
             lock = lock or stack.enter_context(_lock(output))
             remove_leftovers(output / "checkpoints")
         stack.pop_all()  # the lock is the job's
     return Job(config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock)
+
+
+def _settle(
+    config: Config, world_size: int, train: DataSource | StreamSource, val: DataSource | StreamSource
+) -> Config:
+    """Returns the configuration with what follows from the data: the batch, and which images are held out."""
+    config = fit_batch(config, world_size, len(train))
+    sha256 = val.sha256 if isinstance(val, DataSource) else ""
+    return config.model_copy(update={"data": config.data.model_copy(update={"holdout_sha256": sha256 or None})})
+
+
+def _settled(given: Config, config: Config, images: int, output: Path) -> list[str]:
+    """Returns lines about what is not as it was given, or not as the starting weights are used to."""
+    lines = []
+    train, before = config.train, given.train
+    keys = [key for key in ("batch_size", "accum_steps") if getattr(train, key) != getattr(before, key)]
+    if keys:
+        changes = ", ".join(f"train.{key} {getattr(before, key)} -> {getattr(train, key)}" for key in keys)
+        lines.append(f"{images} training images are fewer than a global batch: {changes}, and the rate follows")
+    if config.data.holdout_sha256:
+        lines.append(f"what is trained on and what is held out is listed in {output / SPLIT_FILE}")
+    if config.model.checkpoint:
+        info, data = inspect_checkpoint(config.model.checkpoint), config.data
+        noted = info.preprocessing
+        is_noted = {"mean", "std"} <= set(info.preprocessing_noted)
+        if is_noted and (tuple(noted.mean), tuple(noted.std)) != (data.mean, data.std):
+            mean, std = list(noted.mean), list(noted.std)
+            lines.append(
+                f"{config.model.checkpoint} was trained with another normalisation of the images than this run's; "
+                f"to take it: data.mean={mean} data.std={std}".replace(", ", ",")
+            )
+    return lines
+
+
+def _write_split(path: Path, root: str, train: DataSource | StreamSource, val: DataSource | StreamSource) -> None:
+    rows = []
+    for split, source in (("train", train), ("val", val)):
+        assert isinstance(source, DataSource)
+        names = relative_names(source.images, root)
+        labels = (source.class_names[label] for label in source.images.labels)
+        rows += [(name, label, split) for name, label in zip(names, labels, strict=True)]
+    write_table(path, sorted(rows))
 
 
 def _check_output(output: Path) -> None:
@@ -188,15 +251,20 @@ def _check_continuation(
     # a key that this version has and that one had not is at its default, which is what was done then
     defaults = type(config)().to_dict()
     before = {section: {**defaults.get(section, {}), **values} for section, values in saved["config"].items()}
+    now = config.to_dict()
+    held_out = [content["data"].pop("holdout_sha256") for content in (before, now)]
     changed = [
-        line
-        for line in differences(before, config.to_dict())
-        if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
+        line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
     ]
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "
             "or allow it (checkpoint.allow_changes=[KEY, ...]):\n" + bullets(changed)
+        )
+    if held_out[0] != held_out[1]:
+        raise DataError(
+            "the images have changed since this run was started: other ones would be held out for validation (which "
+            f"were is in its {SPLIT_FILE}); put them back, or start a new run with another --output"
         )
     if saved["class_names"] != class_names:
         raise DataError("the data set's classes have changed since this run was started; start a new run")

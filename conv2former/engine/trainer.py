@@ -10,21 +10,31 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
 from .. import __version__
-from ..config import Config, Plan, differences, make_plan
-from ..data import Batch, EpochSampler, Skipped, batches, eval_loader, open_train_and_val, train_loader
-from ..errors import ConfigError, DataError, RunStopped, TrainingError, bullets, shorten
-from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of
+from ..config import Config, Plan, differences, fit_batch, make_plan
+from ..data import (
+    Batch,
+    EpochSampler,
+    Skipped,
+    batches,
+    eval_loader,
+    open_train_and_val,
+    start_workers,
+    train_loader,
+)
+from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, bullets, counted, shorten
+from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
 from .checkpoint import latest_checkpoint, save_checkpoint
 from .distributed import World, join_world
 from .evaluate import Evaluation, evaluate
@@ -34,6 +44,8 @@ from .signals import StopSignal, ignore_stop_signals
 from .step import FiniteCheck, StepResult, mix, train_step
 
 __all__ = ["Trainer", "describe", "dry_run", "train"]
+
+IMBALANCED = 3  # times as many images of one class as of another: worth a hint
 
 _RUNNING = threading.Lock()
 
@@ -60,7 +72,8 @@ def train(
         TrainingError: the gradients are not finite.
         RunStopped: SIGTERM or SIGUSR1 came; the run is saved.
     """
-    config = as_config(config)
+    with before_processes_meet():
+        config = name_network(as_config(config))
     world = World.from_environment()
     folder = Path(output) if output else Path("runs") / find_variant_of(config).name
     if not _RUNNING.acquire(blocking=False):
@@ -120,7 +133,9 @@ class Trainer:
     def __init__(self, job: Job, world: World, signal: StopSignal) -> None:
         self.job, self.config, self.plan, self.world, self.signal = job, job.config, job.plan, world, signal
         self.output = job.output
-        self.run: Run = build_run(job.config, job.plan, world, job.model)
+        self.run: Run = build_run(
+            job.config, job.plan, world, job.model, job.class_counts if job.config.weighs else None
+        )
         self.check = FiniteCheck.of(self.run)
         self.step = 0
         self.best_metric: float | None = None
@@ -151,6 +166,8 @@ class Trainer:
             world.size,
             train_config.seed,
             train_config.keep_tail,
+            None if job.config.data.sampling == "uniform" else job.labels,
+            job.config.data.sampling,
         )
         self.loader = train_loader(job.train_source, self.config, self.sampler, pin_memory, ignore_stop_signals)
         batch_size = train_config.eval_batch_size or train_config.batch_size
@@ -164,6 +181,8 @@ class Trainer:
         return self._seconds + time.perf_counter() - self._since
 
     def train(self) -> dict[str, Any]:
+        for loader in (self.loader, self.val_loader):
+            start_workers(loader)
         for line in [*self.job.notes, *describe(self.config, self.plan, self.world.size)]:
             self.log.say(line)
         source, val_source = self.job.train_source, self.job.val_source
@@ -171,6 +190,9 @@ class Trainer:
             f"training on {len(source)} images of {len(source.class_names)} classes ({source.name}), "
             f"validating on {f'{len(val_source)} ' if len(val_source) else ''}({val_source.name})"
         )
+        counts = self.job.class_counts if self.world.is_main else None
+        if counts is not None:
+            self.log.say(describe_classes(self.config, counts, self.job.class_names))
         try:
             if self.must_evaluate:
                 self._evaluate_and_save()
@@ -408,6 +430,8 @@ class Trainer:
             figure = confusion_figure(self.confusion, self.job.class_names)
             confusion = self.log.picture("confusion", figure, self.step)
         report = {
+            "model": find_variant_of(self.config).name,
+            "started_from": self.config.model.checkpoint,
             "top1": best[f"{prefix}top1"],
             "top5": best[f"{prefix}top5"],
             "loss": best[f"{prefix}loss"],
@@ -469,6 +493,34 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     ]
 
 
+def describe_classes(config: Config, counts: np.ndarray, class_names: Sequence[str]) -> str:
+    """Returns a line on how many training images the classes have, and what is done where they differ.
+
+    Args:
+        config: the run.
+        counts: (classes,) training images.
+        class_names: names in index order.
+    """
+    there = np.flatnonzero(counts)
+    few, many = (int(there[choose(counts[there])]) for choose in (np.argmin, np.argmax))
+    line = f"training images per class: {counts[few]:,}"
+    if few != many:
+        line += f" ({class_names[few]}) to {counts[many]:,} ({class_names[many]})"
+    missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
+    if missing:
+        line += f", none of {counted(len(missing), 'listed class', 'listed classes')}: {shorten(missing, 10)}"
+    sampling, weights = config.data.sampling, config.train.class_weight
+    if sampling != "uniform":
+        what = "equally often" if sampling == "balanced" else "in proportion to the square root of that"
+        return f"{line}; seen {what} (data.sampling)"
+    if weights != "none":
+        what = "that" if weights == "balanced" else "the square root of that"
+        return f"{line}; weighted in the loss by one over {what} (train.class_weight)"
+    if counts[many] > IMBALANCED * counts[few]:
+        line += "; to learn the rare ones better try data.sampling=sqrt, or train.class_weight=sqrt"
+    return line
+
+
 def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     """Builds everything and trains on one synthetic batch, without looking at the data if the class count is given.
 
@@ -481,7 +533,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     Raises:
         UserError: a mistake in the configuration.
     """
-    config = as_config(config)
+    config = name_network(as_config(config))
     world = World.from_environment()
     check_names(config, world.device)
     num_classes = config.data.num_classes
@@ -489,6 +541,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     if num_classes is None:
         source, _ = open_train_and_val(config.data)
         num_classes, num_images = len(source.class_names), len(source)
+        config = fit_batch(config, world.size, num_images)
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
     model = build_model(config, num_classes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ..config import Config, Plan, load_config, make_plan
+from ..config.schema import DataConfig
 from ..errors import ConfigError
 
-__all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table"]
+__all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table", "run_name"]
 
 NO_RUNS = ("models", "variants")  # folders of networks
 PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % top-1 at \d+)\b", re.MULTILINE)
@@ -46,6 +48,12 @@ def find_recipes(configs: Path) -> list[Path]:
 def _by_number(name: Path) -> list[str | int]:
     """Sorts kernel_5 before kernel_11."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def run_name(path: Path) -> str:
+    """Returns the name of a recipe's run folder: the file's, with its folder's if it only says what the data is."""
+    sources = get_args(DataConfig.model_fields["source"].annotation)
+    return f"{path.resolve().parent.name}_{path.stem}" if path.stem in sources else path.stem
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -88,12 +96,14 @@ def recipes_table(configs: Path) -> str:
         recipe = read_recipe(path)
         config, plan = recipe.config, recipe.plan
         model, data = config.model, config.data
-        network = model.variant["name"] if model.variant else model.name
+        network = f"`{model.variant['name'] if model.variant else model.name}`"
+        if network == "`auto`":
+            network = "the file's"
         start = f"`{model.checkpoint}`" if model.checkpoint else "random"
         classes = f"{data.num_classes:,} classes" if data.num_classes else "classes found"
         batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
         rows.append(
-            f"| `{path.relative_to(configs)}` | `{network}` | {start} | {data.source}, {classes} | {data.img_size} | "
+            f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {data.img_size} | "
             f"{plan.epochs} | {batch} | {plan.lr:g} | {recipe.published} |"
         )
     return "\n".join(rows)

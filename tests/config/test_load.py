@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conv2former import ConfigError, DataError
-from conv2former.config import Config, check_config, differences, load_config, make_plan
+from conv2former.config import Config, check_config, differences, fit_batch, load_config, make_plan
 
 from ..conftest import ROOT
 
@@ -124,6 +124,65 @@ def test_plan():
     assert (plan.steps_per_epoch, plan.epochs, plan.total_steps) == (3, 310, 930)
     with pytest.raises(DataError, match=re.escape("fewer than one global batch of 256 (32 x 2 accumulation steps x 4")):
         make_plan(config, world_size=4, num_train_images=255)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "mixup", "expected"),
+    [
+        (1000, 1, 0.0, (32, 2)),
+        (64, 1, 0.0, (32, 2)),
+        (63, 1, 0.0, (31, 2)),
+        (63, 1, 0.8, (30, 2)),
+        (25, 2, 0.0, (6, 2)),
+        (25, 2, 0.8, (6, 2)),
+        (3, 2, 0.0, (1, 1)),
+        (1, 1, 0.0, (1, 1)),
+        (3, 1, 0.8, (2, 1)),
+    ],
+)
+def test_a_small_set_gets_a_small_batch(images, devices, mixup, expected):
+    sections = {"data": {"root": "x"}, "augment": {"mixup": mixup, "cutmix": 0.0}}
+    config = check_config(sections | {"train": {"batch_size": 32, "accum_steps": 2, "shrink_batch": True}}, "test")
+    fitted = fit_batch(config, devices, images)
+    assert (fitted.train.batch_size, fitted.train.accum_steps) == expected
+    assert fit_batch(fitted, devices, images) == fitted
+    plan = make_plan(fitted, devices, images)
+    assert plan.steps_per_epoch >= 1
+    assert plan.lr == pytest.approx(1e-3 * expected[0] * expected[1] * devices / 1024)
+    unasked = check_config(sections | {"train": {"batch_size": 32, "accum_steps": 2}}, "test")
+    assert fit_batch(unasked, devices, images) == unasked
+
+
+def test_a_set_that_is_too_small_for_any_batch():
+    sections = {"data": {"root": "x"}, "train": {"batch_size": 32, "shrink_batch": True}}
+    for images, devices in ((1, 1), (3, 2)):  # mixup needs a pair on every device
+        config = fit_batch(check_config(sections, "test"), devices, images)
+        with pytest.raises(DataError, match=f"has {images} images, fewer than one global batch of {32 * devices} "):
+            make_plan(config, devices, images)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"model": {"name": "auto"}}, "model.name: auto reads the network off model.checkpoint; give a weight file"),
+        (
+            {"data": {"source": "hf", "streaming": True, "epoch_images": 9, "sampling": "sqrt"}},
+            "data.sampling: not with data.streaming",
+        ),
+        (
+            {"data": {"source": "hf", "streaming": True, "epoch_images": 9}, "train": {"class_weight": "sqrt"}},
+            "train.class_weight: not with data.streaming",
+        ),
+        (
+            {"data": {"sampling": "sqrt"}, "train": {"class_weight": "sqrt"}},
+            "train.class_weight: corrects what data.sampling does already",
+        ),
+    ],
+)
+def test_conflicts_of_fine_tuning(sections, expected):
+    sections["data"] = {"root": "x"} | sections.get("data", {})
+    with pytest.raises(ConfigError, match=f"1 mistake:\n.*{expected}"):
+        check_config(sections, "test")
 
 
 def test_the_imagenet_recipe_is_the_authors():

@@ -7,7 +7,16 @@ from PIL import Image
 
 from conv2former import DataError
 from conv2former.config import check_config, img_size_at
-from conv2former.data import DataSource, EpochSampler, Stream, eval_loader, seed_all, train_loader, train_transforms
+from conv2former.data import (
+    DataSource,
+    EpochSampler,
+    Stream,
+    eval_loader,
+    seed_all,
+    start_workers,
+    train_loader,
+    train_transforms,
+)
 from conv2former.data.images import UnreadableImage
 
 
@@ -196,3 +205,91 @@ def test_unreadable_images_raise_by_default():
     everything = source(4, unreadable=(0, 1, 2, 3))
     with pytest.raises(DataError, match="not one image of a batch of 2 can be read"):
         list(train_loader(everything, config(data={"on_error": "skip"}), EpochSampler(4, 2), False))
+
+
+# -------------------------------------------------------------------------------------------------------- imbalance
+
+COUNTS = np.array([2, 40, 0, 10])
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))
+
+
+def epoch_of(sampling: str, epoch: int = 0, **kwargs) -> list[tuple[int, ...]]:
+    sampler = EpochSampler(52, 4, labels=LABELS, sampling=sampling, **kwargs)
+    sampler.set_epoch(epoch)
+    return [key for batch in sampler for key in batch]
+
+
+@pytest.mark.parametrize(("sampling", "shares"), [("balanced", [1, 1, 0, 1]), ("sqrt", [2**0.5, 40**0.5, 0, 10**0.5])])
+def test_how_often_classes_are_seen(sampling, shares):
+    exact = 52 * np.array(shares) / sum(shares)
+    seen = []
+    for epoch in range(60):
+        keys = epoch_of(sampling, epoch)
+        assert len(keys) == 52
+        assert {key[0] for key in keys} == {epoch}
+        seen.append(np.bincount(LABELS[[key[1] for key in keys]], minlength=4))
+        assert (np.abs(seen[-1] - exact) < 1).all()  # rounded up or down
+        for label in range(4):  # no image a second time before every other of its class
+            times = [sum(key[1] == i for key in keys) for i in np.flatnonzero(label == LABELS)]
+            assert not times or max(times) - min(times) <= 1
+    assert np.abs(np.mean(seen, axis=0) - exact).max() < 0.25
+    assert epoch_of(sampling, 1) != epoch_of(sampling, 2)
+    assert epoch_of(sampling, 1) == epoch_of(sampling, 1)
+
+
+def test_a_repeated_image_has_its_number():
+    keys = epoch_of("balanced")
+    assert len(set(keys)) == 52
+    for index in np.flatnonzero(LABELS == 0).tolist():  # 2 images in 17 or 18 places
+        mine = sorted(key[2:] for key in keys if key[1] == index)
+        assert mine == [(), *((repeat,) for repeat in range(1, len(mine)))]
+        assert len(mine) > 7
+
+
+def test_balanced_batches_are_the_same_on_any_number_of_devices_and_from_any_step():
+    parts = [deal_balanced(rank=rank, world_size=2) for rank in range(2)]
+    whole = deal_balanced(batch_size=8)
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    sampler = EpochSampler(52, 8, labels=LABELS, sampling="balanced")
+    sampler.set_epoch(0, first_step=3)
+    assert list(sampler) == whole[3:]
+
+
+def deal_balanced(batch_size: int = 4, **kwargs) -> list[list[tuple[int, ...]]]:
+    return deal(num_images=52, batch_size=batch_size, labels=LABELS, sampling="balanced", **kwargs)
+
+
+def test_a_repeated_image_is_augmented_anew():
+    """And the first of them as without sampling."""
+    images = source(6)
+    labels = np.array([0, 1, 1, 1, 1, 1])
+    by_key = {}
+    for sampling in ("uniform", "balanced"):
+        sampler = EpochSampler(6, 2, seed=3, labels=labels, sampling=sampling)
+        loader = train_loader(images, config(), sampler, False)
+        for keys, batch in zip(list(sampler), loader, strict=True):
+            by_key[sampling] = by_key.get(sampling, {}) | dict(zip(keys, batch.images, strict=True))
+            assert batch.indices.tolist() == [key[1] for key in keys]
+    repeats = [image for key, image in by_key["balanced"].items() if key[1] == 0]
+    assert len(repeats) == 3
+    assert not torch.equal(repeats[0], repeats[1])
+    assert not torch.equal(repeats[1], repeats[2])
+    for key in by_key["balanced"].keys() & by_key["uniform"].keys():
+        assert torch.equal(by_key["balanced"][key], by_key["uniform"][key])
+    assert (0, 0) in by_key["balanced"]
+
+
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+def test_workers_that_start_before_they_are_needed(which):
+    """They are the ones that then work, and they have read nothing before."""
+    two = config(data={"workers": 2})
+    if which == "training":
+        loader = train_loader(source(10), two, EpochSampler(10, 2), False)
+    else:
+        loader = eval_loader(source(10), two.data, 2, 0, 1, False)
+    start_workers(loader)
+    started = [worker.pid for worker in loader._iterator._workers]
+    assert loader._iterator._tasks_outstanding == 0
+    assert sum(len(batch.labels) for batch in loader) == 10
+    assert sum(len(batch.labels) for batch in loader) == 10
+    assert [worker.pid for worker in loader._iterator._workers] == started

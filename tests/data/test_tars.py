@@ -145,9 +145,9 @@ def test_a_list_of_class_names(tmp_path):
     assert open_split(config(tmp_path), "train", ["fish", "cat"]).images.labels.tolist() == [0, 1]
     write(tmp_path / "train-1.tar", pairs(1, 3))
     refused(tmp_path, r"train-1.tar, member 001.png: class 3 of the 3 in .*list of class names")
-    for text in ("cat\n\nfish", "cat\ncat"):
+    for text, expected in (("cat\n\nfish", "empty; each line"), ("cat\ncat", "'cat' is there twice, first in line 1")):
         (tmp_path / "classnames.txt").write_text(text)
-        refused(tmp_path, "classnames.txt: a line is empty or a name is there twice")
+        refused(tmp_path, f"classnames.txt, line 2: {expected}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,209 @@
+"""Tables of images, as spreadsheets save them, and class lists. Every mistake is named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError, closest, counted, shorten
+from .images import open_rgb
+
+__all__ = ["TABLE_ENDINGS", "Row", "TableImages", "read_class_list", "read_table", "write_table"]
+
+TABLE_ENDINGS = (".csv", ".tsv")
+_SEPARATORS = ",;\t|"  # Excel writes semicolons where the comma is the decimal mark
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: `image` as it stands there, `split` None where the table has no such column."""
+
+    line: int
+    image: str
+    label: str
+    split: str | None
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """Images that a table names.
+
+    Attributes:
+        root: the folder that paths are relative to.
+        paths: as in the table.
+        labels: (images,) int64, class indices.
+        value_range: see `to_rgb`.
+    """
+
+    root: str
+    paths: list[str]
+    labels: np.ndarray
+    value_range: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name = self.name(index)
+        return open_rgb(name, name, self.value_range), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self.paths[index])
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file, with their ends but without a byte order mark.
+
+    Raises:
+        DataError: there is no such file, or it is no text in UTF-8; says which line is not.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save it as UTF-8 (in Excel: 'CSV UTF-8')") from None
+    if "\0" in text:
+        raise DataError(f"{path}: holds a zero byte, so it is no text file; save it as UTF-8")
+    return io.StringIO(text, newline=None).readlines()  # as the csv module counts lines, unlike str.splitlines
+
+
+def read_class_list(path: Path) -> list[str]:
+    """Reads class names, one a line, in index order. Empty lines at the end do not count.
+
+    Raises:
+        DataError: the file is missing, empty or no text, or a line is empty or there twice; says which line.
+    """
+    names = [line.strip() for line in _read_lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if not names:
+        raise DataError(f"{path}: empty; each line must name one class")
+    seen: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{path}, line {line}: empty; each line must name one class")
+        if name in seen:
+            raise DataError(f"{path}, line {line}: '{name}' is there twice, first in line {seen[name]}")
+        seen[name] = line
+    return names
+
+
+def read_table(path: Path, image_key: str, label_key: str, split_key: str) -> list[Row]:
+    """Reads a table: `.txt` as lines `path label`, anything else with a header and the best fitting separator.
+
+    Args:
+        path: the file.
+        image_key, label_key: columns that it must have.
+        split_key: a column that it may have.
+
+    Returns:
+        Its rows, never none. Rows without anything in them are left out.
+
+    Raises:
+        DataError: says what is wrong in which line.
+    """
+    lines = _read_lines(path)
+    rows = list(
+        _plain(path, lines) if path.suffix.lower() == ".txt" else _columns(path, lines, image_key, label_key, split_key)
+    )
+    if not rows:
+        raise DataError(f"{path}: has no rows")
+    seen: dict[str, int] = {}
+    for row in rows:
+        for what, value in ((image_key, row.image), (label_key, row.label), (split_key, row.split)):
+            if value == "":
+                raise DataError(f"{path}, line {row.line}: the {what} is empty")
+        image = posixpath.normpath(row.image)
+        if image in seen:
+            raise DataError(f"{path}, line {row.line}: {row.image} is there twice, first in line {seen[image]}")
+        seen[image] = row.line
+    return rows
+
+
+def _plain(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        words = line.rsplit(maxsplit=1)  # a path may hold blanks
+        if len(words) == 1:
+            raise DataError(f"{path}, line {number}: '{words[0]}': expected a path, a blank and a label")
+        if words:
+            yield Row(number, words[0].strip(), words[1], None)
+
+
+def _columns(path: Path, lines: Sequence[str], image_key: str, label_key: str, split_key: str) -> Iterator[Row]:
+    first = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    separator = _separator(lines[first] if lines else "", (image_key, label_key))
+    reader = csv.reader(lines[first:], delimiter=separator, strict=True)
+    header: list[str] = []
+    places: dict[str, int] = {}
+    while True:
+        line = first + reader.line_num + 1  # where the next row begins
+        try:
+            fields = [field.strip() for field in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as e:
+            raise DataError(f"{path}, line {line}: {e}; check the quotation marks") from None
+        if not any(fields):
+            continue
+        if first + reader.line_num > line:
+            raise DataError(f"{path}, line {line}: a field goes over more than one line; check the quotation marks")
+        if not header:
+            header, places = fields, _places(path, line, fields, image_key, label_key)
+            continue
+        if len(fields) != len(header):
+            have = counted(len(fields), "field")
+            raise DataError(
+                f"{path}, line {line}: {have}, the header has {len(header)}; a '{separator}' in a value needs \"...\""
+            )
+        split = fields[header.index(split_key)] if split_key in header else None
+        yield Row(line, fields[places[image_key]], fields[places[label_key]], split)
+
+
+def _separator(header: str, keys: Sequence[str]) -> str:
+    """Returns the separator by which a header has the most of the wanted columns, then the most columns."""
+
+    def fields(separator: str) -> list[str]:
+        return [field.strip().strip('"') for field in header.strip().split(separator)]
+
+    return max(_SEPARATORS, key=lambda s: (sum(key in fields(s) for key in keys), len(fields(s))))
+
+
+def _places(path: Path, line: int, header: list[str], image_key: str, label_key: str) -> dict[str, int]:
+    for which, key in (("image_key", image_key), ("label_key", label_key)):
+        if key not in header:
+            raise DataError(
+                f"{path}, line {line}: no column '{key}' (data.{which}){closest(key, header)}: the header has "
+                f"{shorten(header)}"
+            )
+        if header.count(key) > 1:
+            raise DataError(f"{path}, line {line}: {header.count(key)} columns are called '{key}'; rename the others")
+    return {key: header.index(key) for key in (image_key, label_key)}
+
+
+def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Writes (image, label, split) as a table that `read_table` reads, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("image", "label", "split"))
+            writer.writerows(rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
