@@ -1,110 +1,530 @@
-"""Evaluates a weight file on a validation split."""
+"""Evaluates weight files on a validation split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
 from ..config import Config, apply_overrides, check_config, load_config
+from ..config.schema import DataConfig, TrainConfig
 from ..data import DataSource, StreamSource, batches, eval_loader, open_val
+from ..data.classes import class_names_of, match_classes
+from ..data.real_labels import real_labels
+from ..data.sources import VAL_NAMES, is_bare
+from ..data.tables import TABLE_ENDINGS, read_class_list
+from ..data.tars import COMPRESSED
 from ..engine.build import autocast_for
 from ..engine.distributed import World, join_world
-from ..engine.evaluate import evaluate
-from ..errors import CheckpointError, ConfigError, DataError, before_processes_meet, shorten
-from ..models import CheckpointInfo, Conv2Former, inspect_checkpoint, load_weights
+from ..engine.evaluate import Evaluation, Score, evaluate_views
+from ..engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    UserError,
+    before_processes_meet,
+    counted,
+    shorten,
+)
+from ..models import CheckpointInfo, Conv2Former, load_model
+from ..models.preprocessing import Preprocessing, candidates
+from .evaluation_files import Extras, check_folder, folders_of, write_extras, write_results
+from .output import bar
 
-__all__ = ["validate"]
+__all__ = ["AMONG", "PREPROCESSINGS", "Extras", "validate", "validate_files"]
+
+PREPROCESSINGS = ("checkpoint", "imagenet", "inception", "both")
+AMONG = ("all", "present")
+MAX_COUNTED_CLASSES = 5_000  # whose confusions fit the memory: 200 MB
+DEFAULT_FOLDER = Path("runs/evaluation")
+
+Source = DataSource | StreamSource
+_FIELDS = tuple(f.name for f in fields(Preprocessing))  # they have the same names in the data section
+# of a checkpoint's own data section, what holds for other data too
+_OF_ANY_DATA = {*_FIELDS, "on_error", "max_skipped", "value_range", "workers"}
+_OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "timeout_minutes"}
+# of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
+_NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
 
 
-def validate(
-    checkpoint: Path, config: Path | None = None, overrides: Sequence[str] = (), use_ema: bool = True
-) -> dict[str, Any]:
-    """Evaluates a weight file; under torchrun every process calls it.
+@dataclass
+class _Task:
+    """A checkpoint, and what its evaluation needs.
+
+    Attributes:
+        views: the preprocessings, by what they are called.
+        changed: the keys of the preprocessing that were given on the command line or in a configuration.
+        among: indices of the network's classes that are scored; None for all.
+        class_names: of the scored classes, in that order.
+        real: ReaL labels of every image, (images, most labels of one), filled up with -1; None if not asked for.
+    """
+
+    path: Path
+    info: CheckpointInfo
+    settings: Config
+    source: Source
+    views: dict[str, Preprocessing]
+    changed: list[str]
+    class_names: list[str]
+    model: Conv2Former | None
+    among: list[int] | None = None
+    real: torch.Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def data(self) -> DataConfig:
+        return self.settings.data
+
+
+def validate(checkpoint: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """As `validate_files`, of one file under one preprocessing: its row."""
+    return validate_files([checkpoint], *args, **kwargs)[0]
+
+
+def validate_files(
+    checkpoints: Sequence[str | Path],
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    use_ema: bool = True,
+    *,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    preprocessing: str | None = None,
+    among: str | None = None,
+    extras: Extras | None = None,
+    output: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates weight files; under torchrun every process calls it. All are checked before the first is evaluated.
 
     Args:
-        checkpoint: a file in this project's, the authors' or birder's layout.
+        checkpoints: files in any known layout, or timm's `local-dir:FOLDER`.
         config: a configuration whose data section to use; None for the one in the file, if it has one.
         overrides: changes to it, `data.root=...`.
-        use_ema: evaluate the averaged weights where the file has them.
+        use_ema: evaluate the averaged weights where a file has them.
+        model: a variant, or its YAML file, that the network must be.
+        data: in place of `data.root`; then where the data is, is not taken from the checkpoint.
+        preprocessing: 'checkpoint', as the file notes it; 'imagenet' or 'inception', one of the two candidates for the
+            authors' files; 'both' of these in one pass. None is 'checkpoint', or as `config` says. Overrides win.
+        among: 'all' of the network's classes can be the answer, or only those 'present' in the data; None for all,
+            but on ImageNet-A and -R their 200, as published.
+        extras: what else to find out; it needs files.
+        output: a folder for results.json, results.csv and those files; None for no files, or runs/evaluation if
+            `extras` needs some.
 
     Returns:
-        `top1`, `top5`, `loss` and `n`, as `evaluate`; `variant`, `weights`, `data` and `precision`, what was evaluated;
-        `skipped`, a sentence for each unreadable image.
+        A row for each file and preprocessing, the same on all processes but for `files`, which only the main one has:
+        `top1`, `top5`, `loss` and `n`, as `evaluate`; `variant`, `weights`, `data`, `preprocessing` and `precision`,
+        what was evaluated; `images_per_second`; `skipped`, a sentence for each unreadable image; and more, as in
+        docs/evaluate.md.
 
     Raises:
-        UserError: the file, the configuration or the data is wrong, or they do not go together.
+        UserError: a file, the configuration, the data or the folder is wrong, or they do not go together.
     """
+    extras = extras or Extras()
+    world = World.from_environment()
     with before_processes_meet():
-        world, settings, source, model, info = _prepare(checkpoint, config, overrides, use_ema)
-    train = settings.train
-    precision, autocast = autocast_for(train.precision, world.device)
-    batch_size = train.eval_batch_size or train.batch_size
-    with join_world(world, train.timeout_minutes) as world:
-        loader = eval_loader(source, settings.data, batch_size, world.rank, world.size, world.device.type == "cuda")
-        result = evaluate(model.to(world.device), batches(loader), world, autocast, train.channels_last)
-        assert result is not None
-        skipped = [item for items in world.gather(result.skipped) for item in items]
-    total = result.metrics["n"] + len(skipped)
-    if len(skipped) > settings.data.max_skipped * total or not result.metrics["n"]:
-        raise DataError(
-            f"{len(skipped)} of {total} images cannot be read, more than data.max_skipped = "
-            f"{settings.data.max_skipped:g} allows: {shorten((item.name for item in skipped), 5)}"
+        if not checkpoints:
+            raise ConfigError("no checkpoint is given")
+        if data is not None and "root" in _given(overrides, "data"):
+            raise ConfigError("--data and data.root are two ways to say the same; give one")
+        options = _Options(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
+        tasks = _prepare(checkpoints, options)
+    folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
+    rows: list[dict[str, Any]] = []
+    with join_world(world, tasks[0].settings.train.timeout_minutes) as world:
+        _check_agreement(tasks, world)
+        if folder:
+            world.on_main(partial(check_folder, folder))
+        folders = folders_of(folder, [(task.path, name) for task in tasks for name in task.views])
+        for task in tasks:
+            results, shared = _evaluate(task, world, options)
+            first = len(rows)
+            for (name, view), result in zip(task.views.items(), results, strict=True):
+                rows.append(_row(task, name, view, result, world) | shared)
+            if folder:
+                write = partial(_write, task, results, rows, first, folders, folder, extras)
+                world.on_main(write)  # after every file, so that nothing is lost if a later one fails
+            task.model = None
+    return rows
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `validate_files` was given."""
+
+    config: str | Path | None
+    overrides: tuple[str, ...]
+    use_ema: bool
+    model: str | Path | None
+    data: str | Path | None
+    preprocessing: str | None
+    among: str | None
+    extras: Extras
+
+
+# ------------------------------------------------------------------------------- all that can be a mistake, found first
+
+
+def _prepare(checkpoints: Sequence[str | Path], options: _Options) -> list[_Task]:
+    """Does all that can be a mistake, before the processes meet."""
+    opened: dict[str, Source] = {}
+    tasks = []
+    for checkpoint in checkpoints:
+        try:
+            tasks.append(_task(Path(checkpoint), options, opened, keep=len(checkpoints) == 1))
+        except DataError as e:
+            if len(checkpoints) == 1:
+                raise
+            raise DataError(f"{checkpoint}: {e}") from None
+    return tasks
+
+
+def _task(path: Path, options: _Options, opened: dict[str, Source], keep: bool) -> _Task:
+    """Checks one checkpoint and opens its data.
+
+    Args:
+        opened: the data of those before, so that it is looked through once.
+        keep: the network; without it it is built to be checked, and again when its turn comes, to hold only one.
+    """
+    model, info = load_model(path, options.use_ema, options.model)
+    if not info.num_classes:
+        raise CheckpointError(f"{path} has no classifier, so there is nothing to evaluate")
+    if info.in_chans != 3:
+        raise CheckpointError(f"{path} takes images of {counted(info.in_chans, 'channel')}; here they have 3")
+    settings = _settings(info, path, options)
+    views, changed = _views(info, settings, options)
+    names = _class_names(info, path, settings.data, options)
+    notes = []
+    where = json.dumps([settings.data.model_dump(mode="json", exclude=set(_FIELDS)), names])
+    if where not in opened:
+        opened[where] = open_val(settings.data, names)
+    source = opened[where]
+    if names is None:
+        if len(source.class_names) != info.num_classes:
+            raise DataError(
+                f"{source.name} has {counted(len(source.class_names), 'class', 'classes')}, {path} is for "
+                f"{info.num_classes}: they do not belong together"
+            )
+        notes.append(
+            f"the file does not name its classes: they are taken to be those of {source.name} in order, "
+            f"{shorten(source.class_names, 5)}"
         )
-    return {
-        "variant": info.name or "unnamed variant",
-        "weights": "average" if info.has_ema and use_ema else "raw",
-        "data": source.name,
+    if isinstance(source, DataSource) and source.note:
+        notes.append(source.note)
+    unsaid = [key for key in ("mean", "std", "crop_pct") if key not in {*info.preprocessing_noted, *changed}]
+    if unsaid and "checkpoint" in views:
+        notes.append(f"{path} does not say its {', '.join(unsaid)}: --preprocessing both compares the two likely ones")
+    kept = model if keep else None
+    task = _Task(path, info, settings, source, views, changed, source.class_names, kept, notes=notes)
+    _choose_classes(task, options.among)
+    _check_extras(task, options.extras)
+    return task
+
+
+def _class_names(info: CheckpointInfo, path: Path, data: DataConfig, options: _Options) -> list[str] | None:
+    """Returns the names of the network's classes: a list that was given, the file's, or ImageNet's."""
+    is_given = options.config is not None or "class_names" in _given(options.overrides, "data")
+    if data.class_names is None or not is_given:
+        return class_names_of(info.num_classes, info.class_names)
+    listed = read_class_list(Path(data.class_names))
+    if len(listed) != info.num_classes:
+        raise DataError(
+            f"{data.class_names} has {counted(len(listed), 'name')}, {path} has {info.num_classes:,} classes "
+            "(data.class_names)"
+        )
+    return listed
+
+
+def _settings(info: CheckpointInfo, path: Path, options: _Options) -> Config:
+    """Returns the configuration to evaluate under: the file's own data section, or the given one, with overrides."""
+    useless = sorted(apply_overrides({}, options.overrides).keys() - {"data", "train"})
+    given = _given(options.overrides, "data")
+    train = _given(options.overrides, "train")
+    useless += [f"train.{key}" for key in sorted(train.keys() - _OF_TRAIN) if key in TrainConfig.model_fields]
+    if useless:
+        raise ConfigError(
+            f"{', '.join(useless)}: no effect on an evaluation, which takes the data section and, of train, "
+            f"{', '.join(sorted(_OF_TRAIN))}"
+        )
+    root = [] if options.data is None else [f"data.root={json.dumps(str(options.data))}"]
+    words = [*_NEUTRAL, *root, *options.overrides]
+    if options.config is not None:
+        settings = load_config(options.config, words)
+    else:
+        settings = check_config(apply_overrides(_own(info, path, options, given), words), "the configuration")
+    located = _located(settings.data)
+    if "workers" not in given:  # what a training machine has may be more than this one
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        located = located.model_copy(update={"workers": min(located.workers, share)})
+    return settings.model_copy(update={"data": located})
+
+
+def _given(overrides: Sequence[str], section: str) -> dict[str, Any]:
+    """Returns the keys of a section that are on the command line."""
+    found = apply_overrides({}, overrides).get(section)
+    return found if isinstance(found, dict) else {}
+
+
+def _own(info: CheckpointInfo, path: Path, options: _Options, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what of the configuration in a checkpoint of this project holds; nothing of another's."""
+    sections = {key: info.recipe.get(key) for key in ("data", "train")}
+    is_own = info.layout == "conv2former" and all(isinstance(section, dict) for section in sections.values())
+    data, train = (dict(section) if is_own else {} for section in sections.values())  # type: ignore[arg-type]
+    if options.data is not None:
+        data = {key: value for key, value in data.items() if key in _OF_ANY_DATA}
+    elif not data.get("root") and "root" not in given:
+        raise ConfigError(f"{path} does not say where images are: give --data FOLDER, or data.root=...")
+    return {"data": data, "train": {key: value for key, value in train.items() if key in _OF_TRAIN}}
+
+
+def _located(data: DataConfig) -> DataConfig:
+    """Returns the data section with its source, where nothing says it, and the split '.' of a folder of classes."""
+    found: dict[str, Any] = {}
+    root = Path(data.root)
+    source: str = data.source
+    if "source" not in data.model_fields_set:
+        if root.is_file() and root.suffix.lower() in TABLE_ENDINGS and data.csv is None:
+            found = {"csv": str(root), "root": str(root.parent)}
+        source = found["source"] = "csv" if found or data.csv else _detect(root)
+        if source == "folder" and not root.exists():
+            raise DataError(f"{root}: no such folder; a data set on the Hugging Face hub is OWNER/NAME")
+    if source == "folder" and root.is_dir() and data.val_split is None and not data.holdout:
+        if is_bare(root):
+            found["val_split"] = "."
+        elif not any(entry.is_dir() for entry in root.iterdir()):
+            raise DataError(f"{root} has no class folders; expected {root}/CLASS/IMAGE or {root}/val/CLASS/IMAGE")
+    return data.model_copy(update=found)
+
+
+def _detect(root: Path) -> str:
+    """Tells the kind of a data set: by the files in a folder and in those right below it, or by the form of a name."""
+    if not root.is_dir():
+        is_hub_name = not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) and not root.parent.exists()
+        return "hf" if is_hub_name else "folder"
+    try:
+        entries = sorted(root.iterdir())
+        below = [entry for folder in entries if folder.is_dir() for entry in folder.iterdir()]
+    except OSError as e:
+        raise DataError(f"{e.filename or root}: cannot be read ({e.strerror})") from None
+    names = [entry.name.lower() for entry in (*entries, *below)]
+    if any(name.endswith((".tar", *COMPRESSED)) for name in names):
+        return "wds"
+    if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
+        return "hf"
+    is_table = any(entry.stem in VAL_NAMES and entry.suffix.lower() in TABLE_ENDINGS for entry in entries)
+    return "csv" if is_table else "folder"
+
+
+def _views(info: CheckpointInfo, settings: Config, options: _Options) -> tuple[dict[str, Preprocessing], list[str]]:
+    """Returns the preprocessings by name, and the keys of them that were given."""
+    wanted = options.preprocessing or "checkpoint"
+    if wanted not in PREPROCESSINGS:
+        raise ConfigError(f"preprocessing '{wanted}': expected {', '.join(PREPROCESSINGS)}")
+    data = settings.data
+    keys = set(_given(options.overrides, "data"))
+    if options.config is not None and options.preprocessing is None:
+        keys |= data.model_fields_set
+    given = {key: getattr(data, key) for key in _FIELDS if key in keys}
+    size = info.preprocessing.img_size
+    chosen = {"checkpoint": info.preprocessing, **candidates(given.get("img_size", size))}
+    names = ("imagenet", "inception") if wanted == "both" else (wanted,)
+    views = {name: Preprocessing(**{**vars(chosen[name]), **given}) for name in names}
+    if len(views) > len(set(views.values())):
+        raise ConfigError(f"preprocessing 'both': with {', '.join(given)} given, both are the same")
+    unchanged = {"checkpoint": info.preprocessing, **candidates(size)}
+    changed = [key for key in given if any(given[key] != getattr(unchanged[name], key) for name in names)]
+    return views, changed
+
+
+def _choose_classes(task: _Task, among: str | None) -> None:
+    """Decides among which of the network's classes the answer is sought."""
+    if among not in (None, *AMONG):
+        raise ConfigError(f"among '{among}': expected {' or '.join(AMONG)}")
+    if isinstance(task.source, StreamSource):
+        if among == "present":
+            raise DataError(f"{task.source.name} is a stream: which classes are present is not known before its end")
+        return
+    present = _present(task.source)
+    subset = _subset_of(present, task.class_names) if among is None else None
+    if subset:
+        task.notes.append(f"{subset}: scored among its {len(present)} classes, as published (--among all for all)")
+    if (subset or among == "present") and len(present) < len(task.class_names):
+        task.among = present
+        task.class_names = [task.class_names[i] for i in present]
+
+
+def _present(source: DataSource) -> list[int]:
+    return [int(label) for label in np.unique(source.images.labels) if label >= 0]
+
+
+def _subset_of(present: Sequence[int], class_names: Sequence[str]) -> str | None:
+    """Returns 'ImageNet-A' or 'ImageNet-R' if the classes of a data set are just theirs."""
+    if len(class_names) < 1000 or len(present) != 200:
+        return None
+    for name, file in (("ImageNet-A", "imagenet_a_synsets.txt"), ("ImageNet-R", "imagenet_r_synsets.txt")):
+        synsets = (resources.files("timm.data") / "_info" / file).read_text("utf-8").split()
+        try:
+            if sorted(match_classes(synsets, class_names, name)) == list(present):
+                return name
+        except DataError:  # the network's classes are not ImageNet's
+            return None
+    return None
+
+
+def _check_extras(task: _Task, extras: Extras) -> None:
+    """Checks what is asked for, and looks up the ReaL labels."""
+    classes = len(task.class_names)
+    if extras.confusion and classes > MAX_COUNTED_CLASSES:
+        raise ConfigError(
+            f"--confusion: {task.path} has {classes:,} classes, too many to count every pair; leave it out, or add "
+            "--among present"
+        )
+    if (extras.worst or extras.real) and isinstance(task.source, StreamSource):
+        option = "--worst" if extras.worst else "--real"
+        raise DataError(
+            f"{option}: {task.source.name} is a stream, whose images have no names; leave out data.streaming"
+        )
+    if extras.real:
+        assert isinstance(task.source, DataSource)
+        names = task.source.class_names
+        place = {label: i for i, label in enumerate(task.among)} if task.among else {i: i for i in range(len(names))}
+        labels = [[place[i] for i in found if i in place] for found in real_labels(task.source, names)]
+        task.real = torch.full((len(labels), max(1, *map(len, labels))), -1)
+        for row, found in zip(task.real, labels, strict=True):
+            row[: len(found)] = torch.tensor(found, dtype=torch.int64)
+
+
+def _check_agreement(tasks: Sequence[_Task], world: World) -> None:
+    """Checks that all processes have found the same images and classes on their machines.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    found = world.gather([(len(task.source), task.class_names, task.info.num_parameters) for task in tasks])
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise ConfigError(f"rank {rank} has found other checkpoints, images or classes than rank 0")
+
+
+# ------------------------------------------------------------------------------------------------------- the evaluation
+
+
+def _evaluate(task: _Task, world: World, options: _Options) -> tuple[list[Evaluation], dict[str, Any]]:
+    """Evaluates one checkpoint.
+
+    Returns:
+        The result of each view, and what the rows of all of them have in common.
+    """
+    model = task.model or load_model(task.path, options.use_ema, options.model)[0]
+    train = task.settings.train
+    precision, autocast = autocast_for(train.precision, world.device)
+    loader = eval_loader(
+        task.source,
+        task.data.model_copy(update=vars(next(iter(task.views.values())))),
+        train.eval_batch_size or train.batch_size,
+        world.rank,
+        world.size,
+        world.device.type == "cuda",
+        views=list(task.views.values()) if len(task.views) > 1 else (),
+    )
+    scores = [_score(task, options.extras, world.device) for _ in task.views]
+    start = time.perf_counter()
+    shown = bar(batches(loader), _length(loader), " batches", task.path.name)
+    results = evaluate_views(model.to(world.device), shown, world, autocast, scores, train.channels_last)
+    seconds = max(world.gather(time.perf_counter() - start))
+    assert results is not None
+    skipped = [item for items in world.gather(results[0].skipped) for item in items]
+    n = results[0].metrics["n"]
+    total = n + len(skipped)
+    if len(skipped) > task.data.max_skipped * total or not n:
+        error: UserError = DataError(
+            f"{len(skipped)} of {total} images cannot be read, more than data.max_skipped = "
+            f"{task.data.max_skipped:g} allows: {shorten((item.name for item in skipped), 5)}"
+        )
+        if not total:
+            error = DataError(f"{task.source.name}: there are no images")
+        error.scope = "run"
+        raise error
+    return results, {
+        "weights": "average" if task.info.has_ema and options.use_ema else "raw",
         "precision": precision,
+        "processes": world.size,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(n / max(seconds, 1e-9), 1),
         "skipped": [item.reason for item in skipped],
-        **result.metrics,
     }
 
 
-def _prepare(
-    checkpoint: Path, config: Path | None, overrides: Sequence[str], use_ema: bool
-) -> tuple[World, Config, DataSource | StreamSource, Conv2Former, CheckpointInfo]:
-    """Does all that can be a mistake, before the processes meet."""
-    world = World.from_environment()
-    info = inspect_checkpoint(checkpoint)
-    settings = _settings(info, config, overrides)
-    source = open_val(settings.data, info.class_names)
-    if len(source.class_names) != info.num_classes:
-        raise DataError(
-            f"{source.name} has {len(source.class_names)} classes, {checkpoint} is for {info.num_classes}: "
-            "they do not belong together"
-        )
-    model = _build(info)
-    load_weights(model, checkpoint, use_ema)
-    return world, settings, source, model, info
+def _length(loader: DataLoader) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream
+        return None
 
 
-def _settings(info: CheckpointInfo, path: Path | None, overrides: Sequence[str]) -> Config:
-    """Returns the configuration to evaluate under: the file's own, or the given one, with overrides."""
-    ignored = sorted(apply_overrides({}, overrides).keys() - {"data", "train"})
-    if ignored:
-        raise ConfigError(f"{', '.join(ignored)}: has no effect here; data and train can be changed")
-    if path is not None:
-        return load_config(path, overrides)
-    # a recipe without sections is that of another training script, the authors' or timm's
-    own = info.recipe if all(isinstance(section, dict) for section in info.recipe.values()) else {}
-    return check_config(apply_overrides(own, overrides), "the checkpoint's configuration")
+def _score(task: _Task, extras: Extras, device: torch.device) -> Score:
+    classes = len(task.class_names)
+    tallies: dict[str, Tally] = {}
+    if extras.per_class:
+        tallies["per_class"] = PerClass(classes, device)
+    if extras.calibration:
+        tallies["calibration"] = Calibration(device)
+    if extras.worst:
+        tallies["worst"] = Worst(extras.worst)
+    if task.real is not None:
+        tallies["real"] = RealLabels(task.real, device)
+    limit = MAX_COUNTED_CLASSES if extras.confusion or extras.per_class else 0
+    return Score(device, task.among, limit, tallies)
 
 
-def _build(info: CheckpointInfo) -> Conv2Former:
-    """Builds the network that the file's tensors describe, whether or not it is a registered variant."""
-    if len(info.dims) != 4 or not info.head_hidden_size or not info.num_classes:
-        raise CheckpointError("the file holds a part of a network; to evaluate it needs all four stages and the head")
-    if info.in_chans != 3:
-        raise CheckpointError(f"the network in the file takes images of {info.in_chans} channels; here they have 3")
-    return Conv2Former(
-        in_chans=info.in_chans,
-        num_classes=info.num_classes,
-        dims=info.dims,
-        depths=info.depths,
-        kernel_size=info.kernel_size,
-        mlp_ratio=info.mlp_ratio,
-        head_hidden_size=info.head_hidden_size,
-        fusion=info.fusion,
-        ls_init_value=1e-6 if info.layer_scale else None,
-    )
+def _row(task: _Task, name: str, view: Preprocessing, result: Evaluation, world: World) -> dict[str, Any]:
+    """Returns what is known of one result, but for what all views share."""
+    notes = list(task.notes)
+    if not math.isfinite(result.metrics["loss"]):
+        notes.append("the loss is not a finite number: so are some of the network's answers, or its weights")
+    row = {
+        "checkpoint": str(task.path),
+        "variant": task.info.name or "unnamed variant",
+        "preprocessing": name,
+        "changed": task.changed,
+        **view.to_dict(),
+        "data": task.source.name,
+        "classes": len(task.class_names),
+        "network_classes": task.info.num_classes,
+        "present_classes": len(_present(task.source)) if isinstance(task.source, DataSource) else None,
+        **result.metrics,
+        "notes": notes,
+    }
+    if "real" in result.tallies:
+        n, top1, top5 = result.tallies["real"].tolist()
+        row |= {"real_top1": 100 * top1 / max(n, 1), "real_top5": 100 * top5 / max(n, 1), "real_n": n}
+    return row
+
+
+def _write(
+    task: _Task,
+    results: Sequence[Evaluation],
+    rows: list[dict[str, Any]],
+    first: int,
+    folders: Sequence[Path],
+    folder: Path,
+    extras: Extras,
+) -> None:
+    """Writes the files of one checkpoint's rows, which begin at `first`, and the results so far."""
+    for row, result, place in zip(rows[first:], results, folders[first:], strict=False):
+        row |= write_extras(place, row, result, task.source, task.class_names, extras)
+    write_results(folder, rows)
