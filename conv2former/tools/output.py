@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from ..engine.logging import bar_size
 from ..errors import OutputError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def bar(items: Iterable[T], total: int | None, unit: str, what: str = "") -> Iterator[T]:
-    """Goes over `items` with a bar on a terminal, on the main process; elsewhere without one."""
+    """Goes over `items` with a bar on a terminal, on the main process; elsewhere without one. ` images` is a unit."""
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with tqdm(items, desc=what or None, total=total, unit=unit, disable=not shown, dynamic_ncols=True) as progress:
+    with tqdm(items, desc=what or None, total=total, unit=unit, disable=not shown, **bar_size()) as progress:
         yield from progress
