@@ -23,7 +23,7 @@ from ..data.sources import open_split, open_train_and_val
 from ..errors import ConfigError, DataError, OutputError, UserError, counted
 from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
 from .output import bar, replacing
-from .validate import Extras, _Options, _task
+from .validate import EvaluationOptions, prepare_task
 
 __all__ = ["CALIBRATION_IMAGES", "MAX_DROP", "Accuracy", "ImagesFor", "Quantized", "export_int8"]
 
@@ -124,9 +124,15 @@ def export_int8(
     say(f"reading {checkpoint}")
     words = [*options.overrides, *images.overrides]
     words += [] if options.img_size is None else [f"data.img_size={options.img_size}"]
-    task = _task(
+    task = prepare_task(
         Path(checkpoint),
-        _Options(None, tuple(words), options.use_ema, None, images.root, options.preprocessing, "all", Extras()),
+        EvaluationOptions(
+            overrides=tuple(words),
+            use_ema=options.use_ema,
+            data=images.root,
+            preprocessing=options.preprocessing,
+            among="all",
+        ),
         {},
         keep=True,
     )

@@ -44,7 +44,16 @@ from ..models.preprocessing import Preprocessing, candidates
 from .evaluation_files import Extras, check_folder, folders_of, write_extras, write_results
 from .output import bar
 
-__all__ = ["AMONG", "PREPROCESSINGS", "Extras", "validate", "validate_files"]
+__all__ = [
+    "AMONG",
+    "PREPROCESSINGS",
+    "EvaluationOptions",
+    "Extras",
+    "Task",
+    "prepare_task",
+    "validate",
+    "validate_files",
+]
 
 PREPROCESSINGS = ("checkpoint", "imagenet", "inception", "both")
 AMONG = ("all", "present")
@@ -61,7 +70,7 @@ _NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null"
 
 
 @dataclass
-class _Task:
+class Task:
     """A checkpoint, and what its evaluation needs.
 
     Attributes:
@@ -140,7 +149,7 @@ def validate_files(
             raise ConfigError("no checkpoint is given")
         if data is not None and "root" in _given(overrides, "data"):
             raise ConfigError("--data and data.root are two ways to say the same; give one")
-        options = _Options(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
+        options = EvaluationOptions(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
         tasks = _prepare(checkpoints, options)
     folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
     rows: list[dict[str, Any]] = []
@@ -162,29 +171,29 @@ def validate_files(
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What `validate_files` was given."""
+class EvaluationOptions:
+    """What `validate_files` was given; see there."""
 
-    config: str | Path | None
-    overrides: tuple[str, ...]
-    use_ema: bool
-    model: str | Path | None
-    data: str | Path | None
-    preprocessing: str | None
-    among: str | None
-    extras: Extras
+    config: str | Path | None = None
+    overrides: tuple[str, ...] = ()
+    use_ema: bool = True
+    model: str | Path | None = None
+    data: str | Path | None = None
+    preprocessing: str | None = None
+    among: str | None = None
+    extras: Extras = Extras()
 
 
 # ------------------------------------------------------------------------------- all that can be a mistake, found first
 
 
-def _prepare(checkpoints: Sequence[str | Path], options: _Options) -> list[_Task]:
+def _prepare(checkpoints: Sequence[str | Path], options: EvaluationOptions) -> list[Task]:
     """Does all that can be a mistake, before the processes meet."""
     opened: dict[str, Source] = {}
     tasks = []
     for checkpoint in checkpoints:
         try:
-            tasks.append(_task(Path(checkpoint), options, opened, keep=len(checkpoints) == 1))
+            tasks.append(prepare_task(Path(checkpoint), options, opened, keep=len(checkpoints) == 1))
         except DataError as e:
             if len(checkpoints) == 1:
                 raise
@@ -192,12 +201,17 @@ def _prepare(checkpoints: Sequence[str | Path], options: _Options) -> list[_Task
     return tasks
 
 
-def _task(path: Path, options: _Options, opened: dict[str, Source], keep: bool) -> _Task:
+def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Source], keep: bool) -> Task:
     """Checks one checkpoint and opens its data.
 
     Args:
+        path: the checkpoint.
+        options: how to evaluate it.
         opened: the data of those before, so that it is looked through once.
         keep: the network; without it it is built to be checked, and again when its turn comes, to hold only one.
+
+    Raises:
+        UserError: the file, the configuration or the data is wrong, or they do not go together.
     """
     model, info = load_model(path, options.use_ema, options.model)
     if not info.num_classes:
@@ -228,13 +242,13 @@ def _task(path: Path, options: _Options, opened: dict[str, Source], keep: bool) 
     if unsaid and "checkpoint" in views:
         notes.append(f"{path} does not say its {', '.join(unsaid)}: --preprocessing both compares the two likely ones")
     kept = model if keep else None
-    task = _Task(path, info, settings, source, views, changed, source.class_names, kept, notes=notes)
+    task = Task(path, info, settings, source, views, changed, source.class_names, kept, notes=notes)
     _choose_classes(task, options.among)
     _check_extras(task, options.extras)
     return task
 
 
-def _class_names(info: CheckpointInfo, path: Path, data: DataConfig, options: _Options) -> list[str] | None:
+def _class_names(info: CheckpointInfo, path: Path, data: DataConfig, options: EvaluationOptions) -> list[str] | None:
     """Returns the names of the network's classes: a list that was given, the file's, or ImageNet's."""
     is_given = options.config is not None or "class_names" in _given(options.overrides, "data")
     if data.class_names is None or not is_given:
@@ -248,7 +262,7 @@ def _class_names(info: CheckpointInfo, path: Path, data: DataConfig, options: _O
     return listed
 
 
-def _settings(info: CheckpointInfo, path: Path, options: _Options) -> Config:
+def _settings(info: CheckpointInfo, path: Path, options: EvaluationOptions) -> Config:
     """Returns the configuration to evaluate under: the file's own data section, or the given one, with overrides."""
     useless = sorted(apply_overrides({}, options.overrides).keys() - {"data", "train"})
     given = _given(options.overrides, "data")
@@ -279,7 +293,7 @@ def _given(overrides: Sequence[str], section: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _own(info: CheckpointInfo, path: Path, options: _Options, given: Mapping[str, Any]) -> dict[str, Any]:
+def _own(info: CheckpointInfo, path: Path, options: EvaluationOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what of the configuration in a checkpoint of this project holds; nothing of another's."""
     sections = {key: info.recipe.get(key) for key in ("data", "train")}
     is_own = info.layout == "conv2former" and all(isinstance(section, dict) for section in sections.values())
@@ -329,7 +343,9 @@ def _detect(root: Path) -> str:
     return "csv" if is_table else "folder"
 
 
-def _views(info: CheckpointInfo, settings: Config, options: _Options) -> tuple[dict[str, Preprocessing], list[str]]:
+def _views(
+    info: CheckpointInfo, settings: Config, options: EvaluationOptions
+) -> tuple[dict[str, Preprocessing], list[str]]:
     """Returns the preprocessings by name, and the keys of them that were given."""
     wanted = options.preprocessing or "checkpoint"
     if wanted not in PREPROCESSINGS:
@@ -350,7 +366,7 @@ def _views(info: CheckpointInfo, settings: Config, options: _Options) -> tuple[d
     return views, changed
 
 
-def _choose_classes(task: _Task, among: str | None) -> None:
+def _choose_classes(task: Task, among: str | None) -> None:
     """Decides among which of the network's classes the answer is sought."""
     if among not in (None, *AMONG):
         raise ConfigError(f"among '{among}': expected {' or '.join(AMONG)}")
@@ -385,7 +401,7 @@ def _subset_of(present: Sequence[int], class_names: Sequence[str]) -> str | None
     return None
 
 
-def _check_extras(task: _Task, extras: Extras) -> None:
+def _check_extras(task: Task, extras: Extras) -> None:
     """Checks what is asked for, and looks up the ReaL labels."""
     classes = len(task.class_names)
     if extras.confusion and classes > MAX_COUNTED_CLASSES:
@@ -408,7 +424,7 @@ def _check_extras(task: _Task, extras: Extras) -> None:
             row[: len(found)] = torch.tensor(found, dtype=torch.int64)
 
 
-def _check_agreement(tasks: Sequence[_Task], world: World) -> None:
+def _check_agreement(tasks: Sequence[Task], world: World) -> None:
     """Checks that all processes have found the same images and classes on their machines.
 
     Raises:
@@ -423,7 +439,7 @@ def _check_agreement(tasks: Sequence[_Task], world: World) -> None:
 # ------------------------------------------------------------------------------------------------------- the evaluation
 
 
-def _evaluate(task: _Task, world: World, options: _Options) -> tuple[list[Evaluation], dict[str, Any]]:
+def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[list[Evaluation], dict[str, Any]]:
     """Evaluates one checkpoint.
 
     Returns:
@@ -476,7 +492,7 @@ def _length(loader: DataLoader) -> int | None:
         return None
 
 
-def _score(task: _Task, extras: Extras, device: torch.device) -> Score:
+def _score(task: Task, extras: Extras, device: torch.device) -> Score:
     classes = len(task.class_names)
     tallies: dict[str, Tally] = {}
     if extras.per_class:
@@ -491,7 +507,7 @@ def _score(task: _Task, extras: Extras, device: torch.device) -> Score:
     return Score(device, task.among, limit, tallies)
 
 
-def _row(task: _Task, name: str, view: Preprocessing, result: Evaluation, world: World) -> dict[str, Any]:
+def _row(task: Task, name: str, view: Preprocessing, result: Evaluation, world: World) -> dict[str, Any]:
     """Returns what is known of one result, but for what all views share."""
     notes = list(task.notes)
     if not math.isfinite(result.metrics["loss"]):
@@ -516,7 +532,7 @@ def _row(task: _Task, name: str, view: Preprocessing, result: Evaluation, world:
 
 
 def _write(
-    task: _Task,
+    task: Task,
     results: Sequence[Evaluation],
     rows: list[dict[str, Any]],
     first: int,

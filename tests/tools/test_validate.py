@@ -424,7 +424,7 @@ def test_mistakes(lettered, imagenet, official_file, photos, tmp_path):
         (DataError, "noimages/val has 1 class folder without images: a", {"data": tmp_path / "noimages"}),
         (DataError, "nosplit has no validation split: none of", {"data": tmp_path / "nosplit"}),
         (DataError, "val has 10 classes not in the class list: a, b", {**ok, "files": [imagenet]}),
-        (CheckpointError, "is not conv2former_t but a network of its own: dims", {**ok, "model": "conv2former_t"}),
+        (CheckpointError, ": dims [8, 16, 24, 32] for [72, 144, 288, 576], depths", {**ok, "model": "conv2former_t"}),
         (ConfigError, "did you mean 'conv2former_t'", {**ok, "model": "conv2former_tt"}),
         (ConfigError, "data.img_size: input should be greater than", {**ok, "words": ["data.img_size=16"]}),
         (ConfigError, "train.seed: no effect on an evaluation", {**ok, "words": ["train.seed=1"]}),
