@@ -181,7 +181,7 @@ class EvaluationOptions:
     data: str | Path | None = None
     preprocessing: str | None = None
     among: str | None = None
-    extras: Extras = Extras()
+    extras: Extras = field(default_factory=Extras)
 
 
 # ------------------------------------------------------------------------------- all that can be a mistake, found first
