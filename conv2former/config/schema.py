@@ -68,8 +68,8 @@ class DataConfig(Section):
     # a text file with a class name a line: which classes there are, in which order; it also names labels 0, 1, ...
     class_names: Location | None = None
     # the share of each class that is held out of training for validation, where the data has no validation split and
-    # `val_split` is null; a function of this, the seed and the images' names
-    holdout: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    # `val_split` is null; a function of this, the seed and the images' names. 0 and null: nothing is held out.
+    holdout: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
     holdout_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # filled in by the run: which images are held out. An evaluation with other ones is refused.
     holdout_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

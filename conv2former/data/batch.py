@@ -146,7 +146,7 @@ def load_image(
     except UnreadableImage as e:
         if skip:
             return Skipped(e.name, str(e))
-        raise
+        raise UnreadableImage(f"{e}; or go on without such images: data.on_error=skip", e.name) from None
     if place is not None:
         seed_all(Stream.IMAGE, *place)
     return transform(image), label, index

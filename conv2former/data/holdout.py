@@ -123,8 +123,8 @@ def divide(images: Any, class_names: Sequence[str], name: str, root: str, share:
     train, val = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     lone = [class_names[i] for i in np.flatnonzero(counts == 1).tolist()]
     note = (
-        f"{name} has no validation split: {counted(len(val), 'image')} of {len(labels)} held out, {100 * share:g} % of "
-        f"each class (data.holdout, seed {seed})"
+        f"{name} has no validation split: {counted(len(val), 'image')} of {len(labels)} held out, about "
+        f"{100 * share:g} % of each class (data.holdout, seed {seed})"
     )
     if lone:
         note += f"; none of {counted(len(lone), 'class', 'classes')} with a single image: {shorten(lone, 10)}"

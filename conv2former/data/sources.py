@@ -108,7 +108,7 @@ def open_train_and_val(config: DataConfig) -> tuple[Source, Source]:
             _check_same_folders(config)
         val = open_split(config, config.val_split, train.class_names)
     except _NoValidationSplit as e:
-        if config.holdout is None:
+        if not config.holdout:
             hint = "" if config.streaming else "; data.holdout=0.2 holds a fifth of the training images out instead"
             raise DataError(f"{e}{hint}") from None
         _check_undivided(config, e)
@@ -135,9 +135,9 @@ def open_val(config: DataConfig, class_names: list[str] | None) -> Source:
     try:
         return open_split(config, config.val_split, class_names)
     except _NoValidationSplit as e:
-        if config.holdout is None and config.source == "csv" and not e.existing:  # a table of one split
+        if not config.holdout and config.source == "csv" and not e.existing:  # a table of one split
             return open_split(config, ".", class_names)
-        if config.holdout is None:
+        if not config.holdout:
             raise
         _check_undivided(config, e)
     train = open_split(config, _train_split(config), class_names)
@@ -189,7 +189,7 @@ def _divide(config: DataConfig, train: Source) -> Division:
     Raises:
         DataError: it is a stream, or not the one of which `config.holdout_sha256` is.
     """
-    assert config.holdout is not None
+    assert config.holdout
     if isinstance(train, StreamSource):
         raise DataError(
             f"{train.name}: of a stream nothing can be held out (data.holdout); store the data, or name a validation "
@@ -253,7 +253,7 @@ def open_split(config: DataConfig, split: str | None, class_names: list[str] | N
     return source
 
 
-def _choose_split(wanted: str | None, existing: Sequence[str], where: object) -> str:
+def _choose_split(wanted: str | None, existing: Sequence[str], where: object, hint: str = "") -> str:
     if wanted is None:
         found = [name for name in VAL_NAMES if name in existing]
         if not found:
@@ -262,7 +262,7 @@ def _choose_split(wanted: str | None, existing: Sequence[str], where: object) ->
         return found[0]
     if wanted not in existing:
         raise DataError(
-            f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing) or 'none'}"
+            f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing) or 'none'}{hint}"
         )
     return wanted
 
@@ -335,7 +335,8 @@ def is_bare(root: Path) -> bool:
 
 def _open_folder(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
     root = Path(config.root)
-    folder = root if split == "." else root / _choose_split(split, _folders_in(root), root)
+    hint = f"; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or {root}/CLASS/IMAGE with data.holdout"
+    folder = root if split == "." else root / _choose_split(split, _folders_in(root), root, hint)
     found = _folders_in(folder)
     if not found:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE")
@@ -378,6 +379,7 @@ def _check_same_folders(config: DataConfig) -> None:
 
 def _open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
     path, rows = _rows_of(config, split)
+    rows = _with_slashes(rows, config.root)
     _check_files(config, path, rows)
     line_of: dict[str, int] = {}
     for row in rows:
@@ -392,6 +394,16 @@ def _open_table(config: DataConfig, split: str | None, class_names: list[str] | 
     images = TableImages(str(Path(config.root)), paths, labels, config.value_range)
     is_part = rows[0].split is not None
     return DataSource(images, names, f"{path} ({rows[0].split})" if is_part else str(path))
+
+
+def _with_slashes(rows: Sequence[Row], root: str) -> list[Row]:
+    """Returns rows whose paths have slashes where Windows' separators lead to no file."""
+    return [
+        replace(row, image=row.image.replace("\\", "/"))
+        if "\\" in row.image and not os.path.isfile(os.path.join(root, row.image))
+        else row
+        for row in rows
+    ]
 
 
 def _rows_of(config: DataConfig, split: str | None) -> tuple[Path, list[Row]]:

@@ -146,6 +146,7 @@ def _columns(path: Path, lines: Sequence[str], image_key: str, label_key: str, s
     separator = _separator(lines[first] if lines else "", (image_key, label_key))
     reader = csv.reader(lines[first:], delimiter=separator, strict=True)
     header: list[str] = []
+    keys = (image_key, label_key, split_key)
     places: dict[str, int] = {}
     while True:
         line = first + reader.line_num + 1  # where the next row begins
@@ -160,7 +161,11 @@ def _columns(path: Path, lines: Sequence[str], image_key: str, label_key: str, s
         if first + reader.line_num > line:
             raise DataError(f"{path}, line {line}: a field goes over more than one line; check the quotation marks")
         if not header:
-            header, places = fields, _places(path, line, fields, image_key, label_key)
+            # a spreadsheet's Image, where nothing is called image
+            header = [
+                next((k for k in keys if k.lower() == field.lower() and k not in fields), field) for field in fields
+            ]
+            places = _places(path, line, header, image_key, label_key)
             continue
         if len(fields) != len(header):
             have = counted(len(fields), "field")

@@ -98,7 +98,13 @@ def curves_figure(rows: list[dict[str, Any]]) -> Figure:
     steps_per_epoch = max((row["step"] / row["epoch"] for row in evals), default=1)
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
-    left.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train], lw=1, label="training")
+    left.plot(
+        [r["step"] / steps_per_epoch for r in train],
+        [r["loss"] for r in train],
+        "-" if len(train) > 1 else ".",
+        lw=1,
+        label="training",
+    )
     left.plot([r["epoch"] for r in evals], [r["loss"] for r in evals], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss", title="Loss (training: of one step, on augmented images)")
     for key, label in (("top1", "top-1"), ("ema_top1", "top-1, averaged weights")):
@@ -125,7 +131,7 @@ def confusion_figure(
     """
     table = torch.tensor(counts)
     shares = table / table.sum(1, keepdim=True).clamp(min=1)
-    side = min(16.0, 3.0 + 0.45 * len(class_names))
+    side = min(16.0, max(6.5, 3.0 + 0.45 * len(class_names)))
     figure = Figure(figsize=(side, side), layout="constrained", dpi=100)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)

@@ -18,6 +18,7 @@ from .._yaml import dump_yaml
 from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
 from ..data import DataSource, StreamSource, open_train_and_val
 from ..data.holdout import relative_names
+from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import write_table
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets
 from ..models import Conv2Former, inspect_checkpoint
@@ -117,6 +118,7 @@ def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
 def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     check_names(config, world.device)
     _check_output(output)
+    _check_beside_images(output, config)
     train_source, val_source = open_train_and_val(config.data)
     given, config = config, _settle(config, world.size, train_source, val_source)
     plan = make_plan(config, world.size, len(train_source))
@@ -198,6 +200,19 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{output}: cannot be written ({existing} is a file); choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: cannot be written (no permission in {existing}); choose another --output")
+
+
+def _check_beside_images(output: Path, config: Config) -> None:
+    """Checks that the run folder is not among class folders, where its pictures would make it a class."""
+    root, data = Path(config.data.root), config.data
+    if data.source != "folder" or not root.is_dir():
+        return
+    splits = [root / name for name in {data.train_split, data.val_split, *VAL_NAMES} if name]
+    for folder in [root] if is_bare(root) else splits:
+        if folder.resolve() in (output.resolve(), *output.resolve().parents):
+            raise OutputError(
+                f"{output}: lies among the class folders in {folder}, and would be one; choose another --output"
+            )
 
 
 def _lock(output: Path, patience: float = 20.0) -> TextIO:

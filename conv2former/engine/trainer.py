@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -509,6 +510,9 @@ def describe_classes(config: Config, counts: np.ndarray, class_names: Sequence[s
     missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
     if missing:
         line += f", none of {counted(len(missing), 'listed class', 'listed classes')}: {shorten(missing, 10)}"
+    alike = [name for name, times in Counter(map(str.casefold, class_names)).items() if times > 1]
+    if alike:
+        line += f"; names that differ by capital letters only are several classes: {shorten(alike, 5)}"
     sampling, weights = config.data.sampling, config.train.class_weight
     if sampling != "uniform":
         what = "equally often" if sampling == "balanced" else "in proportion to the square root of that"

@@ -465,11 +465,7 @@ def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
     if theirs is None and not own:
         return
     found = "no classifier" if theirs is None or not theirs.ndim else f"a classifier for {theirs.shape[0]} classes"
-    kept = (
-        f"the model's own classifier for {own[CLASSIFIER[0]].shape[0]} classes stays as it is"
-        if own
-        else "it is left out"
-    )
+    kept = f"the model keeps its own for {own[CLASSIFIER[0]].shape[0]} classes" if own else "it is left out"
     _logger.warning("the checkpoint has %s: %s; all other weights are loaded", found, kept)
     for key in CLASSIFIER:
         state_dict.pop(key, None)

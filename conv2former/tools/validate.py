@@ -147,6 +147,11 @@ def validate_files(
     with before_processes_meet():
         if not checkpoints:
             raise ConfigError("no checkpoint is given")
+        if data is not None and Path(data).suffix.lower() in TABLE_ENDINGS and Path(data).is_file():
+            table = Path(data)  # its paths are relative to its own folder, or to data.root
+            above = f"data.root={json.dumps(str(table.parent))}"
+            overrides = [above, *overrides, "data.source=csv", f"data.csv={json.dumps(str(table))}"]
+            data = None
         if data is not None and "root" in _given(overrides, "data"):
             raise ConfigError("--data and data.root are two ways to say the same; give one")
         options = EvaluationOptions(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
@@ -238,6 +243,9 @@ def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Sourc
         )
     if isinstance(source, DataSource) and source.note:
         notes.append(source.note)
+    own = info.recipe.get("data") if options.data is not None else None
+    if isinstance(own, dict) and Path(str(own.get("root"))).resolve() == Path(settings.data.root).resolve():
+        notes.append(f"{path} was trained on images of {own['root']}; without --data it is evaluated on the others")
     unsaid = [key for key in ("mean", "std", "crop_pct") if key not in {*info.preprocessing_noted, *changed}]
     if unsaid and "checkpoint" in views:
         notes.append(f"{path} does not say its {', '.join(unsaid)}: --preprocessing both compares the two likely ones")
@@ -298,6 +306,8 @@ def _own(info: CheckpointInfo, path: Path, options: EvaluationOptions, given: Ma
     sections = {key: info.recipe.get(key) for key in ("data", "train")}
     is_own = info.layout == "conv2former" and all(isinstance(section, dict) for section in sections.values())
     data, train = (dict(section) if is_own else {} for section in sections.values())  # type: ignore[arg-type]
+    if {"source", "csv"} & given.keys():  # a list of images, with splits of its own
+        data = {key: value for key, value in data.items() if key in _OF_ANY_DATA | {"root"}}
     if options.data is not None:
         data = {key: value for key, value in data.items() if key in _OF_ANY_DATA}
     elif not data.get("root") and "root" not in given:

@@ -11,6 +11,7 @@ from conv2former import ConfigError, DataError
 from conv2former.config import check_config
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_train_and_val, open_val
+from conv2former.data.sources import open_split
 from conv2former.data.tables import read_class_list, write_table
 
 SHADES = {"cat": 0, "dog": 255, "größe": 100}
@@ -262,3 +263,16 @@ def test_numbers_that_are_names(photos, tmp_path):
     assert {re.search(r"photos/(\d)/", train.images.name(i))[1] for i in np.flatnonzero(train.images.labels == 2)} == {
         "2"
     }
+
+
+def test_what_spreadsheets_on_windows_make(tmp_path):
+    """Headings with a capital letter, backslashes between folders."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "sub" / name)
+    (tmp_path / "all.csv").write_text("Image;Label;Split\r\nsub\\a.png;cat;train\r\nsub\\b.png;dog;train\r\n")
+    data = check_config({"data": {"source": "csv", "root": str(tmp_path), "csv": str(tmp_path / "all.csv")}}, "").data
+    source = open_split(data, "train")
+    assert [source.images.name(i) for i in range(2)] == [str(tmp_path / "sub" / name) for name in ("a.png", "b.png")]
+    assert source.class_names == ["cat", "dog"]
+    assert source.images[0][0].size == (8, 8)

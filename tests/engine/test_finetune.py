@@ -29,6 +29,7 @@ from conv2former.engine.build import (
 )
 from conv2former.engine.step import FiniteCheck, train_step
 from conv2former.engine.trainer import describe_classes
+from conv2former.errors import OutputError
 from conv2former.models.weights import CLASSIFIER
 from conv2former.tools.killing import differing_runs
 from conv2former.tools.validate import validate
@@ -86,7 +87,7 @@ def test_class_folders_and_a_weight_file_are_enough(photos, tmp_path, capsys):
     report = train(recipe(photos), tmp_path / "run")
     assert (report["n"], report["model"], report["started_from"]) == (7, "conv2former_custom", str(OFFICIAL))
     printed = capsys.readouterr().out
-    assert "photos has no validation split: 7 images of 34 held out, 20 % of each class" in printed
+    assert "photos has no validation split: 7 images of 34 held out, about 20 % of each class" in printed
     assert f"listed in {tmp_path / 'run' / 'split.csv'}" in printed
     assert f"conv2former_custom from {OFFICIAL}, drop path 0, 32 x 32" in printed
     assert "training images per class: 3 (emu) to 16 (cat); to learn the rare ones better try data.sampling" in printed
@@ -389,3 +390,15 @@ def test_a_classifier_is_taken_for_the_same_classes_only(tmp_path, raw_config, c
         else:
             assert torch.equal(turned[key], tensor)
             assert torch.equal(others[key], tensor)
+
+
+def test_a_run_folder_is_not_among_the_classes(photos):
+    for folder in (photos, photos / "run"):
+        with pytest.raises(OutputError, match="lies among the class folders"):
+            train(recipe(photos), folder)
+    assert not (photos / "run").exists()
+
+
+def test_classes_that_differ_by_capital_letters_are_named(photos):
+    line = describe_classes(recipe(photos), np.array([3, 3, 2]), ["Oak", "oak", "elm"])
+    assert line.endswith("names that differ by capital letters only are several classes: oak")

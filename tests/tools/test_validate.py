@@ -507,3 +507,13 @@ def test_a_mistake_in_the_script_is_one_line(lettered, photos, tmp_path, monkeyp
         assert stop.value.code == 2
         assert text in err
         assert "Traceback" not in err
+
+
+def test_a_table_with_a_folder_of_its_own(lettered, photos, tmp_path):
+    """`--data TABLE` goes with `data.root`, which its paths are then relative to."""
+    files = samples_of(photos / "val", LETTERS)
+    lines = [f"{path.relative_to(photos)},{LETTERS[label]}" for path, label in files]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *lines]))
+    row = validate(lettered, overrides=[*SMALL, f"data.root={photos}"], data=tmp_path / "list.csv")
+    other = validate(lettered, overrides=SMALL, data=photos)
+    assert (row["n"], row["top1"]) == (30, other["top1"])
