@@ -59,8 +59,10 @@ class Division:
 def relative_names(images: Any, root: str) -> list[str]:
     """Returns what every image is called below the data's root, wherever that lies."""
     above = str(Path(root))
+    # a path below the root; of a Hugging Face data set and of tars the root is what the name begins with
+    starts = (f"{above}/", f"{above} (")
     names = (images.name(i) for i in range(len(images)))
-    return [name.removeprefix(f"{above}/").removeprefix(above).removeprefix(" ") for name in names]
+    return [name[len(above) + 1 :] if name.startswith(starts) else name for name in names]
 
 
 def held_out(names: Sequence[str], labels: np.ndarray, share: float, seed: int) -> np.ndarray:

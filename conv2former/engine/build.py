@@ -29,7 +29,7 @@ from ..data.classes import class_names_of, match_classes
 from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
-from ..models.weights import describe_checkpoint, load_content, read_checkpoint
+from ..models.weights import definition_in, describe_checkpoint, load_content, read_checkpoint
 from ..models.zoo import add_and_register
 from .distributed import World
 
@@ -105,11 +105,8 @@ def name_network(config: Config) -> Config:
     for builtin in read_builtin_variants():
         if not differences(info.model_args(), builtin.model_args()):
             return _with_model(config, name=builtin.name)
-    definition = content.get("variant")
-    if not isinstance(definition, dict):
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in info.model_args().items()}
-        definition = {"name": "conv2former_custom", **plain}
-    own = parse_variant(definition, path)
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in info.model_args().items()}
+    own = parse_variant({"name": "conv2former_custom", **plain, **definition_in(content)}, path)
     return _with_model(config, name=own.name, variant=own.to_dict())
 
 

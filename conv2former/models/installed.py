@@ -220,6 +220,8 @@ def _check(config: Any) -> None:
     parts += [own.get(key, {}) for key in ("source", "variant")] if isinstance(own, dict) else []
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("not what scripts/convert.py writes")
+    if type(own.get("bytes")) not in (int, type(None)):
+        raise ValueError(f"{SECTION}.bytes: expected a whole number")
     size = config["pretrained_cfg"].get("input_size")
     if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)):
         raise ValueError("pretrained_cfg.input_size: expected [channels, height, width]")

@@ -18,7 +18,8 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 
-from .variants import _variants
+from .variants import list_variants
+from .variants import variant as variant_named
 
 __all__ = ["Preprocessing", "candidates", "noted_preprocessing"]
 
@@ -91,7 +92,7 @@ def noted_preprocessing(
     found = {field.name: noted[field.name] for field in fields(Preprocessing) if _is_right(field.name, noted)}
     found |= {key: tuple(found[key]) for key in ("mean", "std") if key in found}
     own = Preprocessing(**found)
-    published = _variants[variant].pretrained if variant in _variants else ()
+    published = variant_named(variant).pretrained if variant in list_variants() else ()
     for tag in published:
         if tag.input_size[-1] == own.img_size and not {"crop_pct", "crop_mode"} & found.keys():
             return replace(own, crop_pct=tag.crop_pct, crop_mode=tag.crop_mode), list(found)

@@ -7,8 +7,10 @@ Three layouts of the same network are understood: this project's, that of the au
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +25,7 @@ from torch import nn
 from ..errors import CheckpointError, shorten
 from .installed import HUB_CONFIG, HUB_FILES, SECTION, find_installed
 from .preprocessing import Preprocessing, noted_preprocessing
-from .variants import find_variant, is_builtin
+from .variants import FUSION_NAMES, find_variant, is_builtin
 
 __all__ = ["CheckpointInfo", "describe_checkpoint", "inspect_checkpoint", "load_weights", "read_checkpoint"]
 
@@ -143,13 +145,15 @@ def weight_file(path: str | Path) -> Path:
         raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: no permission to read it")
     return path
 
 
 def _read_hub_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:  # a broken encoding, too, is a ValueError
+    except (OSError, ValueError, RecursionError) as e:  # a broken encoding, too, is a ValueError
         raise CheckpointError(f"{path} is not readable as JSON ({e})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
@@ -266,7 +270,7 @@ def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
         if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.conv_dw\.weight$", key):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     first_conv, fc1 = (state_dict.get(k) for k in (f"{FIRST_CONV}.weight", "stages.0.blocks.0.mlp.fc1.weight"))
-    if first_conv is None or fc1 is None or sorted(blocks) != list(range(len(blocks))):
+    if first_conv is None or fc1 is None or not blocks or sorted(blocks) != list(range(len(blocks))):
         return None
     kernels = [state_dict[f"stages.{s}.blocks.{min(blocks[s])}.attn.conv_dw.weight"] for s in sorted(blocks)]
     if any(weight.ndim != 4 or 0 in weight.shape for weight in (first_conv, fc1, *kernels)):
@@ -365,12 +369,15 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     recipe = dict(vars(recipe)) if isinstance(recipe, argparse.Namespace) else recipe
     recipe = recipe if isinstance(recipe, dict) else {}
     epoch, metric = notes.get("epoch"), notes.get("metric")
-    names = content.get("class_names") or _hub_class_names(hub_config)
+    names = content.get("class_names") or _hub_class_names(hub_config) or _birder_class_names(content)
     definition = definition_in(content)
     fusion = definition.get("fusion", "product")
+    if fusion not in FUSION_NAMES:
+        raise CheckpointError(f"{path} has the fusion {fusion!r}; known: {', '.join(FUSION_NAMES)}")
     known, noted = architecture.variant if fusion == "product" else None, definition.get("name")
+    noted = noted if isinstance(noted, str) else None
     name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
-    note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config)
+    note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config) or _birder_images(content)
     preprocessing, noted = noted_preprocessing(recipe, note if isinstance(note, dict) else {}, name)
     assumed = notes.get("assumed")  # of a converted file: what is in pretrained_cfg although nobody noted it
     return CheckpointInfo(
@@ -387,6 +394,23 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         preprocessing=preprocessing,
         preprocessing_noted=tuple(key for key in noted if key not in (assumed if isinstance(assumed, list) else ())),
     )
+
+
+def _birder_class_names(content: Mapping[str, Any]) -> list[str] | None:
+    """Returns the class names in a training file of birder's, which has the index of each."""
+    indices = content.get("class_to_idx")
+    if not isinstance(indices, dict) or set(indices.values()) != set(range(len(indices))):
+        return None
+    return sorted(indices, key=indices.__getitem__)
+
+
+def _birder_images(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a training file of birder's notes about its images: mean, std and, as timm, `input_size`."""
+    stats, signature = content.get("rgb_stats"), content.get("signature")
+    noted = dict(stats) if isinstance(stats, dict) else {}
+    with contextlib.suppress(TypeError, LookupError):
+        noted["input_size"] = signature["inputs"][0]["data_shape"][1:]  # type: ignore[index]
+    return noted
 
 
 def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ..config import apply_overrides
 from ..errors import CheckpointError, ConfigError, OutputError, shorten
-from ..models import CheckpointInfo
+from ..models import CheckpointInfo, inspect_checkpoint
 from ..models.installed import file_sha256
 from ..models.variants import differences
 from ..models.weights import definition_in, describe_checkpoint, native_state_dict, read_checkpoint, weight_file
@@ -88,6 +89,28 @@ def average(checkpoints: Sequence[str | Path], output: Path, use_ema: bool = Tru
     say(f"{output}: the mean of {len(checkpoints)} files")
 
 
+def _check_same_images(checkpoints: Sequence[str | Path], overrides: Sequence[str]) -> None:
+    """Checks that all files are evaluated on the same images: those that are given, or that all of them note.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    keys = ("source", "root", "csv", "val_split", "holdout", "holdout_seed", "holdout_sha256")
+    given = apply_overrides({}, overrides).get("data", {})
+    noted = []
+    for path in checkpoints:
+        section = inspect_checkpoint(path).recipe.get("data")
+        section = section if isinstance(section, dict) else {}
+        noted.append({key: given.get(key, section.get(key)) for key in keys})
+    for path, data in zip(checkpoints, noted, strict=True):
+        differing = [f"data.{key}" for key in keys if data[key] != noted[0][key]]
+        if differing:
+            raise ConfigError(
+                f"{path} and {checkpoints[0]} note other images to evaluate on ({shorten(differing)}), so their "
+                "accuracies cannot be compared; give them for all, such as data.root=... data.holdout=null"
+            )
+
+
 def greedy(
     checkpoints: Sequence[str | Path],
     output: Path,
@@ -108,6 +131,7 @@ def greedy(
         UserError: as for `average`, or the data is wrong.
     """
     first = _check(checkpoints, output, use_ema, say)
+    _check_same_images(checkpoints, overrides)
 
     def accuracy(path: str | Path, ema: bool) -> float:
         result = validate(path, None, overrides, ema)

@@ -24,6 +24,7 @@ from ..models.restore import restore
 from ..models.variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants
 from ..models.weights import definition_in, read_checkpoint, weight_file
 from ..models.zoo import make_cfg
+from .output import printable
 
 __all__ = ["Export", "convert", "fitting_files", "layout_of", "noted_metric", "published_tag", "summary"]
 
@@ -98,7 +99,7 @@ def convert(
     averaged_from = earlier.get("averaged_from", _plain(content.get("averaged_from")))
     del content
     source = earlier.get("source") or {
-        "file": path.name,
+        "file": printable(path.name),
         "sha256": file_sha256(path),
         "layout": info.layout,
         "weights": "averaged" if info.has_ema and use_ema is not False else "raw",
@@ -151,9 +152,15 @@ def _earlier(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Returns what an earlier conversion noted, if these are still the weights that it wrote."""
     config = content.get("hub_config")
     section = config.get(SECTION) if isinstance(config, dict) else None
-    if isinstance(section, dict) and section.get("sha256") == file_sha256(path):
-        return section
-    return {}
+    if not isinstance(section, dict) or section.get("sha256") != file_sha256(path):
+        return {}
+    source = section.get("source")
+    keys = ("file", "sha256", "layout", "weights")
+    kinds = {"name": str, "source": dict, "averaged_from": list, "class_names": str}
+    kept = {key: section[key] for key, kind in kinds.items() if isinstance(section.get(key), kind)}
+    if not isinstance(source, dict) or not all(isinstance(source.get(key), str) for key in keys):
+        kept.pop("source", None)
+    return kept
 
 
 def _serialize(model: Conv2Former) -> bytes:

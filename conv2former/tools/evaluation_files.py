@@ -22,7 +22,7 @@ from ..engine.evaluate import MAX_CONFUSION_CLASSES, Evaluation
 from ..engine.tallies import Mistake, calibration_error
 from ..errors import OutputError, counted, shorten
 from ..models.preprocessing import Preprocessing
-from .output import check_writable, replacing, save_figure, text_table
+from .output import check_writable, printable, replacing, save_figure, text_table
 
 __all__ = ["Extras", "check_folder", "folders_of", "summary", "write_extras", "write_results"]
 
@@ -103,7 +103,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         OutputError: they cannot be written.
     """
     with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(_plain(rows), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json.dumps(_plain(rows), indent=2) + "\n", "utf-8")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns = [key for key in columns if key not in ("notes", "worst", "worst_classes", "files", "changed")]
     cells = ([_cell(row.get(key)) for key in columns] for row in rows)
@@ -126,7 +126,10 @@ def _cell(value: Any) -> Any:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         csv.writer(file).writerows([header, *rows])
 
 
@@ -243,7 +246,7 @@ def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], s
         captions.append(
             f"true: {_head(row['true'])}, {row['true_confidence']:.1%}\n"
             f"predicted: {_head(row['predicted'])}, {row['confidence']:.1%}\n"
-            f"{_tail(os.path.basename(row['image']), 32)}"
+            f"{_tail(printable(os.path.basename(row['image'])), 32)}"
         )
     return grid_figure(images, captions, columns=5, size=2.2)
 

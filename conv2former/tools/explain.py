@@ -19,8 +19,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..models import Conv2Former
-from .output import save_figure
-from .predict import Prediction, Predictor, printable
+from .output import printable, save_figure
+from .predict import Prediction, Predictor
 
 __all__ = ["Explainer", "Heatmap", "activation_map", "default_stage", "explain_figure", "modulation_maps", "spread"]
 

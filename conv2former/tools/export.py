@@ -7,6 +7,7 @@ the weights are from. docs/export.md lists them.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from ..models import CheckpointInfo, Conv2Former, Preprocessing, load_model
 from ..models.installed import file_sha256
 from ..models.preprocessing import candidates
 from ..models.weights import weight_file
-from .output import check_writable, replacing
+from .output import check_writable, printable, replacing
 from .predict import read_settings
 
 __all__ = ["DEFAULT_OPSET", "DEFAULT_TOLERANCE", "FORMATS", "Case", "Exported", "Options", "export", "read_metadata"]
@@ -237,7 +238,7 @@ def describe(
     texts = {
         "preprocessing": json.dumps(preprocessing.to_dict()),
         "weights": "average" if info.has_ema and options.use_ema else "raw",
-        "source": source.name,
+        "source": printable(source.name),
         "source_sha256": file_sha256(source),
         "conv2former_version": __version__,
     }
@@ -280,7 +281,10 @@ def write_checked(
     with quiet(), torch.no_grad():
         if kind == "torchscript":
             say("compiling the network")
-            torch.jit.script(model).save(str(path), _extra_files=metadata)
+            # through memory: on a full disk torch's own writing ends the program
+            buffer = io.BytesIO()
+            torch.jit.save(torch.jit.script(model), buffer, _extra_files=metadata)
+            path.write_bytes(buffer.getbuffer())
             facts = []
         else:
             say("tracing the network")
@@ -289,7 +293,9 @@ def write_checked(
             if kind == "onnx":
                 facts = _write_onnx(program, path, metadata, options, bool(info.num_classes))
             else:
-                torch.export.save(program, path, extra_files=metadata)
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer, extra_files=metadata)
+                path.write_bytes(buffer.getbuffer())
                 facts = [counted(sum(node.op == "call_function" for node in program.graph.nodes), "operation")]
             del program
         run, found = _open(path, kind)

@@ -18,7 +18,7 @@ from ..errors import OutputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bar", "check_writable", "replacing", "save_figure", "text_table"]
+__all__ = ["bar", "check_writable", "printable", "replacing", "save_figure", "text_table"]
 
 T = TypeVar("T")
 
@@ -83,6 +83,11 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
 
     return "\n".join(map(padded, lines))
+
+
+def printable(text: str) -> str:
+    """Returns text for one line of a terminal or picture: line ends, control characters and broken bytes escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def bar(items: Iterable[T], total: int | None, unit: str, what: str = "") -> Iterator[T]:

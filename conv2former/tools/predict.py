@@ -25,7 +25,7 @@ from ..data.classes import class_names_of, display_names, match_classes
 from ..data.images import IMAGE_ENDINGS, UnreadableImage, files_below, open_rgb
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
-from .output import replacing
+from .output import printable, replacing
 from .sheet import WHOLE, Cell, contact_sheet, layout_for
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ __all__ = [
     "choose_device",
     "find_images",
     "positive",
-    "printable",
     "raise_unreadable",
     "read_settings",
     "unit_crop",
@@ -111,11 +110,6 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
-
-
-def printable(text: str) -> str:
-    """Returns text for one line of a terminal or picture: line ends, control characters and broken bytes escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ------------------------------------------------------------------------------------------------------ which images
@@ -367,6 +361,8 @@ class Predictor:
     @torch.inference_mode()
     def _top(self, pixels: torch.Tensor, topk: int) -> list[list[Guess]]:
         probabilities = self.model(pixels.to(self.device)).softmax(1)
+        if not torch.isfinite(probabilities).all():
+            raise CheckpointError("the network's answers are not all numbers (NaN): its weights are broken")
         values, indices = (t.tolist() for t in probabilities.topk(min(topk, probabilities.shape[1])))
         return [[self.guess(i, p) for i, p in zip(*row, strict=True)] for row in zip(indices, values, strict=True)]
 
@@ -460,7 +456,7 @@ def writing_results(
         OutputError: it cannot be written, or holds something else.
     """
     folder = Path(os.path.realpath(folder))  # a link stays one
-    check_results_folder(folder)
+    check_results_folder(folder, images)
     gone: BrokenPipeError | None = None
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -473,19 +469,29 @@ def writing_results(
         if gone or not results.count:
             shutil.rmtree(temporary)
         elif folder.exists():
-            shutil.rmtree(folder)
+            check_results_folder(folder, images)  # again: it may have been used in the meantime
+            os.replace(folder, temporary.with_name("replaced"))  # goes with the temporary folder
     if gone:
         raise gone
 
 
-def check_results_folder(folder: Path) -> None:
-    """Raises OutputError if there is something at `folder` that is not results of an earlier call."""
+def check_results_folder(folder: Path, images: Sequence[ImageFile] = ()) -> None:
+    """Raises OutputError if there is something at `folder` that is not results of an earlier call, or of `images`."""
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
     except OSError as e:
         raise OutputError(f"{folder} cannot be written ({e.strerror}); give the name of a folder") from None
+    own = str(folder.resolve())
+    inputs = [image.name for image in images if isinstance(image.file, str)]
+    if names and any(os.path.realpath(name).startswith(os.path.join(own, "")) for name in inputs):
+        raise OutputError(f"{folder} holds images to predict; give another folder")
     foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
+    if names and JSON_LINES not in names:
+        foreign = foreign or names
+    if "explanations" in names:
+        inside = os.listdir(folder / "explanations") if (folder / "explanations").is_dir() else ["explanations"]
+        foreign += [name for name in inside if not re.fullmatch(r"\d+_.*\.png", name, re.DOTALL)]
     if foreign:
         raise OutputError(f"{folder} holds something else than predictions ({foreign[0]}); give another folder")

@@ -25,8 +25,8 @@ from ..data import eval_transform
 from ..data.images import open_rgb
 from ..errors import CheckpointError, ConfigError, OutputError, closest, counted
 from ..models import Conv2Former, Preprocessing, list_variants, load_model
-from .output import bar, check_writable, text_table
-from .predict import ImageFile, choose_device, find_images, printable, read_settings
+from .output import bar, check_writable, printable, text_table
+from .predict import ImageFile, choose_device, find_images, read_settings
 
 __all__ = [
     "SHARES",

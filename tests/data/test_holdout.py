@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from conv2former import DataError
+from conv2former.config import check_config
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_train_and_val, open_val
 from conv2former.data.holdout import fingerprint, held_out, relative_names
+from conv2former.data.sources import open_split
 
 SIZES = {"ant": 1, "bee": 2, "cat": 10, "dog": 33}
 
@@ -215,3 +217,18 @@ def test_a_file_name_that_is_not_utf_8(bare):
     os.rename(os.fsencode(bare / "cat" / "0.png"), os.fsencode(bare / "cat") + b"/\xff.png")
     train, val = open_train_and_val(config(bare))
     assert len(train) + len(val) == 46
+
+
+def test_names_below_the_root_where_a_class_begins_like_it(tmp_path, monkeypatch):
+    for root in ("flowers", "elsewhere"):
+        for name in ("flowers_blue", "flowers"):
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(tmp_path / root / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for root in ("flowers", "elsewhere", str(tmp_path / "flowers")):
+        images = open_split(check_config({"data": {"root": root}}, "").data, ".").images
+        found.append(relative_names(images, root))
+    assert found[0] == ["flowers/0.png", "flowers/1.png", "flowers_blue/0.png", "flowers_blue/1.png"]
+    assert found[1] == found[2] == found[0]

@@ -212,11 +212,18 @@ def test_uninstalled_since(zoo):
         timm.create_model("pub_a", pretrained=True)
 
 
+def note(folder, **keys) -> None:
+    """Changes keys of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: No such file"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: No such file"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: Expecting"),
     "bytes": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: "),
+    "a size in words": (lambda folder: note(folder, conv2former={"bytes": "x"}), "bytes: expected a whole number"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "not the configuration of a timm model"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: "),
     "no size": (lambda folder: edit(folder, lambda c: c["pretrained_cfg"].update(input_size=3)), "input_size"),

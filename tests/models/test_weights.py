@@ -435,3 +435,42 @@ def test_inspect_a_shape_that_nobody_registered(tmp_path):
     torch.save(model.state_dict(), tmp_path / "x.pt")
     info = conv2former.inspect_checkpoint(tmp_path / "x.pt")
     assert (info.name, info.kernel_size, info.depths) == (None, (3, 5, 7, 9), (1, 2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("definition", "error"),
+    [({"fusion": "nope"}, "has the fusion 'nope'"), ({"fusion": ["product"]}, "has the fusion"), ({"name": [1]}, "")],
+)
+def test_a_definition_of_nonsense(tmp_path, official_content, definition, error):
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": official_content["state_dict"], "variant": definition}, path)
+    if error:
+        with pytest.raises(CheckpointError, match=error):
+            conv2former.load_model(path)
+    else:
+        assert isinstance(conv2former.load_model(path)[1].name, (str, type(None)))
+
+
+def test_a_training_file_of_birders(tmp_path, official_content):
+    """It has the classes with their indices, mean and std, and the size of its images."""
+    names = {f"c{i}": 9 - i for i in range(10)}
+    stats = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    signature = {"inputs": [{"data_shape": [0, 3, 256, 256]}], "outputs": []}
+    content = {
+        "state": official_content["state_dict"],
+        "class_to_idx": names,
+        "rgb_stats": stats,
+        "signature": signature,
+    }
+    torch.save(content, tmp_path / "x.pt")
+    info = conv2former.inspect_checkpoint(tmp_path / "x.pt")
+    assert info.class_names == [f"c{9 - i}" for i in range(10)]
+    assert (info.preprocessing.img_size, info.preprocessing.mean) == (256, (0.5, 0.4, 0.3))
+    assert {"img_size", "mean", "std"} <= set(info.preprocessing_noted)
+
+
+def test_a_network_that_looks_like_one(tmp_path):
+    model = timm.create_model("convnext_atto", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="is not a Conv2Former checkpoint"):
+        conv2former.load_model(tmp_path / "x.pt")

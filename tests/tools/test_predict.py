@@ -20,10 +20,10 @@ from conv2former.config.schema import DataConfig
 from conv2former.data import Skipped, eval_transform
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError
 from conv2former.models import Conv2Former
+from conv2former.tools.output import printable
 from conv2former.tools.predict import (
     Predictor,
     find_images,
-    printable,
     unit_crop,
     writing_results,
 )
@@ -406,3 +406,29 @@ def test_pipes(small_file, photos):
     assert json.loads(result.stdout)["image"] == "-"
     assert "Traceback" not in result.stderr
     assert "error" not in result.stderr
+
+
+def test_no_image_of_the_users_is_replaced(small_file, tmp_path):
+    """Although it is called as a result is."""
+    for name in ("sheet_1.png", "sheet.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    predictor = Predictor(small_file)
+    images = find_images([str(tmp_path)])
+    for given in (images, []):
+        with pytest.raises(OutputError, match="give another folder"), writing_results(tmp_path, given, predictor):
+            pass
+    (tmp_path / "old" / "explanations").mkdir(parents=True)
+    (tmp_path / "old" / "predictions.jsonl").touch()
+    (tmp_path / "old" / "explanations" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match=r"thesis\.txt"), writing_results(tmp_path / "old", images, predictor):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
+        "predictions.jsonl", "sheet.png", "sheet_1.png", "thesis.txt",
+    ]  # fmt: skip
+
+
+def test_a_network_that_answers_no_numbers(small_file, photos):
+    predictor = Predictor(small_file)
+    torch.nn.init.constant_(predictor.model.get_classifier().weight, torch.nan)
+    with pytest.raises(CheckpointError, match="not all numbers"):
+        list(predictor(find_images([str(photos)])))
