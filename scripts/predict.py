@@ -96,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, less_memory="lower --batch-size")

@@ -84,4 +84,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, less_memory="lower train.eval_batch_size or data.workers")

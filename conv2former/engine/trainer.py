@@ -537,18 +537,20 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     Raises:
         UserError: a mistake in the configuration.
     """
-    config = name_network(as_config(config))
+    with before_processes_meet():
+        config = name_network(as_config(config))
     world = World.from_environment()
     check_names(config, world.device)
     num_classes = config.data.num_classes
-    num_images = None
+    num_images = class_names = None
     if num_classes is None:
         source, _ = open_train_and_val(config.data)
-        num_classes, num_images = len(source.class_names), len(source)
+        class_names, num_images = source.class_names, len(source)
+        num_classes = len(class_names)
         config = fit_batch(config, world.size, num_images)
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
-    model = build_model(config, num_classes)
+    model = build_model(config, num_classes, class_names)
     batch_size = config.train.batch_size if world.device.type == "cuda" else 2
     side = config.data.img_size
     generator = torch.Generator().manual_seed(config.train.seed)

@@ -14,7 +14,7 @@ __all__ = ["run_cli"]
 def run_cli(
     main: Callable[[], None],
     interrupted: str = "interrupted; nothing is left half-written",
-    less_memory: str = "lower train.eval_batch_size or data.workers",
+    less_memory: str = "take smaller batches or smaller images",
 ) -> None:
     """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C.
 
