@@ -106,7 +106,9 @@ def name_network(config: Config) -> Config:
         if not differences(info.model_args(), builtin.model_args()):
             return _with_model(config, name=builtin.name)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in info.model_args().items()}
-    own = parse_variant({"name": "conv2former_custom", **plain, **definition_in(content)}, path)
+    untold = ("name", "ls_init_value", "train_drop_path_rate")  # by the tensors; all else is as they are
+    noted = {key: value for key, value in definition_in(content).items() if key in untold}
+    own = parse_variant({"name": "conv2former_custom", **plain, **noted}, path)
     return _with_model(config, name=own.name, variant=own.to_dict())
 
 

@@ -402,3 +402,12 @@ def test_a_run_folder_is_not_among_the_classes(photos):
 def test_classes_that_differ_by_capital_letters_are_named(photos):
     line = describe_classes(recipe(photos), np.array([3, 3, 2]), ["Oak", "oak", "elm"])
     assert line.endswith("names that differ by capital letters only are several classes: oak")
+
+
+def test_what_timm_notes_beside_a_network_is_no_part_of_its_definition(tmp_path, official_content):
+    """A folder of timm's has arguments of its entry point, which no variant has."""
+    model, _ = conv2former.load_model(OFFICIAL)
+    args = {**{k: list(v) for k, v in SHAPE.items() if k != "kernel_size"}, "in_chans": 3, "drop_path_rate": 0.1}
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "conv2former_t", "model_args": args}))
+    assert find_variant_of(auto(tmp_path)).dims == (8, 16, 24, 32)
