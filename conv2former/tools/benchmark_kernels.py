@@ -1,0 +1,221 @@
+"""Times the fused operators of `models/kernels.py` on a GPU, beside the plain formula and a copy of the same bytes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..models import kernels
+from .benchmark_machine import copy_probe
+from .output import text_table
+
+__all__ = ["measure_kernels"]
+
+STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels and side of conv2former_t's maps at 224 pixels
+KERNEL_SIZE = 11
+MLP_RATIO = 4
+
+Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operator, forward or backward, at one stage.
+
+    Attributes:
+        name: for the table.
+        floor: bytes that it must move: each map that goes in read once, each that comes out written once.
+        fused, plain: compute it, by the operator and by the formula in eager PyTorch.
+    """
+
+    name: str
+    floor: int
+    fused: Callable[[], Results]
+    plain: Callable[[], Results]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a task, one for each round, and how far its two results are apart, relative to their size."""
+
+    task: Task
+    fused: list[float]
+    plain: list[float]
+    difference: float
+
+
+def plain_modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
+    return F.conv2d(F.gelu(a), weight, bias, padding=weight.shape[-1] // 2, groups=a.shape[1]) * v
+
+
+def plain_mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = F.gelu(f)
+    return h + F.gelu(F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2, groups=f.shape[1]))
+
+
+def make_tasks(batch_size: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Task]:
+    """Returns both operators, forward and backward, on random maps of one stage.
+
+    The plain backward pass finds what the plain forward pass kept; the fused one computes it again.
+    """
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    tasks = []
+    for name, fused, fused_backward, plain, width, kernel_size, maps in (
+        ("modulate", kernels.modulate, kernels.modulate_backward, plain_modulate, channels, KERNEL_SIZE, 2),
+        ("mlp_mix", kernels.mlp_mix, kernels.mlp_mix_backward, plain_mlp_mix, MLP_RATIO * channels, 3, 1),
+    ):
+        shape = (batch_size, width, side, side)
+        a, v, grad = (randn(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        weight = randn(width, 1, kernel_size, kernel_size) / kernel_size
+        inputs = (a, weight, randn(width), v)[: 2 + maps]
+        tasks += operator_tasks(f"{name} {width} x {side} x {side}", fused, fused_backward, plain, inputs, grad)
+    return tasks
+
+
+def operator_tasks(
+    name: str,
+    fused: Callable[..., Tensor],
+    fused_backward: Callable[..., Results],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+) -> list[Task]:
+    """Returns the forward and the backward pass of one operator."""
+    maps = sum(x.shape == grad.shape for x in inputs)
+    size = grad.numel() * grad.element_size()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = plain(*leaves)
+
+    def no_grad(operator: Callable[..., Tensor]) -> Callable[[], Results]:
+        @torch.no_grad()
+        def forward() -> Results:
+            return [operator(*inputs)]
+
+        return forward
+
+    return [
+        Task(f"{name} forward", (maps + 1) * size, no_grad(fused), no_grad(plain)),
+        Task(
+            f"{name} backward",
+            (2 * maps + 1) * size,
+            lambda: fused_backward(grad, *inputs),
+            lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+        ),
+    ]
+
+
+def cuda_seconds(action: Callable[[], object]) -> float:
+    """Returns the seconds that the device spends on an action."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def time_tasks(
+    tasks: Sequence[Task], copy: Callable[[], None], rounds: int, clock: Callable[[Callable[[], object]], float]
+) -> tuple[list[float], list[Timing]]:
+    """Times a copy and both ways of each task in turns, after a round that does not count.
+
+    The copy runs before everything that is timed, so that nothing is found in the cache.
+
+    Returns:
+        Seconds of the copy, and the timings.
+    """
+    copies: list[float] = []
+    timings = []
+    for task in tasks:
+        apart = max(relative_difference(x, y) for x, y in zip(task.fused(), task.plain(), strict=True))
+        fused: list[float] = []
+        plain: list[float] = []
+        for number in range(rounds + 1):
+            turns = [(fused, task.fused), (plain, task.plain)]
+            for seconds, action in turns[:: 1 if number % 2 else -1]:
+                copies.append(clock(copy))
+                seconds.append(clock(action))
+        timings.append(Timing(task, fused[1:], plain[1:], apart))
+    return copies[2:], timings
+
+
+def relative_difference(x: Tensor, y: Tensor) -> float:
+    return float((x.float() - y.float()).norm() / y.float().norm())
+
+
+def describe(timings: Sequence[Timing], copy_bandwidth: float) -> list[str]:
+    """Returns the table: medians, the ratio's median, and the share of the copy's bandwidth that the floor takes.
+
+    Args:
+        timings: of at least one round.
+        copy_bandwidth: bytes per second, read and written together.
+    """
+    rows = []
+    for timing in timings:
+        fused, plain = statistics.median(timing.fused), statistics.median(timing.plain)
+        ratio = statistics.median(p / f for f, p in zip(timing.fused, timing.plain, strict=True))
+        rows.append(
+            [
+                timing.task.name,
+                f"{1e6 * fused:.0f}",
+                f"{1e6 * plain:.0f}",
+                f"{ratio:.2f}",
+                f"{timing.task.floor / 1e6:.0f}",
+                f"{timing.task.floor / fused / copy_bandwidth:.0%}",
+                f"{timing.difference:.0e}",
+            ]
+        )
+    header = ["operator, channels x map", "us", "plain us", "ratio", "floor MB", "of copy", "difference"]
+    return text_table(header, rows).splitlines()
+
+
+def measure_kernels(batch_size: int, dtype: torch.dtype, rounds: int) -> list[str]:
+    """Times the fused operators at the four stages of conv2former_t, 224 pixels, on the current GPU.
+
+    Args:
+        batch_size: images.
+        dtype: float32, bfloat16 or float16, of maps and parameters.
+        rounds: timings of each.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        UserError: there is no GPU, or none that the kernels run on.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(
+            "benchmark kernels: the fused operators need an NVIDIA GPU, and torch finds none here; "
+            "run this on a machine with one"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    probe = torch.empty(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    name = torch.cuda.get_device_name(device)
+    if not kernels.usable(probe, KERNEL_SIZE):
+        raise UserError(
+            f"benchmark kernels: {name} runs no fused operators for {dtype}; they need an NVIDIA GPU of capability 8.0 "
+            f"or more, Triton {kernels.MIN_TRITON} or newer, and float32, bfloat16 or float16"
+        )
+    copy, copied = copy_probe(device)
+    copies: list[float] = []
+    timings: list[Timing] = []
+    for channels, side in STAGES:
+        tasks = make_tasks(batch_size, channels, side, dtype, device)
+        stage_copies, stage_timings = time_tasks(tasks, copy, rounds, cuda_seconds)
+        copies += stage_copies
+        timings += stage_timings
+    bandwidth = copied / statistics.median(copies)
+    return [
+        f"{name}, batch {batch_size}, {str(dtype).removeprefix('torch.')}, medians of {rounds} rounds; "
+        f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written together",
+        *describe(timings, bandwidth),
+    ]

@@ -1,0 +1,281 @@
+"""The fused operators: their formulas, what torch asks of operators, and the Triton kernels without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from conv2former.models import kernels
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
+
+# The relative errors of the results in the maps' type: rounding, once or a few times.
+TOLERANCES = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+
+
+def case(name: str, shape: tuple[int, ...], kernel_size: int, dtype: str, band: bool = False) -> dict:
+    return {"name": name, "shape": list(shape), "kernel_size": kernel_size, "dtype": dtype, "band": band}
+
+
+# Odd sizes, maps smaller than the kernel, one and several strips, channels that are odd or no power of two.
+CASES = [
+    case("modulate", (2, 3, 4, 5), 1, "float32"),
+    case("modulate", (2, 6, 5, 9), 3, "float32"),
+    case("modulate", (2, 5, 3, 4), 3, "float16"),
+    case("modulate", (1, 5, 4, 7), 7, "bfloat16"),
+    case("modulate", (1, 6, 3, 15), 11, "float32"),
+    case("modulate", (2, 72, 1, 2), 11, "bfloat16"),
+    case("modulate", (1, 2, 3, 2), 13, "float16"),
+    case("modulate", (1, 2, 2, 9), 31, "float32"),
+    case("modulate", (2, 16, 2, 9), 11, "float16", band=True),
+    case("modulate", (17, 8, 1, 5), 7, "bfloat16", band=True),
+    case("modulate", (1, 8, 2, 19), 11, "bfloat16", band=True),
+    case("modulate", (2, 8, 3, 20), 7, "float16", band=True),
+    case("modulate", (1, 8, 2, 17), 13, "bfloat16", band=True),
+    case("mlp_mix", (2, 6, 5, 9), 3, "float32"),
+    case("mlp_mix", (2, 3, 1, 1), 3, "float32"),
+    case("mlp_mix", (2, 5, 6, 2), 3, "bfloat16"),
+    case("mlp_mix", (2, 12, 2, 7), 3, "float16"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_triton() -> list[dict]:
+    """What the kernels make of CASES, in one process that has Triton's interpreter."""
+    command = [sys.executable, str(Path(__file__).with_name("triton_on_cpu.py")), json.dumps(CASES)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+@needs_triton
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: " ".join(map(str, CASES[i].values())))
+def test_the_kernels_compute_the_formula_and_its_gradients(on_triton, number):
+    """In float64, to the rounding of the maps' type; gradients of weight and bias come in their own, float32."""
+    dtype, result = CASES[number]["dtype"], on_triton[number]
+    assert max(result["errors"]) < TOLERANCES[dtype], result["errors"]
+    expected = [dtype, dtype, "float32", "float32", *([dtype] if CASES[number]["name"] == "modulate" else [])]
+    assert result["types"] == expected
+    assert result["channels_last"]
+
+
+@needs_triton
+def test_the_modulation_compiles_for_a_gpu(tmp_path):
+    """For a Hopper GPU, at the first stage of conv2former_t, batch 128, with registers for nearly everything.
+
+    Triton's versions differ by some bytes. `band_kernel` has more of them: its registers are capped, so that two
+    programs share a multiprocessor.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), "90"]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    out = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
+    assert out.returncode == 0, out.stderr[-3000:]
+    reports = [json.loads(line) for line in out.stdout.splitlines()]
+    assert {report["kernel"] for report in reports} == {"band_kernel", "depthwise_weight_kernel"}
+    for report in reports:
+        assert report["spilled_bytes"] <= (128 if report["kernel"] == "band_kernel" else 16), report
+        assert report["shared_bytes"] <= 113 * 1024, report  # half of what a multiprocessor has
+
+
+def maps(*shape: int, count: int = 1, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    last = torch.channels_last
+    return [torch.randn(shape, dtype=dtype).contiguous(memory_format=last).requires_grad_() for _ in range(count)]
+
+
+def parameters(channels: int, side: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    weight = torch.randn(channels, 1, side, side, dtype=dtype, requires_grad=True)
+    return weight, torch.randn(channels, dtype=dtype, requires_grad=True)
+
+
+def plain_modulate(a, weight, bias, v):
+    return F.conv2d(F.gelu(a), weight, bias, padding=weight.shape[-1] // 2, groups=a.shape[1]) * v
+
+
+def plain_mlp_mix(f, weight, bias):
+    h = F.gelu(f)
+    return h + F.gelu(F.conv2d(h, weight, bias, padding=1, groups=f.shape[1]))
+
+
+@pytest.mark.parametrize("side", [1, 3, 11])
+def test_modulate_on_the_cpu_is_the_formula(side):
+    (a, v), (weight, bias) = maps(2, 3, 4, 5, count=2), parameters(3, side)
+    out, plain = kernels.modulate(a, weight, bias, v), plain_modulate(a, weight, bias, v)
+    inputs, grad = (a, weight, bias, v), torch.randn_like(out)
+    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(plain, inputs, grad)
+    for result in (torch.autograd.grad(out, inputs, grad), kernels.modulate_backward(grad, *inputs)):
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_mlp_mix_on_the_cpu_is_the_formula():
+    (f,), (weight, bias) = maps(2, 3, 4, 5), parameters(3, 3)
+    out, plain = kernels.mlp_mix(f, weight, bias), plain_mlp_mix(f, weight, bias)
+    inputs, grad = (f, weight, bias), torch.randn_like(out)
+    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(plain, inputs, grad)
+    for result in (torch.autograd.grad(out, inputs, grad), kernels.mlp_mix_backward(grad, *inputs)):
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_have_the_types_of_what_they_are_of():
+    """Under autocast maps are in 16 bits and parameters in 32."""
+    (a, v), (weight, bias) = maps(2, 8, 4, 5, count=2, dtype=torch.bfloat16), parameters(8, 3, torch.float32)
+    out = kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert [x.grad.dtype for x in (a, v)] == [torch.bfloat16] * 2
+    assert [x.grad.dtype for x in (weight, bias)] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_accepts_the_operators(dtype):
+    """Schemas, results without data (shapes, strides, types), autograd and tracing, as torch checks them."""
+    (a, v), (weight, bias) = maps(2, 6, 5, 4, count=2, dtype=dtype), parameters(6, 3, torch.float32)
+    grad = torch.randn_like(a)
+    ops = torch.ops.conv2former
+    torch.library.opcheck(ops.modulate.default, (a, weight, bias, v))
+    torch.library.opcheck(ops.mlp_mix.default, (a, weight, bias))
+    a, v, weight, bias = (x.detach() for x in (a, v, weight, bias))  # the gradients' operators have no gradient
+    torch.library.opcheck(ops.modulate_backward.default, (grad, a, weight, bias, v))
+    torch.library.opcheck(ops.mlp_mix_backward.default, (grad, a, weight, bias))
+
+
+def test_the_operators_compile_as_one_graph_with_any_size(monkeypatch):
+    monkeypatch.setitem(kernels._devices, 0, False)
+
+    def compute(a, v, weight, bias):
+        sign = -1.0 if kernels.usable(a, 3) or kernels._runs_triton(0) else 1.0
+        return sign * kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
+
+    compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, bias = parameters(6, 3)
+    for size in (5, 7):
+        inputs = (*maps(2, 6, size, 4, count=2), weight, bias)
+        out, plain = compiled(*inputs), compute(*inputs)
+        torch.testing.assert_close(out, plain)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(plain.sum(), inputs), rtol=1e-10, atol=1e-10
+        )
+
+
+def test_a_second_derivative_is_refused_with_a_way_out():
+    (a, v), (weight, bias) = maps(1, 2, 3, 3, count=2), parameters(2, 3)
+    for name, out in (
+        ("modulate", kernels.modulate(a, weight, bias, v)),
+        ("mlp_mix", kernels.mlp_mix(a, weight, bias)),
+    ):
+        (grad,) = torch.autograd.grad(out.sum(), a, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"^{name} has no second derivative: .*fused=False"):
+            grad.sum().backward()
+
+
+def test_checkpointing_computes_the_operators_again():
+    (a, v), (weight, bias) = maps(1, 2, 3, 3, count=2), parameters(2, 3)
+    out = torch.utils.checkpoint.checkpoint(kernels.modulate, a, weight, bias, v, use_reentrant=False)
+    expected = torch.autograd.grad(kernels.modulate(a, weight, bias, v).sum(), (a, weight))
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (a, weight)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(2, 1, 3, 3)}, r"weight must be \(C, 1, k, k\) with C = 6, odd k up to 31, .*\(2, 1, 3"),
+        ({"weight": torch.zeros(6, 1, 4, 4)}, r"odd k up to 31, but is \(6, 1, 4, 4\)"),
+        ({"weight": torch.zeros(6, 1, 33, 33)}, "odd k up to 31"),
+        ({"bias": torch.zeros(5)}, r"bias must be \(C,\) with C = 6, but is \(5,\)"),
+        ({"v": torch.zeros(2, 6, 5, 5)}, r"v must be .* like a, \(2, 6, 5, 4\) torch.float32, but is \(2, 6, 5, 5\)"),
+        ({"v": torch.zeros(2, 6, 5, 4).half()}, "but is .* torch.float16"),
+        ({"a": torch.zeros(6, 5, 4), "v": torch.zeros(6, 5, 4)}, r"a must be \(N, C, H, W\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    (a, v), (weight, bias) = maps(2, 6, 5, 4, count=2, dtype=torch.float32), parameters(6, 3, torch.float32)
+    with pytest.raises(ValueError, match=f"^modulate: .*{message}"):
+        kernels.modulate(**{"a": a, "weight": weight, "bias": bias, "v": v} | change)
+
+
+def test_mlp_mix_takes_three_by_three_only():
+    (f,), (weight, bias) = maps(2, 6, 5, 4), parameters(6, 5)
+    with pytest.raises(ValueError, match=r"^mlp_mix: weight must be .* k = 3, but is"):
+        kernels.mlp_mix(f, weight, bias)
+
+
+class OnGpu:
+    """What `usable` looks at, of a map that is said to be on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True) -> None:
+        self.dtype = dtype
+        self.channels_last = channels_last
+
+    def is_contiguous(self, memory_format: torch.memory_format) -> bool:
+        assert memory_format == torch.channels_last
+        return self.channels_last
+
+
+def test_usable_says_where_the_kernels_run(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setitem(kernels._devices, 0, True)
+    assert kernels.usable(OnGpu(), 11)
+    assert kernels.usable(OnGpu(torch.float32), 31)
+    assert not kernels.usable(OnGpu(torch.float64), 11)
+    assert not kernels.usable(OnGpu(channels_last=False), 11)
+    assert not kernels.usable(OnGpu(), 33)
+    assert not kernels.usable(OnGpu(), 4)
+    assert not kernels.usable(OnGpu(), 11, dilation=2)
+    assert not kernels.usable(torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last), 11)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
+    assert not kernels.usable(OnGpu(), 11)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "runs"),
+    [
+        ((8, 0), "3.9.0", True),
+        ((9, 0), "3.10.0+git1a2b3c", True),
+        ((7, 5), "3.9.0", False),
+        ((9, 0), "3.2.0", False),
+        ((9, 0), None, False),
+    ],
+)
+def test_a_device_runs_the_kernels_if_it_and_triton_are_new_enough(monkeypatch, capability, triton, runs):
+    monkeypatch.setattr(kernels, "_devices", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(sys.modules, "triton", triton and SimpleNamespace(__version__=triton))  # None: ImportError
+    assert kernels._runs_triton(0) == runs
+    assert kernels._devices == {0: runs}
+
+
+class Modulate(torch.nn.Module):
+    """What a caller does: the operator where it is usable, the formula elsewhere."""
+
+    def forward(self, a, v, weight, bias):
+        modulate = kernels.modulate if kernels.usable(a, weight.shape[-1]) else plain_modulate
+        return modulate(a, weight, bias, v)
+
+
+def test_an_exported_program_has_no_operator_of_ours(monkeypatch):
+    """It is to run without this package. Traced otherwise, a map on a GPU (here without data) takes the operator."""
+    monkeypatch.setitem(kernels._devices, 0, True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode():
+        a, v = (torch.empty(1, 2, 3, 4, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(2))
+        inputs = (a, v, torch.empty(2, 1, 3, 3, device="cuda"), torch.empty(2, device="cuda"))
+    assert "conv2former.modulate" in str(make_fx(Modulate())(*inputs).graph)
+    for strict in (False, True):
+        assert "conv2former" not in str(torch.export.export(Modulate(), inputs, strict=strict).graph)

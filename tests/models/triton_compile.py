@@ -1,0 +1,80 @@
+"""Compiles the Triton kernels for a GPU that need not be there: `python triton_compile.py CAPABILITY [--all]`.
+
+Writes a line of JSON for each kernel: registers of a thread, bytes that it spills to local memory, shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from conv2former.models import triton_launch
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **constants: Any) -> dict[str, Any]:
+    """Compiles a kernel for the arguments that `triton_launch.launch` gets, and returns its report."""
+    names = kernel.arg_names
+    options = {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": constants.pop("maxnreg", None)}
+    given = dict(zip(names, args, strict=False))
+    signature = {n: TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in given.items()}
+    source = ASTSource(
+        kernel,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, x in enumerate(args) if isinstance(x, torch.Tensor)},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([TOOL, "-res-usage", path], capture_output=True, text=True, check=True)
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
+    return {
+        "kernel": kernel.fn.__name__,
+        "constants": constants,
+        "registers": int(registers),
+        "spilled_bytes": int(stack),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def compile_stage(capability: int, n: int, channels: int, size: int, kernel_size: int, dtype: torch.dtype) -> None:
+    """Compiles what the block of one stage launches, forward and backward, or the modulation's part of it."""
+
+    def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        print(json.dumps(compile_kernel(kernel, capability, *args, **constants)), flush=True)
+
+    def inputs(channels: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.empty(n, channels, size, size, device="meta", dtype=dtype)
+        return x, torch.empty(channels, 1, side, side, device="meta"), torch.empty(channels, device="meta")
+
+    with mock.patch.object(triton_launch, "launch", launch):
+        x, weight, bias = inputs(channels, kernel_size)
+        triton_launch.modulate_backward(x, x, weight, bias, x)  # has the forward pass in it
+        if "--all" in sys.argv:
+            x, weight, bias = inputs(4 * channels, 3)
+            triton_launch.mlp_mix(x, weight, bias)
+            triton_launch.mlp_mix_backward(x, x, weight, bias)
+
+
+if __name__ == "__main__":
+    compile_stage(int(sys.argv[1]), 128, 72, 56, 11, torch.bfloat16)
+    if "--all" in sys.argv:  # takes minutes
+        for dtype in TYPES:
+            for n, kernel_size in ((128, 11), (1, 11), (128, 7), (128, 3), (1, 31)):
+                for stage in range(4):
+                    compile_stage(int(sys.argv[1]), n, 72 * 2**stage, 56 // 2**stage, kernel_size, dtype)
