@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor
 
 from ..config import Config, img_size_at
 from ..config.schema import DataConfig
@@ -18,11 +21,17 @@ from ..errors import DataError
 from .images import UnreadableImage
 
 __all__ = [
+    "Augmented",
     "Batch",
+    "Finish",
     "Item",
+    "PixelBatch",
     "Skipped",
     "Stream",
+    "TrainTransform",
+    "allow_black",
     "collate",
+    "collate_augmented",
     "eval_transform",
     "load_image",
     "seed_all",
@@ -51,14 +60,73 @@ def seed_all(stream: Stream, *place: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def train_transforms(config: Config) -> list[Any]:
-    """Returns timm's training transform of every epoch: a PIL image to a normalised float tensor, (3, size, size).
+class Augmented(NamedTuple):
+    """An augmented image, not yet normalised.
+
+    Attributes:
+        pixels: (H, W, 3) 8-bit.
+        patches: what random erasing puts into the normalised image: top, left, and values, (3, h, w) float.
+    """
+
+    pixels: np.ndarray
+    patches: list[tuple[int, int, torch.Tensor]]
+
+
+class _Notepad:
+    """Takes the place of a normalised image, (3, H, W), in timm's RandomErasing, and notes what that writes."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self._size = torch.Size((3, height, width))
+        self.patches: list[tuple[int, int, torch.Tensor]] = []
+
+    def size(self) -> torch.Size:
+        return self._size
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
+        _, rows, columns = place
+        shape = (3, rows.stop - rows.start, columns.stop - columns.start)
+        self.patches.append((rows.start, columns.start, values.expand(shape)))
+
+
+class TrainTransform:
+    """timm's training transform without its normalisation, which `Finish` makes up for.
+
+    A normalised image has four times the bytes of its pixels, and random erasing needs it. So the worker processes send
+    8-bit pixels and the few values that erasing draws, in timm's order of draws.
+
+    Args:
+        transform: timm's, of a PIL image to a normalised tensor.
+
+    Attributes:
+        of_image: its steps from PIL image to PIL image.
+        erasing: those that erase from a normalised image.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        steps = transform.transforms
+        to_tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        self.of_image: list[Any] = steps[:to_tensor]
+        self.erasing: list[Any] = [step for step in steps[to_tensor:] if isinstance(step, RandomErasing)]
+
+    def __call__(self, image: Image.Image) -> Augmented:
+        for step in self.of_image:
+            image = step(image)
+        notes = _Notepad(image.height, image.width)
+        for erase in self.erasing:
+            erase(notes)
+        return Augmented(np.asarray(image), notes.patches)
+
+
+def train_transforms(config: Config) -> list[TrainTransform]:
+    """Returns the training transform of every epoch, of PIL images in RGB.
 
     The size is that of `img_size_at`; epochs of one size share a transform.
     """
     data, augment = config.data, config.augment
 
-    def build(size: int) -> Any:
+    def build(size: int) -> TrainTransform:
         transform = create_transform(
             size,
             is_training=True,
@@ -74,20 +142,28 @@ def train_transforms(config: Config) -> list[Any]:
             re_prob=augment.re_prob,
             re_mode=augment.re_mode,
         )
+        allow_black(transform)
         for step in transform.transforms:
-            policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]  # of RandAugment, of AutoAugment
-            for operation in itertools.chain.from_iterable(policies):
-                if operation.aug_fn is auto_augment.posterize:
-                    operation.aug_fn = _posterize
-        return transform
+            if isinstance(step, auto_augment.RandAugment):
+                step.ops = np.array(step.ops)  # NumPy would make this array anew for every image to choose from it
+        return TrainTransform(transform)
 
     sizes = [img_size_at(config, epoch) for epoch in range(config.schedule.epochs + config.schedule.cooldown_epochs)]
     of_size = {size: build(size) for size in sorted(set(sizes))}
     return [of_size[size] for size in sizes]
 
 
+def allow_black(transform: Any) -> None:
+    """Lets a transform of timm's posterize to 0 bits, which its policies draw and Pillow 13 refuses."""
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]  # of RandAugment, of AutoAugment
+        for operation in itertools.chain.from_iterable(policies):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+
+
 def _posterize(image: Any, bits: int, **kwargs: Any) -> Any:
-    """Keeps the highest `bits` of every value. Strong policies draw 0, which is black, and which Pillow 13 refuses."""
+    """Keeps the highest `bits` of every value; of 0 nothing is left."""
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)
 
 
@@ -123,7 +199,24 @@ class Batch(NamedTuple):
     indices: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
 
-Item = tuple[torch.Tensor, int, int] | Skipped
+class PixelBatch(NamedTuple):
+    """Augmented images as they travel between processes, a quarter of a `Batch`; the rest as there.
+
+    Attributes:
+        pixels: (N, H, W, 3) 8-bit.
+        patches: (P, 5) int64, the rectangles to fill: image, top, left, height, width.
+        values: (V,) float, what to fill them with: the (3, h, w) of each, one after the other.
+    """
+
+    pixels: torch.Tensor
+    patches: torch.Tensor
+    values: torch.Tensor
+    labels: torch.Tensor
+    skipped: list[Skipped]
+    indices: torch.Tensor
+
+
+Item = tuple[Any, int, int] | Skipped
 
 
 def load_image(
@@ -152,30 +245,77 @@ def load_image(
     return transform(image), label, index
 
 
-def collate(items: list[Item], fill: bool) -> Batch:
-    """Makes a batch of loaded images.
+def collate(items: list[Item]) -> Batch:
+    """Makes a batch of loaded images, (3, H, W) float.
 
-    Args:
-        items: of one batch.
-        fill: put a copy of a neighbour in an unreadable image's place. In training a batch must be whole, because
-            mixup pairs its images, and the place of every other image must stay what it would have been. Without it the
-            batch is smaller, so that an evaluation counts every readable image once and no other.
+    It is smaller where an image could not be read, so that an evaluation counts every readable one once and no other.
+    """
+    kept, skipped = _divided(items)
+    images = torch.stack([image for image, _, _ in kept]) if kept else torch.empty(0, 3, 1, 1)
+    return Batch(images, _numbers(kept, 1), skipped, _numbers(kept, 2))
+
+
+def collate_augmented(items: list[Item]) -> PixelBatch:
+    """Makes a batch of loaded images, each an `Augmented`, with a copy of a neighbour in an unreadable image's place.
+
+    In training a batch must be whole, because mixup pairs its images, and the place of every other image must stay what
+    it would have been.
 
     Raises:
-        DataError: not one image can be read, and the places are to be filled.
+        DataError: not one image can be read.
     """
-    skipped = [item for item in items if isinstance(item, Skipped)]
-    kept: list[tuple[torch.Tensor, int, int]] = []
-    readable = [item for item in items if not isinstance(item, Skipped)]
-    if fill and not readable:
+    kept, skipped = _divided(items)
+    if not kept:
         raise DataError(f"not one image of a batch of {len(items)} can be read: {skipped[0].reason}")
-    if fill:
-        previous = readable[-1]
-        for item in items:
-            previous = previous if isinstance(item, Skipped) else item
-            kept.append(previous)
-    else:
-        kept = readable
-    images = torch.stack([image for image, _, _ in kept]) if kept else torch.empty(0, 3, 1, 1)
-    labels, indices = (torch.tensor([item[k] for item in kept], dtype=torch.int64) for k in (1, 2))
-    return Batch(images, labels, skipped, indices)
+    whole, previous = [], kept[-1]
+    for item in items:
+        previous = previous if isinstance(item, Skipped) else item
+        whole.append(previous)
+    pixels = torch.from_numpy(np.stack([image.pixels for image, _, _ in whole]))
+    patches = [(i, *patch) for i, (image, _, _) in enumerate(whole) for patch in image.patches]
+    places = torch.tensor([(i, top, left, *values.shape[1:]) for i, top, left, values in patches], dtype=torch.int64)
+    # one tensor, because each that goes between processes holds a file open
+    values = torch.cat([torch.empty(0), *(values.flatten() for *_, values in patches)])
+    return PixelBatch(pixels, places.reshape(-1, 5), values, _numbers(whole, 1), skipped, _numbers(whole, 2))
+
+
+def _divided(items: list[Item]) -> tuple[list[tuple[Any, int, int]], list[Skipped]]:
+    """Divides items into those that could be read and the others."""
+    kept = [item for item in items if not isinstance(item, Skipped)]
+    return kept, [item for item in items if isinstance(item, Skipped)]
+
+
+def _numbers(items: list[tuple[Any, int, int]], which: int) -> torch.Tensor:
+    return torch.tensor([item[which] for item in items], dtype=torch.int64)
+
+
+class Finish:
+    """Normalises augmented images and erases from them, to the bit as torchvision's ToTensor and Normalize would.
+
+    Args:
+        mean, std: of each channel, of values in [0, 1].
+        device: where the images are to be.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.device = device
+
+    def __call__(self, batch: PixelBatch) -> Batch:
+        """Returns the batch with (N, 3, H, W) float images, in the channels_last layout."""
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        count, height, width, channels = pixels.shape
+        # Whole rows, because a broadcast over an innermost dimension of 3 is slow; on a CPU image by image, which stays
+        # in the cache.
+        mean, std = self.mean.repeat(width), self.std.repeat(width)
+        flat, at_once = pixels.view(count, height, -1), 1 if self.device.type == "cpu" else count
+        rows = torch.empty(flat.shape, device=self.device)
+        scratch = torch.empty_like(rows[:at_once])
+        for source, target in zip(flat.split(at_once), rows.split(at_once), strict=True):
+            torch.div(scratch.copy_(source).div_(255).sub_(mean), std, out=target)
+        images = rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+        values = batch.values.to(self.device, non_blocking=True)
+        sizes = batch.patches[:, 3:].prod(1) * channels
+        for (i, top, left, h, w), patch in zip(batch.patches.tolist(), values.split(sizes.tolist()), strict=True):
+            images[i, :, top : top + h, left : left + w] = patch.view(channels, h, w)
+        return Batch(images, batch.labels, batch.skipped, batch.indices)

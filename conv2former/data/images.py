@@ -188,4 +188,4 @@ def _converted(image: Image.Image, value_range: Range | None, encoding: str, tag
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

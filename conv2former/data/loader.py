@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import Config
 from ..config.schema import DataConfig
 from ..errors import DataError
-from .batch import Batch, Item, collate, eval_transform, load_image, train_transforms
+from .batch import Batch, Finish, Item, collate, collate_augmented, eval_transform, load_image, train_transforms
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 
@@ -216,10 +215,28 @@ def _itself(batch: Any) -> Any:
     return batch
 
 
+class _TrainLoader(DataLoader):
+    """A loader whose workers make `PixelBatch`es, and which yields `Batch`es."""
+
+    def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._finish = finish
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return map(self._finish, super().__iter__())
+
+
 def train_loader(
-    source: DataSource | StreamSource, config: Config, sampler: EpochSampler, pin_memory: bool, worker_init: Any = None
+    source: DataSource | StreamSource,
+    config: Config,
+    sampler: EpochSampler,
+    pin_memory: bool,
+    worker_init: Any = None,
+    device: torch.device | str = "cpu",
 ) -> DataLoader:
     """Returns a loader of training batches, augmented, in the order of `sampler`.
+
+    The workers read and augment; this process normalises what they send and erases from it, where `next` is called.
 
     Args:
         source: the images.
@@ -227,16 +244,22 @@ def train_loader(
         sampler: chooses epoch and first step before each iteration.
         pin_memory: for a fast copy to a GPU.
         worker_init: called in every worker process with its number.
+        device: where the images are normalised and yielded; what moves there are 8-bit pixels.
     """
     workers = config.data.workers
-    common = {"pin_memory": pin_memory, "worker_init_fn": worker_init}
+    finish = Finish(config.data.mean, config.data.std, torch.device(device))
+    common: dict[str, Any] = {
+        "pin_memory": pin_memory,
+        "worker_init_fn": worker_init,
+        "finish": finish,
+    }
     transforms, skip = train_transforms(config), config.data.on_error == "skip"
     if isinstance(source, StreamSource):
         stream = StreamBatches(
             source, transforms, skip, sampler.batch_size, sampler.rank, sampler.world_size, sampler.seed
         )
         workers = stream.useful_workers(workers)
-        return DataLoader(
+        return _TrainLoader(
             stream,
             batch_size=None,
             sampler=_BatchNumbers(sampler),
@@ -245,12 +268,12 @@ def train_loader(
             collate_fn=_itself,
             **common,
         )
-    return DataLoader(
+    return _TrainLoader(
         _Transformed(source, transforms, skip, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=partial(collate, fill=True),
+        collate_fn=collate_augmented,
         **common,
     )
 
@@ -289,11 +312,11 @@ def eval_loader(
     """
     workers, skip = data.workers, data.on_error == "skip"
     transform = _Views([eval_transform(view) for view in views]) if views else eval_transform(data)
-    common = {
+    common: dict[str, Any] = {
         "batch_size": batch_size,
         "pin_memory": pin_memory,
         "worker_init_fn": worker_init,
-        "collate_fn": partial(collate, fill=False),
+        "collate_fn": collate,
     }
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)

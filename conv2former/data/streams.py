@@ -21,7 +21,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import DataError, UserError
-from .batch import Batch, Item, Stream, collate, load_image
+from .batch import Item, PixelBatch, Stream, collate_augmented, load_image
 
 __all__ = ["StreamBatches", "StreamImages", "StreamSource"]
 
@@ -134,7 +134,7 @@ class StreamBatches(Dataset):
         """Returns the most workers, at most `wanted`, that divide the lanes evenly; 0 for none."""
         return max((count for count in range(1, wanted + 1) if self.lanes % count == 0), default=0)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> PixelBatch:
         epoch, number = key
         lane, place = number % self.lanes, number // self.lanes
         at, rows = self._open.get(lane, (None, iter(())))
@@ -148,7 +148,7 @@ class StreamBatches(Dataset):
             place_of = (self.seed, epoch, self.rank, number * self.batch_size + i)
             items.append(load_image(partial(self.source.read, row, where), self.transforms[epoch], self.skip, place_of))
         self._open[lane] = ((epoch, place + 1), rows)
-        return collate(items, fill=True)
+        return collate_augmented(items)
 
     def _rows(self, epoch: int, lane: int) -> Iterator[Row]:
         buffer = max(1, self.source.shuffle_images // self.lanes)

@@ -101,7 +101,10 @@ class RunLog:
         self._write(step, {"kind": "train", "epoch": epoch, **row}, "train")
         if not self.is_main:
             return
-        text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s  "
+            f"data wait {row['data_wait']:.0%}"
+        )
         left = (time.perf_counter() - self._start) / (step - self._first_step) * (self.total_steps - step)
         line = f"epoch {epoch}  step {step}/{self.total_steps}  {text}  {_clock(left)} left"
         if self._bar is not None:

@@ -46,6 +46,7 @@ from .step import FiniteCheck, StepResult, mix, train_step
 
 __all__ = ["Trainer", "describe", "dry_run", "train"]
 
+MUCH_WAITING = 0.05  # of the training time, for images: worth a hint
 IMBALANCED = 3  # times as many images of one class as of another: worth a hint
 
 _RUNNING = threading.Lock()
@@ -146,6 +147,7 @@ class Trainer:
         self.new_skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
         self.must_evaluate = False
         self._seconds, self._since = 0.0, time.perf_counter()
+        self.meter = _Meter()
         if job.saved:
             self._restore(job.saved)
             job.saved = None  # its memory
@@ -170,7 +172,9 @@ class Trainer:
             None if job.config.data.sampling == "uniform" else job.labels,
             job.config.data.sampling,
         )
-        self.loader = train_loader(job.train_source, self.config, self.sampler, pin_memory, ignore_stop_signals)
+        self.loader = train_loader(
+            job.train_source, self.config, self.sampler, pin_memory, ignore_stop_signals, world.device
+        )
         batch_size = train_config.eval_batch_size or train_config.batch_size
         self.val_loader: DataLoader = eval_loader(
             job.val_source, self.config.data, batch_size, world.rank, world.size, pin_memory, ignore_stop_signals
@@ -208,7 +212,8 @@ class Trainer:
         self.sampler.set_epoch(epoch, self.step - epoch * self.plan.steps_per_epoch)
         source = batches(self.loader)
         every = self.config.checkpoint.every_steps
-        meter = _Meter()
+        meter = self.meter
+        meter.start()
         while True:
             self.world.at(f"the data of step {self.step}")
             with meter.waiting():
@@ -270,6 +275,7 @@ class Trainer:
         """Draws the first batch as the step will see it, mixed."""
         from .pictures import batch_figure
 
+        batch = batch._replace(images=batch.images.clone())  # mixup mixes in place, and the step is still to come
         images, targets = mix(self.run, batch, self.step, 0)
         data, smoothing = self.config.data, self.config.augment.smoothing
         self.log.picture(
@@ -397,6 +403,7 @@ class Trainer:
             "plan": self.job.plan_of_data,
             "started_from": self.job.started_from,
             "seconds": self.seconds,
+            "time": {"training": self.meter.seconds, "waiting": self.meter.waited},
             "versions": versions,
         }
         save_checkpoint(self.output / "checkpoints", content, is_best, self.config.checkpoint.keep)
@@ -412,6 +419,8 @@ class Trainer:
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
         self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
         self.skipped |= saved.get("skipped") or {}
+        spent = saved.get("time") or {"training": 0.0, "waiting": 0.0}
+        self.meter = _Meter(spent["training"], spent["waiting"])
         epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
         # stopped before the evaluation at the end of an epoch, or a finished run in a new folder, which has no best yet
         not_yet = saved["metric"] is None or (self.best_metric is None and epoch == self.plan.epochs)
@@ -426,6 +435,9 @@ class Trainer:
         assert self.best_row is not None
         best, prefix = self.best_row, "ema_" if self.run.ema else ""
         curves = self.log.picture("curves", curves_figure(read_metrics(self.log.path)), self.step)
+        if (waited := self.meter.share_waited) is not None:
+            hint = "; more data.workers or a faster disk may help" if waited > MUCH_WAITING else ""
+            self.log.say(f"{waited:.1%} of the training time was waiting for images{hint}")
         confusion = None
         if self.confusion:
             figure = confusion_figure(self.confusion, self.job.class_names)
@@ -443,6 +455,7 @@ class Trainer:
             "steps": self.step,
             "skipped": sum(map(len, self.skipped.values())),
             "seconds": round(self.seconds, 1),
+            "data_wait": waited,
             "checkpoint": str(self.output / "checkpoints" / "best.pt"),
             "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,
             "curves": str(curves),
@@ -456,24 +469,48 @@ class Trainer:
 
 
 class _Meter:
-    """Images per second, and the share of the time spent waiting for them, since it was last read."""
+    """Images per second, and the share of the time spent waiting for them, since it was last read and in the whole run.
 
-    def __init__(self) -> None:
-        self.images, self._waited, self._since = 0, 0.0, time.perf_counter()
+    Args:
+        seconds, waited: of training so far, in earlier attempts, and of waiting in it.
+    """
+
+    def __init__(self, seconds: float = 0.0, waited: float = 0.0) -> None:
+        self.seconds, self.waited = seconds, waited
+        self.start()
+
+    @property
+    def share_waited(self) -> float | None:
+        """The share of the whole run's training time; None if there was none."""
+        return round(self.waited / self.seconds, 4) if self.seconds else None
+
+    def start(self) -> None:
+        """Begins anew after something that is not training, such as an evaluation."""
+        self.images, self._since = 0, time.perf_counter()
+        self._mark, self._waited_before = self._since, self.waited
 
     def waiting(self) -> _Meter:
         return self
 
     def __enter__(self) -> None:
-        self._entered = time.perf_counter()
+        self._pass()
 
     def __exit__(self, *_: object) -> None:
-        self._waited += time.perf_counter() - self._entered
+        self.waited += self._pass()
+
+    def _pass(self) -> float:
+        """Adds the time since the last mark to the run's, and returns it."""
+        now = time.perf_counter()
+        passed, self._mark = now - self._mark, now
+        self.seconds += passed
+        return passed
 
     def read(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        row = {"images_per_second": round(self.images / seconds, 1), "data_wait": round(self._waited / seconds, 4)}
-        self.images, self._waited, self._since = 0, 0.0, time.perf_counter()
+        """Returns both since it was last read or started."""
+        self._pass()
+        seconds, waited = max(self._mark - self._since, 1e-9), self.waited - self._waited_before
+        row = {"images_per_second": round(self.images / seconds, 1), "data_wait": round(waited / seconds, 4)}
+        self.start()
         return row
 
 

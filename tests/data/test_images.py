@@ -311,3 +311,17 @@ def test_what_would_fill_the_memory(tmp_path, recwarn):
     assert not recwarn
     os.mkfifo(tmp_path / "pipe.jpg")
     refused(tmp_path / "pipe.jpg", "not a file; remove it")
+
+
+def test_rgb_outlives_its_file(tmp_path):
+    """What is RGB already is not copied, so it must not hang on the file."""
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for kind in ("PNG", "BMP", "JPEG", "TIFF", "WEBP"):
+        path = tmp_path / f"it.{kind}"
+        Image.fromarray(noise).save(path, kind)
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        image = open_rgb(path, "it")
+        path.unlink()
+        assert np.array_equal(np.asarray(image), expected), kind
+        assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(image))), expected), kind
+        assert np.array_equal(np.asarray(image.crop((1, 2, 20, 30))), expected[2:30, 1:20]), kind

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
+from torch.utils.data import DataLoader
 
 from conv2former import DataError
 from conv2former.config import check_config, img_size_at
@@ -17,7 +22,7 @@ from conv2former.data import (
     train_loader,
     train_transforms,
 )
-from conv2former.data.images import UnreadableImage
+from conv2former.data.images import UnreadableImage, open_rgb
 
 
 def config(**sections):
@@ -156,7 +161,71 @@ def test_every_augmentation_policy_runs():
         transform = train_transforms(config(augment={"auto_augment": policy}))[0]
         for i in range(300):
             seed_all(Stream.IMAGE, i)
-            assert transform(image).shape == (3, 32, 32)
+            assert transform(image).pixels.shape == (32, 32, 3)
+
+
+class Photos:
+    """JPEG files in memory, read as those on a disk are."""
+
+    def __init__(self, count: int) -> None:
+        self.files = []
+        for i in range(count):
+            photo = Image.fromarray(load_sample_images().images[i % 2])
+            buffer = io.BytesIO()
+            # the decoders differ, if at all, by how they interpolate the colours; odd sizes have borders of their own
+            photo.crop((7 * i, 3 * i, 7 * i + 333, 3 * i + 251)).save(buffer, "JPEG", quality=90, subsampling=i % 3)
+            self.files.append(buffer.getvalue())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        return open_rgb(self.files[index], f"{index}.jpg"), 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"re_prob": 0.5, "vflip": 0.5},
+        {"re_prob": 1.0, "re_mode": "rand", "auto_augment": None},
+        {"re_prob": 1.0, "re_mode": "const", "auto_augment": "3a", "interpolation": "bicubic"},
+        {"re_prob": 0.0, "auto_augment": "original"},
+    ],
+    ids=lambda augment: str(augment.get("auto_augment", "rand")),
+)
+def test_the_images_are_those_of_timm_to_the_bit(augment, workers):
+    """Read with Pillow and through timm's own transform, image by image, seeded at the same places."""
+    run = config(augment=augment, data={"workers": workers, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)})
+    options = run.augment.model_dump()
+    names = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "interpolation", "re_prob", "re_mode")
+    timm_options = {name: options[name] for name in names}
+    theirs = create_transform(32, is_training=True, mean=run.data.mean, std=run.data.std, **timm_options)
+    photos = Photos(12)
+    sampler = EpochSampler(12, 4, seed=7)
+    sampler.set_epoch(1)
+    loader = train_loader(DataSource(photos, ["a"], "photos"), run, sampler, False)
+    for batch in loader:
+        assert batch.images.dtype == torch.float32
+        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+            seed_all(Stream.IMAGE, 7, 1, index)
+            expected = theirs(Image.open(io.BytesIO(photos.files[index])).convert("RGB"))
+            assert torch.equal(image, expected)
+
+
+def test_what_travels_between_processes_is_small():
+    loader = train_loader(source(8), config(data={"workers": 1}), EpochSampler(8, 4), False)
+    for batch in DataLoader.__iter__(loader):  # before it is normalised
+        assert batch.pixels.dtype == torch.uint8
+        assert batch.pixels.shape == (4, 32, 32, 3)
+        assert batch.values.numel() == (batch.patches[:, 3] * batch.patches[:, 4] * 3).sum()
+
+
+def test_an_unreadable_image_takes_what_is_erased_from_its_neighbour():
+    run = config(augment={"re_prob": 1.0}, data={"on_error": "skip"})
+    for batch in train_loader(source(8, unreadable=(2, 5)), run, EpochSampler(8, 8), False):
+        assert len(batch.skipped) == 2
+        assert len({image.numpy().tobytes() for image in batch.images}) == 6
 
 
 def test_images_grow():

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conv2former.engine import trainer
+from conv2former.engine.evaluate import evaluate
+from conv2former.engine.logging import RunLog
+from conv2former.engine.trainer import train
+
+ROW = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gib": 1.0}
+
+
+def test_the_meter(monkeypatch):
+    """In two attempts: 1 s of waiting in 5 s, an evaluation that does not count, 1 s of waiting in 2 s."""
+    now = [100.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+
+    def spend(meter, waiting: float, working: float) -> None:
+        with meter.waiting():
+            now[0] += waiting
+        meter.images += 10
+        now[0] += working
+
+    first = trainer._Meter()
+    assert first.share_waited is None
+    spend(first, 0.5, 1.5)
+    spend(first, 0.5, 2.5)
+    assert first.read() == {"images_per_second": 4.0, "data_wait": 0.2}
+    now[0] += 1000.0
+    second = trainer._Meter(first.seconds, first.waited)
+    now[0] += 1000.0
+    second.start()
+    spend(second, 1.0, 1.0)
+    assert second.read() == {"images_per_second": 5.0, "data_wait": 0.5}
+    assert second.share_waited == pytest.approx(2 / 7, abs=1e-4)
+
+
+def test_the_console_says_how_long_images_were_waited_for(tmp_path, capsys):
+    log = RunLog(tmp_path, 10, 0, tensorboard=False, is_main=True)
+    log.step(1, 1, ROW | {"images_per_second": 8.0, "data_wait": 0.123})
+    log.close()
+    assert "8 images/s  data wait 12%" in capsys.readouterr().out
+    assert "data wait 12%" in (tmp_path / "train.log").read_text()
+
+
+def test_the_report_says_how_long_images_were_waited_for(raw_config, tmp_path, capsys, monkeypatch):
+    real, late = trainer.time.perf_counter, [0.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: real() + late[0])
+
+    def long_evaluation(*args):
+        late[0] += 1e6
+        return evaluate(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", long_evaluation)
+    report = train(raw_config, tmp_path / "run")
+    assert report["seconds"] > 1e6
+    saved = torch.load(report["checkpoint"], weights_only=True)
+    assert 0 < saved["time"]["waiting"] < saved["time"]["training"] < 1e6
+    assert 1e-4 < report["data_wait"] < 1
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["data_wait"] == report["data_wait"]
+    assert f"{report['data_wait']:.1%} of the training time was waiting" in capsys.readouterr().out
+    again = train(raw_config, tmp_path / "run")  # a finished run, from what its checkpoint says
+    assert again["data_wait"] == report["data_wait"]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_picture_of_the_first_batch_leaves_it_as_it_was(raw_config, tmp_path, monkeypatch, channels_last):
+    """Mixup works in place: a batch that was mixed for the picture would be mixed twice in the step."""
+    raw_config["train"]["channels_last"] = channels_last
+    drawn = []
+
+    class Drawn(Exception):
+        pass
+
+    def stop(run, window, *_):
+        drawn.append(window[0].images)
+        raise Drawn
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", stop)
+        with pytest.raises(Drawn):
+            train(raw_config, tmp_path / "with")
+        patch.setattr(trainer.Trainer, "_show", lambda *_: None)
+        with pytest.raises(Drawn):
+            train(raw_config, tmp_path / "without")
+    assert (drawn[0] == drawn[1]).all()
