@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test lint format clean
+# What `make bench` compares; birder's network too where birder is installed: make bench PEERS=birder/conv2former_t
+PEERS ?=
+
+.PHONY: quickstart test lint format bench growth clean
 
 quickstart: $(READY) ## train on real digits with two processes, then evaluate the result
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
@@ -20,6 +23,15 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY) ## compare networks on this CPU, about five minutes on two cores, and write docs/benchmarks.md
+	$(BIN)/python scripts/benchmark.py models conv2former_t conv2former_t:fused=false \
+		convnext_tiny swin_tiny_patch4_window7_224 $(PEERS) conv2former_n convnext_nano \
+		--train --inference --precision fp32 bf16 --memory-format nchw channels_last --batch-size 4 --rounds 5 \
+		--baseline convnext_tiny --markdown docs/benchmarks.md --chart docs/benchmarks.png
+
+growth: $(READY) ## measure time and memory from 224 to 1024 pixels, minutes, and write them to docs/benchmarks.md
+	$(BIN)/python scripts/benchmark.py growth --markdown docs/benchmarks.md --chart docs/growth.png
 
 clean: ## forget the environment and what the quickstart made
 	rm -rf .venv runs/quickstart data/digits
