@@ -11,6 +11,7 @@ import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from torch import nn
 
+from . import fused, kernels
 from .weights import rename_keys_in_place
 
 __all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
@@ -48,6 +49,7 @@ class ConvMod(RenamesForeignKeys):
         dim: channels C of input and output.
         kernel_size: side of the depthwise kernel, odd. The map may be smaller than the kernel.
         dilation: dilation of the depthwise convolution.
+        fused: let the Triton kernels of `kernels.py` compute what lies between the 1x1 convolutions, on a GPU.
         device, dtype: where and how to create the parameters.
 
     Raises:
@@ -59,6 +61,7 @@ class ConvMod(RenamesForeignKeys):
         dim: int,
         kernel_size: int = 11,
         dilation: int = 1,
+        fused: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,11 +74,15 @@ class ConvMod(RenamesForeignKeys):
         self.conv_dw = _depthwise(dim, kernel_size, dilation, **dd)
         self.v = nn.Conv2d(dim, dim, 1, **dd)
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
         x = self.norm(x)
-        return self.proj(self.fuse(self.conv_dw(self.act(self.a(x))), self.v(x)))
+        a, v = self.a(x), self.v(x)
+        if not torch.jit.is_scripting() and type(self) is ConvMod and self.fused and fused.kernel_applies(self, a):
+            return self.proj(kernels.modulate(a, *fused.weights(self.conv_dw), v))
+        return self.proj(self.fuse(self.conv_dw(self.act(a)), v))
 
     def fuse(self, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Applies the context `a` to the values `v`, both (N, C, H, W)."""
@@ -91,6 +98,7 @@ class ConvMlp(RenamesForeignKeys):
         dim: channels C of input and output.
         mlp_ratio: hidden channels as a multiple of `dim`.
         dilation: dilation of the 3x3 depthwise convolution.
+        fused: let the Triton kernels of `kernels.py` compute what lies between the 1x1 convolutions, on a GPU.
         device, dtype: where and how to create the parameters.
     """
 
@@ -99,6 +107,7 @@ class ConvMlp(RenamesForeignKeys):
         dim: int,
         mlp_ratio: float = 4.0,
         dilation: int = 1,
+        fused: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -110,10 +119,14 @@ class ConvMlp(RenamesForeignKeys):
         self.act = nn.GELU()
         self.conv_dw = _depthwise(hidden_dim, 3, dilation, **dd)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
-        x = self.act(self.fc1(self.norm(x)))
+        x = self.fc1(self.norm(x))
+        if not torch.jit.is_scripting() and type(self) is ConvMlp and self.fused and fused.kernel_applies(self, x):
+            return self.fc2(kernels.mlp_mix(x, *fused.weights(self.conv_dw)))
+        x = self.act(x)
         x = x + self.act(self.conv_dw(x))
         return self.fc2(x)
 
@@ -130,6 +143,8 @@ class Conv2FormerBlock(RenamesForeignKeys):
             network the authors start at 1e-6, so a fresh block is close to the identity.
         dilation: dilation of both depthwise convolutions.
         mod_layer: the modulation's class, `ConvMod` or one of its ablations.
+        fused: take the faster and smaller way of `fused.py` wherever it computes the same; False for the modules alone.
+        recompute: on that way, compute cheap maps again in the backward pass instead of keeping them.
         device, dtype: where and how to create the parameters.
 
     Raises:
@@ -145,6 +160,8 @@ class Conv2FormerBlock(RenamesForeignKeys):
         ls_init_value: float | None = 1e-6,
         dilation: int = 1,
         mod_layer: type[ConvMod] = ConvMod,
+        fused: bool = True,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -152,14 +169,17 @@ class Conv2FormerBlock(RenamesForeignKeys):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1): {drop_path!r}")
-        self.attn = mod_layer(dim, kernel_size, dilation, **dd)
+        self.attn = mod_layer(dim, kernel_size, dilation, fused, **dd)
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
-        self.mlp = ConvMlp(dim, mlp_ratio, dilation, **dd)
+        self.mlp = ConvMlp(dim, mlp_ratio, dilation, fused, **dd)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.fused, self.recompute = fused, recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
+        if not torch.jit.is_scripting() and self.fused and fused.applies(self, x):
+            return fused.forward(self, x)
         x = x + self.drop_path(self.ls1(self.attn(x)))
         x = x + self.drop_path(self.ls2(self.mlp(x)))
         return x

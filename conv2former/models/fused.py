@@ -1,0 +1,572 @@
+"""The block's two halves, each as one step: the function of `block.py` in less time and less memory.
+
+A half is ``x + mask * gamma * linear(middle(linear(norm(x))))``, where the linears are the 1x1 convolutions; `_formula`
+is that sentence as code. What lies in the middle differs: `_Modulation` or `_Mixing` on a CPU, the Triton kernels of
+`kernels.py` on an NVIDIA GPU. Three things save memory and time:
+
+- Of the maps between x and the result only those are kept for the backward pass that are dear to compute again: the
+  results of the first linears and of the large depthwise convolution. The norm, GELU, the 3x3 convolution and the
+  product are computed again.
+- Layer scale goes into the last linear's weights: no pass over a map, and no map kept for its gradient.
+- On a CPU a few images at a time go through all of a half, so that much of what one operation writes is still in the
+  cache when the next one reads it.
+
+`applies` says when a block can take this way: it is the standard one, and nobody looks inside. With hooks, exchanged
+layers, TorchScript, torch.compile, torch.export, torch.func and the like the plain formula runs, in `block.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from . import cpu_ops, kernels
+
+if TYPE_CHECKING:
+    from .block import Conv2FormerBlock, ConvMlp, ConvMod
+
+__all__ = ["applies", "channels_last", "forward", "forward_stem", "kernel_applies", "stem_applies", "weights"]
+
+CHUNK = 2**20  # hidden values per thread that go through a half together on a CPU: some MB, the size of a cache
+aten = torch.ops.aten
+
+
+def applies(block: Conv2FormerBlock, x: Tensor) -> bool:
+    """Says whether `forward` computes for `x` what the block's modules would, with nobody to notice the difference.
+
+    On a GPU `x` must lie in channels_last memory, which is what the backbone gives to its blocks.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x) or x.dim() != 4:
+        return False
+    if not (x.is_cpu or x.is_cuda):
+        return False
+    if nn_module._has_any_global_hook() or not _is_standard(block, _weight_dtype(x)):
+        return False
+    return x.is_cpu or kernels.usable(x, block.attn.conv_dw.kernel_size[0])
+
+
+def kernel_applies(half: ConvMod | ConvMlp, x: Tensor) -> bool:
+    """Says whether a Triton kernel can take the place of a half's GELU and depthwise convolution, for `x` before them.
+
+    torch.compile comes this way, because it does better what `forward` does besides.
+    """
+    if type(x) is not Tensor or not kernels.usable(x, half.conv_dw.kernel_size[0], half.conv_dw.dilation[0]):
+        return False
+    if not torch.compiler.is_compiling() and _transformed(x):
+        return False
+    exact = type(half.act) is nn.GELU and half.act.approximate == "none" and not _is_watched(half.act)
+    return exact and _is_conv_dw(half.conv_dw, half.conv_dw.weight.dtype)
+
+
+def weights(layer: Any) -> tuple[Tensor, Tensor]:
+    """Returns a layer's weight and bias."""
+    return layer.weight, layer.bias
+
+
+def _transformed(x: Tensor) -> bool:
+    """Says whether torch.func or forward-mode differentiation is at work, or `x` is more than a tensor."""
+    functional = torch._C._functorch.peek_interpreter_stack() is not None
+    return functional or forward_ad._current_level >= 0 or type(x) is not Tensor
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _weight_dtype(x: Tensor) -> torch.dtype | None:
+    """Returns the type that weights must have for `x`; None if autocast would do something out of the ordinary."""
+    autocast = _autocast_dtype(x)
+    if autocast is None:
+        return x.dtype
+    return torch.float32 if x.dtype in (torch.float32, autocast) else None
+
+
+def _is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
+    from .block import ConvMlp, ConvMod  # which import this file
+
+    attn, mlp = block.attn, block.mlp
+    if type(attn) is not ConvMod or type(mlp) is not ConvMlp:
+        return False
+    scales = [layer for layer in (block.ls1, block.ls2) if not isinstance(layer, nn.Identity)]
+    drops = [] if isinstance(block.drop_path, nn.Identity) else [block.drop_path]
+    return (
+        all(_is_linear(layer, dtype) for layer in (attn.a, attn.v, attn.proj, mlp.fc1, mlp.fc2))
+        and all(_is_conv_dw(layer, dtype) for layer in (attn.conv_dw, mlp.conv_dw))
+        and mlp.conv_dw.kernel_size == (3, 3)
+        and all(type(layer) is LayerNorm2d and _is_plain(layer, dtype) for layer in (attn.norm, mlp.norm))
+        and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in (attn.act, mlp.act))
+        and all(type(layer) is LayerScale2d and layer.gamma.dtype == dtype for layer in scales)
+        and all(type(layer) is DropPath for layer in drops)
+        and not any(_is_watched(layer) for layer in (attn, mlp, attn.act, mlp.act, *scales, *drops))
+    )
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__
+
+
+def _is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
+    """Says whether a layer has ordinary weights of that type, none with an arithmetic of its own, and no hooks."""
+    weights = (layer.weight, layer.bias)
+    return all(type(w) in (nn.Parameter, Tensor) and w.dtype == dtype for w in weights) and not _is_watched(layer)
+
+
+def _is_linear(layer: Any, dtype: torch.dtype | None) -> bool:
+    if type(layer) is not nn.Conv2d or not _is_plain(layer, dtype):
+        return False
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+
+
+def _is_conv_dw(layer: Any, dtype: torch.dtype | None) -> bool:
+    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or not _is_plain(layer, dtype):
+        return False
+    k = layer.kernel_size[0]
+    same = layer.kernel_size == (k, k) and k % 2 == 1 and layer.padding == (k // 2, k // 2)
+    return same and layer.stride == layer.dilation == (1, 1) and layer.groups == layer.weight.shape[0]
+
+
+def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
+    """Computes the block, (N, C, H, W) to (N, C, H, W) in channels_last memory. `applies` must hold."""
+    attn, mlp = block.attn, block.mlp
+    x = x.contiguous(memory_format=torch.channels_last)
+    x = _half(_Modulation, block, x, attn.norm, (attn.a, attn.v), attn.conv_dw, attn.proj, block.ls1)
+    return _half(_Mixing, block, x, mlp.norm, (mlp.fc1,), mlp.conv_dw, mlp.fc2, block.ls2)
+
+
+def _half(
+    middle: Any,
+    block: Conv2FormerBlock,
+    x: Tensor,
+    norm: Any,
+    ins: tuple[Any, ...],
+    conv_dw: Any,
+    out: Any,
+    scale: nn.Module,
+) -> Tensor:
+    half = _Half(middle if x.is_cpu else _ON_GPU[middle], norm.eps, block.recompute, _autocast_dtype(x) or x.dtype)
+    gamma = getattr(scale, "gamma", None)
+    params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
+    params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
+    mask = _drop_mask(block.drop_path, x, _out_dtype(half, x, gamma))
+    with torch.autocast(x.device.type, enabled=False):  # the types are chosen here
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
+            return _Step.apply(half, x, mask, *params)
+        return _run(half, x, mask, params, None)
+
+
+def _matrix(conv: Any) -> Tensor:
+    return conv.weight.flatten(1)
+
+
+def _drop_mask(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Draws what `DropPath` multiplies each image with, (N, 1, 1, 1), as it draws it; None for nothing."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
+        return None
+    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype))
+
+
+@dataclass(frozen=True)
+class _Half:
+    """What a half consists of besides tensors.
+
+    Attributes:
+        middle: the class with the operations between the linears.
+        eps: of the norm.
+        recompute: compute again in the backward pass what is cheap, instead of keeping it.
+        dtype: of the linears and of what lies between them.
+    """
+
+    middle: Any
+    eps: float
+    recompute: bool
+    dtype: torch.dtype
+
+    @property
+    def folds(self) -> bool:
+        """Whether layer scale, 1e-6 at first, can go into the weights. In float16 it would make them 0."""
+        return self.dtype != torch.float16
+
+
+def _out_dtype(half: _Half, x: Tensor, gamma: Tensor | None) -> torch.dtype:
+    return torch.promote_types(x.dtype, half.dtype if gamma is None else gamma.dtype)
+
+
+def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor:
+    """What a half computes, (N, C, H, W) to (N, C, H, W), in plain PyTorch: for a second derivative."""
+    norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
+    h = F.layer_norm(_nhwc(x).to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps).to(half.dtype)
+    us = [F.linear(h, *_cast(half, w, b)) for w, b in _pairs(ins)]
+    y = F.linear(half.middle.formula(us, *_cast(half, conv_w, conv_b)), *_cast(half, out_w, out_b))
+    y = _nchw(y if gamma is None else y * gamma)
+    return x + (y if mask is None else y * mask)
+
+
+def _pairs(flat: Any) -> Any:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _cast(half: _Half, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(half.dtype) for tensor in tensors]
+
+
+def _chunks(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Goes over the images of (N, H, W, C), as many at a time as fit into a CPU's cache; on a GPU all at once."""
+    n, h, w, _ = x.shape
+    step = max(1, CHUNK * torch.get_num_threads() // (h * w * hidden)) if x.is_cpu else n
+    return (slice(first, first + step) for first in range(0, n, step))
+
+
+def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
+    """Computes a half, (N, C, H, W) to (N, C, H, W), and adds to `kept`, if there is one, what backward needs."""
+    norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
+    if gamma is not None and half.folds:
+        out_w, out_b = out_w * gamma[:, None], out_b * gamma
+    conv_w, conv_b, out_w, out_b, *ins = _cast(half, conv_w, conv_b, out_w, out_b, *ins)
+    xs = _nhwc(x)
+    out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
+    one_type = out.dtype == x.dtype == half.dtype and half.folds and mask is None
+    for part in _chunks(xs, out_w.shape[1]):
+        h, *stats = aten.native_layer_norm(xs[part].to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps)
+        h = h.to(half.dtype)
+        if kept is None:
+            s = half.middle.infer(h, ins, conv_w, conv_b)
+        else:
+            us = [half.middle.linear(h, w, b) for w, b in _pairs(ins)]
+            s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
+            kept += [*us, *dear] if half.recompute else [*us, *dear, h, *stats]
+        if one_type:  # the product adds to what is there, which is cheaper than to add them up afterwards
+            total = torch.add(xs[part], out_b, out=out[part])
+            total.view(-1, out_w.shape[0]).addmm_(s.view(-1, out_w.shape[1]), out_w.t())
+            continue
+        y = F.linear(s, out_w, out_b)
+        if gamma is not None and not half.folds:
+            y = y * gamma
+        torch.add(xs[part], y if mask is None else y * mask[part], out=out[part])
+    return _nchw(out)
+
+
+class _Step(torch.autograd.Function):
+    """A half with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Tensor | None) -> Tensor:
+        kept: list[Tensor] = []
+        y = _run(half, x, mask, params, kept)
+        ctx.half, ctx.num_params = half, len(params)
+        ctx.save_for_backward(x, mask, *params, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, mask, *saved = ctx.saved_tensors
+        params, kept = saved[: ctx.num_params], saved[ctx.num_params :]
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
+                return _differentiable_gradient(ctx, grad, x, mask, params)
+            learns = any(ctx.needs_input_grad[3:])
+            return None, *_gradient(ctx.half, grad, x, mask, params, kept, learns)
+
+
+def _differentiable_gradient(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:
+    tensors = [x, mask, *params]
+    needed = [tensor for tensor, needs in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needs]
+    y = _formula(ctx.half, x, mask, tuple(params))
+    grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
+    return None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[1:])
+
+
+def _gradient(
+    half: _Half, grad: Tensor, x: Tensor, mask: Tensor | None, params: list, kept: list, learns: bool
+) -> tuple:
+    """Returns the gradients of x, mask (none) and the parameters, of the latter only if the half `learns`."""
+    norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
+    sums: list[Any] = [torch.zeros_like(p) if learns and p is not None else None for p in params]
+    norm_w_sum, norm_b_sum, conv_w_sum, conv_b_sum, out_w_sum, out_b_sum, _, *in_sums = sums
+    scaled = gamma is not None and half.folds
+    conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w * gamma[:, None] if scaled else out_w, *ins[::2])
+    xs, grads = _nhwc(x), _nhwc(grad).contiguous()
+    dx = torch.empty_like(xs)
+    parts = list(_chunks(xs, out_w.shape[1]))
+    for number, part in enumerate(parts):
+        mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
+        us, dear = mine[: len(ws)], mine[len(ws) :]
+        xc = xs[part].to(norm_w.dtype)
+        if half.recompute:
+            h, mean, rstd = aten.native_layer_norm(xc, norm_w.shape, norm_w, norm_b, half.eps)
+            h = h.to(half.dtype)
+            s, *rest = half.middle.again(us, dear, conv_w, conv_b)
+        else:
+            s, *rest, h, mean, rstd = dear
+        dy = grads[part] if mask is None else grads[part] * mask[part]
+        ds = torch.matmul((dy if scaled or gamma is None else dy * gamma).to(half.dtype), wo)
+        if learns:
+            _add_product(out_w_sum, dy.to(half.dtype), s)
+            out_b_sum += dy.sum((0, 1, 2))
+        dus, dconv_w, dconv_b = half.middle.backward(ds, us, rest, conv_w, conv_b, learns)
+        dh = dus[0] @ ws[0]
+        for du, w in zip(dus[1:], ws[1:], strict=True):
+            _rows(dh).addmm_(_rows(du), w)
+        if learns:
+            conv_w_sum += dconv_w
+            conv_b_sum += dconv_b
+            for du, (w_sum, b_sum) in zip(dus, _pairs(in_sums), strict=True):
+                _add_product(w_sum, du, h)
+                b_sum += du.sum((0, 1, 2))
+        dxc, dnorm_w, dnorm_b = aten.native_layer_norm_backward(
+            dh.to(norm_w.dtype), xc, norm_w.shape, mean, rstd, norm_w, norm_b, [True, learns, learns]
+        )
+        if learns:
+            norm_w_sum += dnorm_w
+            norm_b_sum += dnorm_b
+        torch.add(dxc, grads[part], out=dx[part])
+    if learns and gamma is not None:  # of gamma * out_w and gamma * out_b
+        sums[6] = torch.linalg.vecdot(out_w_sum, out_w) + out_b_sum * out_b
+        out_w_sum *= gamma[:, None]
+        out_b_sum *= gamma
+    return _nchw(dx), None, *sums
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds the product over all pixels, (N, H, W, C) and (N, H, W, D) to (C, D)."""
+    if total.dtype == a.dtype:
+        total.addmm_(_rows(a).t(), _rows(b))
+    else:
+        total += _rows(a).t() @ _rows(b)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Returns images in the memory format that the fast ways are for, or as they are where there is none."""
+    if type(x) is not Tensor or x.dim() != 4 or torch.jit.is_tracing() or (x.is_cpu and torch.compiler.is_compiling()):
+        return x
+    y = x.contiguous(memory_format=torch.channels_last)
+    return y if x.is_cpu or (x.is_cuda and kernels.usable(y, 3)) else x
+
+
+def stem_applies(stem: Any, x: Tensor) -> bool:
+    """Says whether `forward_stem` computes for `x` what the stem's modules would, with nobody to notice the difference.
+
+    It is for training; otherwise there is nothing to keep.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x):
+        return False
+    if x.dim() != 4 or not (x.is_cpu or x.is_cuda) or nn_module._has_any_global_hook():
+        return False
+    dtype = _weight_dtype(x)
+    convs, norms, acts = (stem.conv1, stem.conv2, stem.conv3), (stem.norm1, stem.norm2), (stem.act1, stem.act2)
+    return (
+        all(type(layer) is nn.Conv2d and layer.bias is None and layer.weight.dtype == dtype for layer in convs)
+        and all(layer.padding_mode == "zeros" and type(layer.weight) in (nn.Parameter, Tensor) for layer in convs)
+        and all(type(layer) is nn.BatchNorm2d and _is_plain(layer, dtype) and layer.training for layer in norms)
+        and all(layer.track_running_stats and layer.momentum is not None for layer in norms)
+        and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in acts)
+        and not any(_is_watched(layer) for layer in (*convs, *acts))
+    )
+
+
+def forward_stem(stem: Any, x: Tensor) -> Tensor:
+    """Computes the stem in training, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `stem_applies` must hold."""
+    dtype = _autocast_dtype(x) or x.dtype
+    x = stem.conv1(x)
+    for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
+        norm.num_batches_tracked.add_(1)
+        with torch.autocast(x.device.type, enabled=False):
+            x = _NormedConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv, dtype)
+    return x
+
+
+class _NormedConv(torch.autograd.Function):
+    """``conv(norm(gelu(x)))`` with BatchNorm in training, of which only x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, conv_w: Tensor, norm: Any, conv: Any, dtype: Any) -> Tensor:
+        y, *stats = aten.native_batch_norm(
+            F.gelu(x), w, b, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+        ctx.save_for_backward(x, w, b, conv_w, *stats)
+        ctx.eps, ctx.geometry, ctx.dtype = norm.eps, (conv.stride, conv.padding, conv.dilation), dtype
+        return F.conv2d(y.to(dtype), conv_w.to(dtype), None, conv.stride, conv.padding, conv.dilation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, w, b, conv_w, mean, rstd = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
+                y = F.batch_norm(F.gelu(x), None, None, w, b, training=True, eps=ctx.eps)
+                stride, padding, dilation = ctx.geometry
+                y = F.conv2d(y.to(ctx.dtype), conv_w.to(ctx.dtype), None, stride, padding, dilation)
+                needed = [t for t, needs in zip((x, w, b, conv_w), ctx.needs_input_grad, strict=False) if needs]
+                grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
+                return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:4]), None, None, None
+            z = F.gelu(x)
+            scale = w * rstd
+            y = torch.addcmul(_per_channel(b - mean * scale), z, _per_channel(scale)).to(ctx.dtype)
+            dy, dconv_w, _ = aten.convolution_backward(
+                grad, y, conv_w.to(ctx.dtype), None, *ctx.geometry, False, [0, 0], 1, [True, True, False]
+            )
+            dz, dw, db = aten.native_batch_norm_backward(
+                dy.to(z.dtype), z, w, None, None, mean, rstd, True, ctx.eps, [True] * 3
+            )
+            return aten.gelu_backward(dz, x), dw, db, dconv_w.to(conv_w.dtype), None, None, None
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+class _Modulation:
+    """``conv_dw(gelu(a)) * v``, of a and v."""
+
+    linear: Any = staticmethod(cpu_ops.linear)
+
+    @staticmethod
+    def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        a, v = us
+        return cpu_ops.conv_dw(F.gelu(a), weight, bias) * v
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        a, a_bias, v, v_bias = ins
+        return cpu_ops.conv_dw(cpu_ops.linear_gelu(h, a, a_bias), weight, bias).mul_(cpu_ops.linear(h, v, v_bias))
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        a, v = us
+        g = F.gelu(a)
+        context = cpu_ops.conv_dw(g, weight, bias)
+        s = context * v
+        return (s, context) if recompute else (s, s, g, context)
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        (a, v), (context,) = us, dear
+        return context * v, F.gelu(a), context
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        (a, v), (g, context) = us, rest
+        dv = ds * context
+        dcontext = ds.mul_(v)
+        grads = cpu_ops.conv_dw_weight_grad(dcontext, g, weight.shape[-1]) if learns else (None, None)
+        da = aten.gelu_backward(cpu_ops.add_conv_dw_input_grad(None, dcontext, weight), a)
+        return [da, dv], *grads
+
+
+class _Mixing:
+    """``g + gelu(conv_dw(g))`` with ``g = gelu(u)``, of u."""
+
+    linear: Any = staticmethod(cpu_ops.linear)
+
+    @staticmethod
+    def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        g = F.gelu(us[0])
+        return g + F.gelu(cpu_ops.conv_dw(g, weight, bias))
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        g = cpu_ops.linear_gelu(h, *ins)
+        return g.add_(cpu_ops.conv_dw_gelu(g, weight, bias))
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        if recompute:
+            g = F.gelu(us[0])
+            return (g.add_(cpu_ops.conv_dw_gelu(g, weight, bias)),)
+        s, *rest = _Mixing.again(us, [], weight, bias)
+        return s, s, *rest
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        g = F.gelu(us[0])
+        d = cpu_ops.conv_dw(g, weight, bias)
+        return F.gelu(d).add_(g), g, d
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        g, d = rest
+        dd = aten.gelu_backward(ds, d)
+        grads = cpu_ops.conv_dw_weight_grad(dd, g, weight.shape[-1]) if learns else (None, None)
+        dg = cpu_ops.add_conv_dw_input_grad(ds, dd, weight)
+        return [aten.gelu_backward(dg, us[0])], *grads
+
+
+class _ModulationOnGPU(_Modulation):
+    """`_Modulation` with the Triton kernels, which find the context anew in the backward pass; the product is kept."""
+
+    linear: Any = staticmethod(F.linear)
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        return _ModulationOnGPU.forward([F.linear(h, w, b) for w, b in _pairs(ins)], weight, bias, True)[0]
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        a, v = (_nchw(u) for u in us)
+        s = _nhwc(kernels.modulate(a, weight, bias, v))
+        return s, s
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (dear[0],)
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        a, v = (_nchw(u) for u in us)
+        da, dweight, dbias, dv = kernels.modulate_backward(_nchw(ds), a, weight, bias, v)
+        return [_nhwc(da), _nhwc(dv)], dweight, dbias
+
+
+class _MixingOnGPU(_Mixing):
+    """`_Mixing` with the Triton kernels."""
+
+    linear: Any = staticmethod(F.linear)
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        return _MixingOnGPU.again([F.linear(h, *ins)], [], weight, bias)[0]
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        (s,) = _MixingOnGPU.again(us, [], weight, bias)
+        return (s,) if recompute else (s, s)
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (_nhwc(kernels.mlp_mix(_nchw(us[0]), weight, bias)),)
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        df, dweight, dbias = kernels.mlp_mix_backward(_nchw(ds), _nchw(us[0]), weight, bias)
+        return [_nhwc(df)], dweight, dbias
+
+
+_ON_GPU: dict[Any, Any] = {_Modulation: _ModulationOnGPU, _Mixing: _MixingOnGPU}
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
