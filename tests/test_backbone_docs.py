@@ -270,7 +270,7 @@ def test_checkpointing_by_kind(tiny):
         sum(f.square().sum() for f in body(x)).backward()
         gradients[kind] = [p.grad for p in body.parameters()]
         updates[kind] = {b.item() for name, b in body.named_buffers() if name.endswith("num_batches_tracked")}
-    assert updates == {"plain": {1}, "getter": {1}, "list": {2}}
+    assert updates == {"plain": {1}, "getter": {1}, "list": {1}}, "the stem ran again"
     for kind in ("getter", "list"):
         for found, expected in zip(gradients[kind], gradients["plain"], strict=True):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -30,32 +30,30 @@ from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
 __all__ = ["Conv2Former"]
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""
 
     def __init__(self, in_chans: int, dim: int, fused: bool = True, **dd: Any) -> None:
+        super().__init__()
         mid = dim // 2
-        super().__init__(
-            OrderedDict(
-                conv1=nn.Conv2d(in_chans, mid, 3, stride=2, padding=1, bias=False, **dd),
-                act1=nn.GELU(),
-                norm1=nn.BatchNorm2d(mid, **dd),
-                conv2=nn.Conv2d(mid, mid, 3, padding=1, bias=False, **dd),
-                act2=nn.GELU(),
-                norm2=nn.BatchNorm2d(mid, **dd),
-                conv3=nn.Conv2d(mid, dim, 2, stride=2, bias=False, **dd),
-            )
-        )
+        self.conv1 = nn.Conv2d(in_chans, mid, 3, stride=2, padding=1, bias=False, **dd)
+        self.act1 = nn.GELU()
+        self.norm1 = nn.BatchNorm2d(mid, **dd)
+        self.conv2 = nn.Conv2d(mid, mid, 3, padding=1, bias=False, **dd)
+        self.act2 = nn.GELU()
+        self.norm2 = nn.BatchNorm2d(mid, **dd)
+        self.conv3 = nn.Conv2d(mid, dim, 2, stride=2, bias=False, **dd)
         self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.fused:
-            x = fused.channels_last(x)
-            if fused.stem_applies(self, x):
-                return fused.forward_stem(self, x)
-        for layer in self:
-            x = layer(x)
-        return x
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused:
+                x = fused.channels_last(x)
+                if fused.stem_applies(self, x):
+                    return fused.forward_stem(self, x)
+        x = self.norm1(self.act1(self.conv1(x)))
+        x = self.norm2(self.act2(self.conv2(x)))
+        return self.conv3(x)
 
 
 class Downsample(nn.Module):

@@ -80,8 +80,9 @@ class ConvMod(RenamesForeignKeys):
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
         x = self.norm(x)
         a, v = self.a(x), self.v(x)
-        if not torch.jit.is_scripting() and type(self) is ConvMod and self.fused and fused.kernel_applies(self, a):
-            return self.proj(kernels.modulate(a, *fused.weights(self.conv_dw), v))
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused and fused.kernel_applies(self, a):
+                return self.proj(kernels.modulate(a, *fused.weights(self.conv_dw), v))
         return self.proj(self.fuse(self.conv_dw(self.act(a)), v))
 
     def fuse(self, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -124,8 +125,9 @@ class ConvMlp(RenamesForeignKeys):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
         x = self.fc1(self.norm(x))
-        if not torch.jit.is_scripting() and type(self) is ConvMlp and self.fused and fused.kernel_applies(self, x):
-            return self.fc2(kernels.mlp_mix(x, *fused.weights(self.conv_dw)))
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.fused and fused.kernel_applies(self, x):
+                return self.fc2(kernels.mlp_mix(x, *fused.weights(self.conv_dw)))
         x = self.act(x)
         x = x + self.act(self.conv_dw(x))
         return self.fc2(x)
@@ -178,8 +180,9 @@ class Conv2FormerBlock(RenamesForeignKeys):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
-        if not torch.jit.is_scripting() and self.fused and fused.applies(self, x):
-            return fused.forward(self, x)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.fused and fused.applies(self, x):
+                return fused.forward(self, x)
         x = x + self.drop_path(self.ls1(self.attn(x)))
         x = x + self.drop_path(self.ls2(self.mlp(x)))
         return x

@@ -7,7 +7,7 @@ is that sentence as code. What lies in the middle differs: `_Modulation` or `_Mi
 - Of the maps between x and the result only those are kept for the backward pass that are dear to compute again: the
   results of the first linears and of the large depthwise convolution. The norm, GELU, the 3x3 convolution and the
   product are computed again.
-- Layer scale goes into the last linear's weights: no pass over a map, and no map kept for its gradient.
+- The last linear's result is not kept for the gradient of layer scale, which follows from that of the weights.
 - On a CPU a few images at a time go through all of a half, so that much of what one operation writes is still in the
   cache when the next one reads it.
 
@@ -18,6 +18,7 @@ layers, TorchScript, torch.compile, torch.export, torch.func and the like the pl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,11 @@ def kernel_applies(half: ConvMod | ConvMlp, x: Tensor) -> bool:
 
     torch.compile comes this way, because it does better what `forward` does besides.
     """
-    if type(x) is not Tensor or not kernels.usable(x, half.conv_dw.kernel_size[0], half.conv_dw.dilation[0]):
+    from .block import ConvMlp, ConvMod  # which import this file
+
+    if type(half) not in (ConvMod, ConvMlp) or type(x) is not Tensor:
+        return False
+    if not kernels.usable(x, half.conv_dw.kernel_size[0], half.conv_dw.dilation[0]):
         return False
     if not torch.compiler.is_compiling() and _transformed(x):
         return False
@@ -80,6 +85,11 @@ def _transformed(x: Tensor) -> bool:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Returns a context without autocast; an empty one, which is cheaper, where there is none anyway."""
+    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _weight_dtype(x: Tensor) -> torch.dtype | None:
@@ -158,7 +168,7 @@ def _half(
     params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
     params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
     mask = _drop_mask(block.drop_path, x, _out_dtype(half, x, gamma))
-    with torch.autocast(x.device.type, enabled=False):  # the types are chosen here
+    with _without_autocast(x):  # the types are chosen here
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
             return _Step.apply(half, x, mask, *params)
         return _run(half, x, mask, params, None)
@@ -190,11 +200,6 @@ class _Half:
     eps: float
     recompute: bool
     dtype: torch.dtype
-
-    @property
-    def folds(self) -> bool:
-        """Whether layer scale, 1e-6 at first, can go into the weights. In float16 it would make them 0."""
-        return self.dtype != torch.float16
 
 
 def _out_dtype(half: _Half, x: Tensor, gamma: Tensor | None) -> torch.dtype:
@@ -229,12 +234,9 @@ def _chunks(x: Tensor, hidden: int) -> Iterator[slice]:
 def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
     """Computes a half, (N, C, H, W) to (N, C, H, W), and adds to `kept`, if there is one, what backward needs."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    if gamma is not None and half.folds:
-        out_w, out_b = out_w * gamma[:, None], out_b * gamma
     conv_w, conv_b, out_w, out_b, *ins = _cast(half, conv_w, conv_b, out_w, out_b, *ins)
     xs = _nhwc(x)
     out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
-    one_type = out.dtype == x.dtype == half.dtype and half.folds and mask is None
     for part in _chunks(xs, out_w.shape[1]):
         h, *stats = aten.native_layer_norm(xs[part].to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps)
         h = h.to(half.dtype)
@@ -244,15 +246,18 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
             us = [half.middle.linear(h, w, b) for w, b in _pairs(ins)]
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
             kept += [*us, *dear] if half.recompute else [*us, *dear, h, *stats]
-        if one_type:  # the product adds to what is there, which is cheaper than to add them up afterwards
-            total = torch.add(xs[part], out_b, out=out[part])
-            total.view(-1, out_w.shape[0]).addmm_(s.view(-1, out_w.shape[1]), out_w.t())
-            continue
-        y = F.linear(s, out_w, out_b)
-        if gamma is not None and not half.folds:
-            y = y * gamma
-        torch.add(xs[part], y if mask is None else y * mask[part], out=out[part])
+        y = half.middle.linear(s, out_w, out_b)
+        scale = _product(gamma, None if mask is None else mask[part])
+        if scale is None:
+            torch.add(xs[part], y, out=out[part])
+        else:
+            torch.addcmul(xs[part], y, scale, out=out[part])
     return _nchw(out)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Multiplies what is there."""
+    return b if a is None else a if b is None else a * b
 
 
 class _Step(torch.autograd.Function):
@@ -270,7 +275,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, mask, *saved = ctx.saved_tensors
         params, kept = saved[: ctx.num_params], saved[ctx.num_params :]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
                 return _differentiable_gradient(ctx, grad, x, mask, params)
             learns = any(ctx.needs_input_grad[3:])
@@ -292,8 +297,7 @@ def _gradient(
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     sums: list[Any] = [torch.zeros_like(p) if learns and p is not None else None for p in params]
     norm_w_sum, norm_b_sum, conv_w_sum, conv_b_sum, out_w_sum, out_b_sum, _, *in_sums = sums
-    scaled = gamma is not None and half.folds
-    conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w * gamma[:, None] if scaled else out_w, *ins[::2])
+    conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w, *ins[::2])
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     parts = list(_chunks(xs, out_w.shape[1]))
@@ -308,7 +312,7 @@ def _gradient(
         else:
             s, *rest, h, mean, rstd = dear
         dy = grads[part] if mask is None else grads[part] * mask[part]
-        ds = torch.matmul((dy if scaled or gamma is None else dy * gamma).to(half.dtype), wo)
+        ds = (dy if gamma is None else dy * gamma).to(half.dtype) @ wo
         if learns:
             _add_product(out_w_sum, dy.to(half.dtype), s)
             out_b_sum += dy.sum((0, 1, 2))
@@ -329,8 +333,8 @@ def _gradient(
             norm_w_sum += dnorm_w
             norm_b_sum += dnorm_b
         torch.add(dxc, grads[part], out=dx[part])
-    if learns and gamma is not None:  # of gamma * out_w and gamma * out_b
-        sums[6] = torch.linalg.vecdot(out_w_sum, out_w) + out_b_sum * out_b
+    if learns and gamma is not None:  # so far the sums are those of gamma * out_w and gamma * out_b
+        sums[6] = torch.einsum("cd,cd->c", out_w_sum, out_w) + out_b_sum * out_b
         out_w_sum *= gamma[:, None]
         out_b_sum *= gamma
     return _nchw(dx), None, *sums
@@ -383,7 +387,7 @@ def forward_stem(stem: Any, x: Tensor) -> Tensor:
     x = stem.conv1(x)
     for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
         norm.num_batches_tracked.add_(1)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             x = _NormedConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv, dtype)
     return x
 
@@ -403,7 +407,7 @@ class _NormedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, w, b, conv_w, mean, rstd = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
                 y = F.batch_norm(F.gelu(x), None, None, w, b, training=True, eps=ctx.eps)
                 stride, padding, dilation = ctx.geometry

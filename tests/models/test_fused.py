@@ -41,7 +41,8 @@ def results(block: nn.Module, x: Tensor, autocast: torch.dtype | None = None) ->
     torch.manual_seed(2)  # of drop path
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         y = block(x)
-    (y * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))).sum().backward()
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (y * weights.to(y.dtype)).sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in block.parameters())]
 
 
@@ -114,13 +115,14 @@ def test_other_precisions_are_as_exact_as_the_plain_way(dtype, autocast, bound, 
         assert relative(block.eval()(x), exact[0]) < bound
 
 
-def test_tiny_layer_scale_survives_float16():
-    block = make_block(torch.float32, ls_init_value=1e-6)
-    nn.init.constant_(block.ls1.gamma, 1e-6)
-    nn.init.constant_(block.ls2.gamma, 1e-6)
+def test_tiny_layer_scale_under_float16():
+    block = make_block(torch.float32)
+    for layer in (block.ls1, block.ls2):
+        nn.init.constant_(layer.gamma, 1e-6)
     x = make_images(torch.float32)
-    for a, b in zip(results(block, x, torch.float16), results(plain(block), x), strict=True):
-        assert relative(a, b) < 5e-3
+    ours, reference = results(block, x, torch.float16), results(plain(block), x, torch.float16)
+    for a, b, exact in zip(ours, reference, results(plain(block), x), strict=True):
+        assert relative(a, exact) < max(3e-3, 1.2 * relative(b, exact))
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"recompute": False}], ids=str)
@@ -213,7 +215,8 @@ def test_hooks_are_called(part, register, calls):
     seen = []
     handle = getattr(block.get_submodule(part), register)(lambda *a: seen.append(part))
     results(block, make_images())  # on a copy, hooks with it
-    assert seen and not calls
+    assert seen
+    assert not calls
     handle.remove()
     results(block, make_images())
     assert calls == ["forward"]
@@ -257,9 +260,10 @@ def patch_forward(block: Conv2FormerBlock) -> None:
     "change", [exchange_act, exchange_linear, exchange_conv, dilate, parametrise, prune, patch_forward]
 )
 def test_changed_blocks_keep_their_meaning(change: Callable, calls):
-    block = make_block()
-    change(block)
-    reference = copy.deepcopy(block)
+    block, reference = make_block(), make_block()
+    for each in (block, reference):
+        torch.manual_seed(4)
+        change(each)
     reference.fused = False
     assert torch.equal(block(make_images()), reference(make_images()))
     assert not calls
@@ -286,14 +290,15 @@ def test_transforms_of_torch_func():
 def test_wrong_types_fail_as_they_do_in_the_modules():
     block = make_block(torch.float32)
     for x in (make_images(torch.float64), make_images(torch.bfloat16)):
-        with pytest.raises(RuntimeError, match="type|dtype"):
+        with pytest.raises(RuntimeError, match=r"type|dtype"):
             block(x)
 
 
 def test_exports_contain_plain_operators_only(tiny):
     model = timm.create_model(tiny).eval()
     graph = str(torch.export.export(model, (torch.randn(1, 3, 64, 64),)).graph)
-    assert "conv2former" not in graph and "mkldnn" not in graph
+    assert "conv2former" not in graph
+    assert "mkldnn" not in graph
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 31])
@@ -306,7 +311,8 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
     conv(x.permute(0, 3, 1, 2).double()).backward(grad.permute(0, 3, 1, 2).double())
     weight, bias = cpu_ops.conv_dw_weight_grad(grad, x, kernel_size)
     for ours, exact in ((weight, conv.weight.grad), (bias, conv.bias.grad)):
-        assert ours.shape == exact.shape and ours.dtype == dtype
+        assert ours.shape == exact.shape
+        assert ours.dtype == dtype
         assert (ours - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12) * exact.abs().max()
 
 
@@ -347,10 +353,13 @@ def test_compiled_modules_take_the_kernels(monkeypatch, calls):
     x = make_images()
     y = torch.compile(block, backend=backend, fullgraph=True)(x)
     assert torch.allclose(y, plain(block)(x), rtol=1e-10)
-    assert not calls and any("modulate" in t for t in targets) and any("mlp_mix" in t for t in targets)
+    assert not calls
+    assert any("modulate" in t for t in targets)
+    assert any("mlp_mix" in t for t in targets)
     targets.clear()
     torch.compile(plain(block), backend=backend, fullgraph=True)(x)
-    assert targets and not any("modulate" in t or "mlp_mix" in t for t in targets)
+    assert targets
+    assert not any("modulate" in t or "mlp_mix" in t for t in targets)
 
 
 # MB that the authors' code keeps per image, a third of which is the aim; of b and l nobody measured theirs
