@@ -162,6 +162,7 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
         drop_rate=config.model.drop_rate,
         drop_path_rate=drop_path_rate_of(config),
         head_init_scale=config.model.head_init_scale,
+        fused=config.model.fused,
     )
     assert isinstance(model, Conv2Former)
     if config.model.checkpoint:

@@ -17,7 +17,6 @@ layers, TorchScript, torch.compile, torch.export, torch.func and the like the pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,17 +105,16 @@ def _is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
     attn, mlp = block.attn, block.mlp
     if type(attn) is not ConvMod or type(mlp) is not ConvMlp:
         return False
-    scales = [layer for layer in (block.ls1, block.ls2) if not isinstance(layer, nn.Identity)]
-    drops = [] if isinstance(block.drop_path, nn.Identity) else [block.drop_path]
+    scales, drop_path = (block.ls1, block.ls2), block.drop_path
     return (
         all(_is_linear(layer, dtype) for layer in (attn.a, attn.v, attn.proj, mlp.fc1, mlp.fc2))
         and all(_is_conv_dw(layer, dtype) for layer in (attn.conv_dw, mlp.conv_dw))
         and mlp.conv_dw.kernel_size == (3, 3)
         and all(type(layer) is LayerNorm2d and _is_plain(layer, dtype) for layer in (attn.norm, mlp.norm))
         and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in (attn.act, mlp.act))
-        and all(type(layer) is LayerScale2d and layer.gamma.dtype == dtype for layer in scales)
-        and all(type(layer) is DropPath for layer in drops)
-        and not any(_is_watched(layer) for layer in (attn, mlp, attn.act, mlp.act, *scales, *drops))
+        and all(type(layer) is nn.Identity or _is_scale(layer, dtype) for layer in scales)
+        and type(drop_path) in (DropPath, nn.Identity)
+        and not any(_is_watched(layer) for layer in (attn, mlp, attn.act, mlp.act, *scales, drop_path))
     )
 
 
@@ -129,6 +127,10 @@ def _is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
     """Says whether a layer has ordinary weights of that type, none with an arithmetic of its own, and no hooks."""
     weights = (layer.weight, layer.bias)
     return all(type(w) in (nn.Parameter, Tensor) and w.dtype == dtype for w in weights) and not _is_watched(layer)
+
+
+def _is_scale(layer: Any, dtype: torch.dtype | None) -> bool:
+    return type(layer) is LayerScale2d and type(layer.gamma) in (nn.Parameter, Tensor) and layer.gamma.dtype == dtype
 
 
 def _is_linear(layer: Any, dtype: torch.dtype | None) -> bool:
@@ -171,7 +173,7 @@ def _half(
     with _without_autocast(x):  # the types are chosen here
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
             return _Step.apply(half, x, mask, *params)
-        return _run(half, x, mask, params, None)
+        return _run(half, x, mask, params, None, _images_at_a_time(x, out.in_channels))
 
 
 def _matrix(conv: Any) -> Tensor:
@@ -224,20 +226,26 @@ def _cast(half: _Half, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(half.dtype) for tensor in tensors]
 
 
-def _chunks(x: Tensor, hidden: int) -> Iterator[slice]:
-    """Goes over the images of (N, H, W, C), as many at a time as fit into a CPU's cache; on a GPU all at once."""
-    n, h, w, _ = x.shape
-    step = max(1, CHUNK * torch.get_num_threads() // (h * w * hidden)) if x.is_cpu else n
-    return (slice(first, first + step) for first in range(0, n, step))
+def _images_at_a_time(x: Tensor, hidden: int) -> int:
+    """Returns how many images go through a half together: as many as fit into a CPU's cache; on a GPU all of them."""
+    n, _, h, w = x.shape
+    return max(1, CHUNK * torch.get_num_threads() // max(1, h * w * hidden) if x.is_cpu else n)
 
 
-def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
-    """Computes a half, (N, C, H, W) to (N, C, H, W), and adds to `kept`, if there is one, what backward needs."""
+def _parts(x: Tensor, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, len(x), step)]
+
+
+def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None, step: int) -> Tensor:
+    """Computes a half, (N, C, H, W) to (N, C, H, W), `step` images at a time.
+
+    What the backward pass needs is added to `kept`, if there is such a list.
+    """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     conv_w, conv_b, out_w, out_b, *ins = _cast(half, conv_w, conv_b, out_w, out_b, *ins)
     xs = _nhwc(x)
     out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
-    for part in _chunks(xs, out_w.shape[1]):
+    for part in _parts(xs, step):
         h, *stats = aten.native_layer_norm(xs[part].to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps)
         h = h.to(half.dtype)
         if kept is None:
@@ -264,9 +272,10 @@ class _Step(torch.autograd.Function):
     """A half with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Any) -> Tensor:
         kept: list[Tensor] = []
-        y = _run(half, x, mask, params, kept)
+        ctx.step = _images_at_a_time(x, params[4].shape[1])  # not asked again: threads may change
+        y = _run(half, x, mask, params, kept, ctx.step)
         ctx.half, ctx.num_params = half, len(params)
         ctx.save_for_backward(x, mask, *params, *kept)
         return y
@@ -279,7 +288,7 @@ class _Step(torch.autograd.Function):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
                 return _differentiable_gradient(ctx, grad, x, mask, params)
             learns = any(ctx.needs_input_grad[3:])
-            return None, *_gradient(ctx.half, grad, x, mask, params, kept, learns)
+            return None, *_gradient(ctx.half, grad, x, mask, params, kept, ctx.step, learns)
 
 
 def _differentiable_gradient(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:
@@ -291,7 +300,7 @@ def _differentiable_gradient(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | N
 
 
 def _gradient(
-    half: _Half, grad: Tensor, x: Tensor, mask: Tensor | None, params: list, kept: list, learns: bool
+    half: _Half, grad: Tensor, x: Tensor, mask: Tensor | None, params: list, kept: list, step: int, learns: bool
 ) -> tuple:
     """Returns the gradients of x, mask (none) and the parameters, of the latter only if the half `learns`."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
@@ -300,7 +309,7 @@ def _gradient(
     conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w, *ins[::2])
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
-    parts = list(_chunks(xs, out_w.shape[1]))
+    parts = _parts(xs, step)
     for number, part in enumerate(parts):
         mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
         us, dear = mine[: len(ws)], mine[len(ws) :]

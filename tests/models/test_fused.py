@@ -203,6 +203,16 @@ def test_backward_twice_and_accumulation():
         assert torch.equal(p.grad, 2 * grad)
 
 
+def test_threads_may_change_before_the_backward_pass(monkeypatch):
+    block, x = make_block(), make_images()
+    reference = results(block, x)[2:]
+    loss = (block(x) * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))).sum()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    loss.backward()
+    for p, expected in zip(block.parameters(), reference, strict=True):
+        assert torch.allclose(p.grad, expected, rtol=1e-10)
+
+
 PARTS = ["attn", "mlp", "attn.norm", "attn.a", "attn.act", "attn.conv_dw", "attn.v", "attn.proj", "ls1", "drop_path"]
 
 
@@ -210,8 +220,9 @@ PARTS = ["attn", "mlp", "attn.norm", "attn.a", "attn.act", "attn.conv_dw", "attn
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
 )
-def test_hooks_are_called(part, register, calls):
-    block = make_block(drop_path=0.1)
+@pytest.mark.parametrize("options", [{"drop_path": 0.1}, {"ls_init_value": None}], ids=str)
+def test_hooks_are_called(part, register, options, calls):
+    block = make_block(**options)
     seen = []
     handle = getattr(block.get_submodule(part), register)(lambda *a: seen.append(part))
     results(block, make_images())  # on a copy, hooks with it
@@ -321,7 +332,7 @@ def as_on_a_gpu(monkeypatch):
     """Takes the GPU's way on the CPU, where the kernels' operators are plain PyTorch."""
     monkeypatch.setattr(fused, "_Modulation", fused._ModulationOnGPU)
     monkeypatch.setattr(fused, "_Mixing", fused._MixingOnGPU)
-    monkeypatch.setattr(fused, "_chunks", lambda x, hidden: [slice(0, len(x))])
+    monkeypatch.setattr(fused, "_images_at_a_time", lambda x, hidden: len(x))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
