@@ -55,15 +55,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def conv_dw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution, 'same' padded, of (N, H, W, C) with (C, 1, k, k) to (N, H, W, C)."""
-    y = F.conv2d(_nchw(x), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
-    return y.permute(0, 2, 3, 1).contiguous()
+    return _nhwc(F.conv2d(_nchw(x), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1]))
 
 
 def conv_dw_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(conv_dw(x))``, (N, H, W, C) to (N, H, W, C)."""
     if _fuses(x):
-        y = mkldnn._convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none")
-        return y.permute(0, 2, 3, 1).contiguous()
+        return _nhwc(mkldnn._convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none"))
     return aten.gelu_(conv_dw(x, weight, bias))
 
 
@@ -73,17 +71,17 @@ def _conv_args(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
 
 
 def add_conv_dw_input_grad(total: Tensor | None, grad: Tensor, weight: Tensor) -> Tensor:
-    """Adds the gradient of `conv_dw`'s input to `total`, in place; both and `grad`, of its output, are (N, H, W, C).
+    """Adds the gradient of `conv_dw`'s input to `total`; both and `grad`, that of its output, are (N, H, W, C).
 
     Returns:
-        `total`, or the gradient alone if that is None.
+        The sum, in the memory of `total`, or the gradient alone if that is None.
     """
     turned = weight.flip(2, 3)
     if total is None:
         return conv_dw(grad, turned, None)
     if _fuses(grad):
-        mkldnn._convolution_pointwise_(_nchw(total), *_conv_args(grad, turned, None), "add", None, None, [], None)
-        return total
+        args = _conv_args(grad, turned, None)
+        return _nhwc(mkldnn._convolution_pointwise_(_nchw(total), *args, "add", None, None, [], None))
     return total.add_(conv_dw(grad, turned, None))
 
 
@@ -91,10 +89,10 @@ def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tens
     """The gradients of `conv_dw`'s weight and bias.
 
     oneDNN has a fast way for kernels of up to `FAST_COLUMNS` columns and of no more rows than the map has; beyond that
-    its way takes 8 to 30 times as long. So the kernel is cut into strips of that many columns. The strip of the lags
-    s - 1, s, s + 1 is the gradient of a three columns wide kernel for a map that lies s columns further. Both maps are
-    copied into buffers whose rows end in kernel_size // 2 columns of zeros: moving on by s columns is then no more than
-    starting s columns later in the same memory, since what enters a row from the next one is zero.
+    it takes 3 to 12 times as long as this function. So the kernel is cut into strips of that many columns. The strip of
+    the lags s - 1, s, s + 1 is the gradient of a three columns wide kernel for a map that lies s columns further. Both
+    maps are copied into buffers whose rows end in kernel_size // 2 columns of zeros: moving on by s columns is then no
+    more than starting s columns later in the same memory, since what enters a row from the next one is zero.
 
     Args:
         grad: gradient of the output, (N, H, W, C).
@@ -127,6 +125,10 @@ def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tens
 
 def _nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()  # which it is, unless an operation chose another memory format
 
 
 def _weight_grad(grad: Tensor, x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
