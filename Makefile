@@ -13,7 +13,7 @@ quickstart: $(READY) ## train on real digits with two processes, then evaluate t
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
