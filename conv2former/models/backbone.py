@@ -33,6 +33,8 @@ __all__ = ["Conv2Former"]
 class Stem(nn.Module):
     """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""
 
+    fused: bool = True  # for pickles that have no such attribute
+
     def __init__(self, in_chans: int, dim: int, fused: bool = True, **dd: Any) -> None:
         super().__init__()
         mid = dim // 2

@@ -56,6 +56,8 @@ class ConvMod(RenamesForeignKeys):
         ValueError: `kernel_size` is even or not positive.
     """
 
+    fused: bool = True  # for pickles that have no such attribute
+
     def __init__(
         self,
         dim: int,
@@ -102,6 +104,8 @@ class ConvMlp(RenamesForeignKeys):
         fused: let the Triton kernels of `kernels.py` compute what lies between the 1x1 convolutions, on a GPU.
         device, dtype: where and how to create the parameters.
     """
+
+    fused: bool = True  # for pickles that have no such attribute
 
     def __init__(
         self,
@@ -152,6 +156,9 @@ class Conv2FormerBlock(RenamesForeignKeys):
     Raises:
         ValueError: `kernel_size` is even or not positive, or `drop_path` is not in [0, 1).
     """
+
+    fused: bool = True  # for pickles that have no such attributes
+    recompute: bool = True
 
     def __init__(
         self,

@@ -25,14 +25,16 @@ FAST_COLUMNS = 3  # of a kernel, in oneDNN's fast gradient of a depthwise weight
 
 def _fuses(x: Tensor) -> bool:
     """Says whether oneDNN can append an activation or a sum to an operation on `x`."""
-    return x.dtype in (torch.float32, torch.bfloat16) and bool(torch.backends.mkldnn.enabled) and _has_pointwise()
+    return (
+        x.dtype in (torch.float32, torch.bfloat16) and bool(torch.backends.mkldnn.enabled) and _has_pointwise(x.dtype)
+    )
 
 
 @functools.cache
-def _has_pointwise() -> bool:
+def _has_pointwise(dtype: torch.dtype) -> bool:
     # What torch.compile calls on a CPU. It is not public, so it may be gone or be another one day.
+    x, w, b = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in ((1, 1, 1, 1), (1, 1, 1, 1), (1,)))
     try:
-        x, w, b = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1)
         mkldnn._linear_pointwise(x, w[0, 0], b, "none", [], "none")
         mkldnn._convolution_pointwise(*_conv_args(x, w, b), "gelu", [], "none")
         mkldnn._convolution_pointwise_(x, *_conv_args(x, w, b), "add", None, None, [], None)
@@ -100,7 +102,7 @@ def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tens
         kernel_size: k.
 
     Returns:
-        (C, 1, k, k) and (C,).
+        (C, 1, k, k) and (C,), in x's type or float32.
     """
     n, h, w, c = x.shape
     pad = kernel_size // 2
@@ -120,7 +122,7 @@ def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tens
         moved = flat[(pad + lag) * c :][:size].view(n, rows, cols, c)
         strip, bias_grad = _weight_grad(grads, moved, kernel_size, FAST_COLUMNS)
         strips.append(strip)
-    return torch.cat(strips, dim=3)[..., :kernel_size].to(x.dtype), bias_grad.to(x.dtype)
+    return torch.cat(strips, dim=3)[..., :kernel_size], bias_grad
 
 
 def _nchw(x: Tensor) -> Tensor:

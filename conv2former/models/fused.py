@@ -27,6 +27,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import cpu_ops, kernels
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["applies", "channels_last", "forward", "forward_stem", "kernel_applies", "stem_applies", "weights"]
 
-CHUNK = 2**20  # hidden values per thread that go through a half together on a CPU: some MB, the size of a cache
+# Hidden values that go through a half together on a CPU: some MB for each thread, the size of a cache. Of the threads at
+# the start, because their number may change before the backward pass.
+CHUNK = 2**20 * torch.get_num_threads()
 aten = torch.ops.aten
 
 
@@ -48,7 +51,7 @@ def applies(block: Conv2FormerBlock, x: Tensor) -> bool:
         return False
     if not (x.is_cpu or x.is_cuda):
         return False
-    if nn_module._has_any_global_hook() or not _is_standard(block, _weight_dtype(x)):
+    if _is_anyone_looking() or not _is_standard(block, _weight_dtype(x)):
         return False
     return x.is_cpu or kernels.usable(x, block.attn.conv_dw.kernel_size[0])
 
@@ -79,6 +82,15 @@ def _transformed(x: Tensor) -> bool:
     """Says whether torch.func or forward-mode differentiation is at work, or `x` is more than a tensor."""
     functional = torch._C._functorch.peek_interpreter_stack() is not None
     return functional or forward_ad._current_level >= 0 or type(x) is not Tensor
+
+
+def _is_anyone_looking() -> bool:
+    """Says whether there are hooks on all modules, or a mode that is shown every operation, such as make_fx's.
+
+    A mode that wants to be shown those of the fast way says so with an attribute `takes_fused`.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    return nn_module._has_any_global_hook() or not all(getattr(mode, "takes_fused", False) for mode in modes)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -120,7 +132,7 @@ def _is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
 
 def _is_watched(layer: nn.Module) -> bool:
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in layer.__dict__
+    return bool(hooks) or bool(layer.__dict__.keys() & {"forward", "fuse", "_conv_forward"})
 
 
 def _is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
@@ -144,7 +156,8 @@ def _is_conv_dw(layer: Any, dtype: torch.dtype | None) -> bool:
         return False
     k = layer.kernel_size[0]
     same = layer.kernel_size == (k, k) and k % 2 == 1 and layer.padding == (k // 2, k // 2)
-    return same and layer.stride == layer.dilation == (1, 1) and layer.groups == layer.weight.shape[0]
+    depthwise = layer.in_channels == layer.out_channels == layer.groups
+    return same and depthwise and layer.stride == layer.dilation == (1, 1)
 
 
 def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
@@ -229,7 +242,7 @@ def _cast(half: _Half, *tensors: Tensor) -> list[Tensor]:
 def _images_at_a_time(x: Tensor, hidden: int) -> int:
     """Returns how many images go through a half together: as many as fit into a CPU's cache; on a GPU all of them."""
     n, _, h, w = x.shape
-    return max(1, CHUNK * torch.get_num_threads() // max(1, h * w * hidden) if x.is_cpu else n)
+    return max(1, CHUNK // max(1, h * w * hidden) if x.is_cpu else n)
 
 
 def _parts(x: Tensor, step: int) -> list[slice]:
@@ -274,7 +287,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Any) -> Tensor:
         kept: list[Tensor] = []
-        ctx.step = _images_at_a_time(x, params[4].shape[1])  # not asked again: threads may change
+        ctx.step = _images_at_a_time(x, params[4].shape[1])
         y = _run(half, x, mask, params, kept, ctx.step)
         ctx.half, ctx.num_params = half, len(params)
         ctx.save_for_backward(x, mask, *params, *kept)
@@ -285,17 +298,26 @@ class _Step(torch.autograd.Function):
         x, mask, *saved = ctx.saved_tensors
         params, kept = saved[: ctx.num_params], saved[ctx.num_params :]
         with _without_autocast(x):
-            if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
-                return _differentiable_gradient(ctx, grad, x, mask, params)
+            if torch.is_grad_enabled() or _is_batched(grad):
+                return _gradient_of_formula(ctx, grad, x, mask, params)
             learns = any(ctx.needs_input_grad[3:])
             return None, *_gradient(ctx.half, grad, x, mask, params, kept, ctx.step, learns)
 
 
-def _differentiable_gradient(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:
-    tensors = [x, mask, *params]
+def _is_batched(grad: Tensor) -> bool:
+    """Says whether a gradient stands for many, as in a vectorised Jacobian."""
+    return _transformed(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _gradient_of_formula(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:
+    """Returns what `_gradient` does, from autograd: where it will be differentiated again, or is batched."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # each its own alias, because autograd would sum up over the places where one parameter stands twice
+        tensors: list[Any] = [t if t is None else t.view_as(t) for t in (x, mask, *params)]
+        y = _formula(ctx.half, tensors[0], tensors[1], tuple(tensors[2:]))
     needed = [tensor for tensor, needs in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needs]
-    y = _formula(ctx.half, x, mask, tuple(params))
-    grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
+    grads = iter(torch.autograd.grad(y, needed, grad, create_graph=create_graph))
     return None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[1:])
 
 
@@ -304,7 +326,9 @@ def _gradient(
 ) -> tuple:
     """Returns the gradients of x, mask (none) and the parameters, of the latter only if the half `learns`."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    sums: list[Any] = [torch.zeros_like(p) if learns and p is not None else None for p in params]
+    # in float32 at least: sums over many parts would come to a standstill in 16 bits
+    wide = torch.promote_types(norm_w.dtype, torch.float32)
+    sums: list[Any] = [torch.zeros_like(p, dtype=wide) if learns and p is not None else None for p in params]
     norm_w_sum, norm_b_sum, conv_w_sum, conv_b_sum, out_w_sum, out_b_sum, _, *in_sums = sums
     conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w, *ins[::2])
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
@@ -312,6 +336,7 @@ def _gradient(
     parts = _parts(xs, step)
     for number, part in enumerate(parts):
         mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
+        mine = [t.contiguous() for t in mine]  # hooks on saved tensors may have changed that
         us, dear = mine[: len(ws)], mine[len(ws) :]
         xc = xs[part].to(norm_w.dtype)
         if half.recompute:
@@ -324,17 +349,17 @@ def _gradient(
         ds = (dy if gamma is None else dy * gamma).to(half.dtype) @ wo
         if learns:
             _add_product(out_w_sum, dy.to(half.dtype), s)
-            out_b_sum += dy.sum((0, 1, 2))
+            out_b_sum += dy.sum((0, 1, 2), dtype=wide)
         dus, dconv_w, dconv_b = half.middle.backward(ds, us, rest, conv_w, conv_b, learns)
         dh = dus[0] @ ws[0]
         for du, w in zip(dus[1:], ws[1:], strict=True):
-            _rows(dh).addmm_(_rows(du), w)
+            dh.view(-1, dh.shape[-1]).addmm_(_rows(du), w)
         if learns:
             conv_w_sum += dconv_w
             conv_b_sum += dconv_b
             for du, (w_sum, b_sum) in zip(dus, _pairs(in_sums), strict=True):
                 _add_product(w_sum, du, h)
-                b_sum += du.sum((0, 1, 2))
+                b_sum += du.sum((0, 1, 2), dtype=wide)
         dxc, dnorm_w, dnorm_b = aten.native_layer_norm_backward(
             dh.to(norm_w.dtype), xc, norm_w.shape, mean, rstd, norm_w, norm_b, [True, learns, learns]
         )
@@ -343,18 +368,20 @@ def _gradient(
             norm_b_sum += dnorm_b
         torch.add(dxc, grads[part], out=dx[part])
     if learns and gamma is not None:  # so far the sums are those of gamma * out_w and gamma * out_b
-        sums[6] = torch.einsum("cd,cd->c", out_w_sum, out_w) + out_b_sum * out_b
+        sums[6] = torch.einsum("cd,cd->c", out_w_sum, out_w.to(wide)) + out_b_sum * out_b
         out_w_sum *= gamma[:, None]
         out_b_sum *= gamma
-    return _nchw(dx), None, *sums
+    return _nchw(dx), None, *(s if s is None else s.to(norm_w.dtype) for s in sums)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.view(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds the product over all pixels, (N, H, W, C) and (N, H, W, D) to (C, D)."""
+    if a.dtype == torch.float16:  # whose range such sums exceed
+        a, b = a.to(total.dtype), b.to(total.dtype)
     if total.dtype == a.dtype:
         total.addmm_(_rows(a).t(), _rows(b))
     else:
@@ -363,7 +390,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def channels_last(x: Tensor) -> Tensor:
     """Returns images in the memory format that the fast ways are for, or as they are where there is none."""
-    if type(x) is not Tensor or x.dim() != 4 or torch.jit.is_tracing() or (x.is_cpu and torch.compiler.is_compiling()):
+    if type(x) is not Tensor or x.dim() != 4 or torch.jit.is_tracing():
+        return x
+    if x.is_cpu if torch.compiler.is_compiling() else _transformed(x):
         return x
     y = x.contiguous(memory_format=torch.channels_last)
     return y if x.is_cpu or (x.is_cuda and kernels.usable(y, 3)) else x
@@ -376,15 +405,18 @@ def stem_applies(stem: Any, x: Tensor) -> bool:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x):
         return False
-    if x.dim() != 4 or not (x.is_cpu or x.is_cuda) or nn_module._has_any_global_hook():
+    if x.dim() != 4 or not (x.is_cpu or x.is_cuda) or _is_anyone_looking():
+        return False
+    if x.numel() == 0 or min(x.shape[2:]) < 3:  # too few pixels for statistics, which BatchNorm itself has a word for
         return False
     dtype = _weight_dtype(x)
     convs, norms, acts = (stem.conv1, stem.conv2, stem.conv3), (stem.norm1, stem.norm2), (stem.act1, stem.act2)
     return (
         all(type(layer) is nn.Conv2d and layer.bias is None and layer.weight.dtype == dtype for layer in convs)
-        and all(layer.padding_mode == "zeros" and type(layer.weight) in (nn.Parameter, Tensor) for layer in convs)
+        and all(layer.padding_mode == "zeros" and isinstance(layer.padding, tuple) for layer in convs)
+        and all(layer.groups == 1 and type(layer.weight) in (nn.Parameter, Tensor) for layer in convs)
         and all(type(layer) is nn.BatchNorm2d and _is_plain(layer, dtype) and layer.training for layer in norms)
-        and all(layer.track_running_stats and layer.momentum is not None for layer in norms)
+        and all(layer.num_batches_tracked is not None and layer.momentum is not None for layer in norms)
         and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in acts)
         and not any(_is_watched(layer) for layer in (*convs, *acts))
     )

@@ -56,6 +56,8 @@ class OperatorTraffic(TorchDispatchMode):
         bytes_moved: so far.
     """
 
+    takes_fused = True  # else the blocks would show it their plain way, see models/fused.py
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes_moved = 0

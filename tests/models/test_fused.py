@@ -106,7 +106,7 @@ def test_sizes_and_no_images(size, dtype, bound):
     ids=str,
 )
 def test_other_precisions_are_as_exact_as_the_plain_way(dtype, autocast, bound, fuses, monkeypatch, calls):
-    monkeypatch.setattr(cpu_ops, "_has_pointwise", lambda: fuses)
+    monkeypatch.setattr(cpu_ops, "_has_pointwise", lambda dtype: fuses)
     exact = results(plain(make_block()), make_images())
     block = make_block().to(dtype)
     x = make_images().to(dtype)
@@ -207,11 +207,11 @@ def test_backward_twice_and_accumulation():
         assert torch.equal(p.grad, 2 * grad)
 
 
-def test_threads_may_change_before_the_backward_pass(monkeypatch):
+def test_another_number_of_images_at_a_time_in_the_backward_pass(monkeypatch):
     block, x = make_block(), make_images()
     reference = results(block, x)[2:]
     loss = (block(x) * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))).sum()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     loss.backward()
     for p, expected in zip(block.parameters(), reference, strict=True):
         assert torch.allclose(p.grad, expected, rtol=1e-10)
@@ -271,8 +271,18 @@ def patch_forward(block: Conv2FormerBlock) -> None:
     block.attn.forward = lambda x: x * 3  # type: ignore[method-assign]
 
 
+def patch_fuse(block: Conv2FormerBlock) -> None:
+    block.attn.fuse = lambda a, v: a + v  # type: ignore[method-assign]
+
+
+def widen(block: Conv2FormerBlock) -> None:
+    block.attn.a = nn.Conv2d(DIM, 2 * DIM, 1).double()
+    block.attn.conv_dw = nn.Conv2d(2 * DIM, DIM, 7, padding=3, groups=DIM).double()
+
+
 @pytest.mark.parametrize(
-    "change", [exchange_act, exchange_linear, exchange_conv, dilate, parametrise, prune, patch_forward]
+    "change",
+    [exchange_act, exchange_linear, exchange_conv, dilate, parametrise, prune, patch_forward, patch_fuse, widen],
 )
 def test_changed_blocks_keep_their_meaning(change: Callable, calls):
     block, reference = make_block(), make_block()
@@ -300,6 +310,119 @@ def test_transforms_of_torch_func():
     with torch.autograd.forward_ad.dual_level():
         y = block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         assert torch.allclose(torch.autograd.forward_ad.unpack_dual(y).tangent, slope)
+
+
+def test_vmap_over_a_network(tiny):
+    model = timm.create_model(tiny).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(torch.func.vmap(model)(x[:, None]).squeeze(1), model(x), atol=1e-5)
+
+
+def test_vectorised_jacobian():
+    block = make_block(kernel_size=3)
+    x = make_images(size=(2, 2))[:1]
+    ours, reference = (
+        torch.autograd.functional.jacobian(b, x, vectorize=vectorize)
+        for b, vectorize in ((block, True), (plain(block), False))
+    )
+    assert torch.allclose(ours, reference, rtol=1e-9)
+
+
+def test_modes_see_every_operation(calls):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    block, x = make_block(), make_images()
+    assert torch.equal(make_fx(lambda z: block(z))(x)(x), plain(block)(x))
+    assert not calls
+
+
+def test_a_layer_in_two_places():
+    block = make_block()
+    block.attn.v = block.attn.a
+    x = make_images()
+    for b in (block, plain(block)):
+        b.zero_grad()
+    grads = [
+        torch.autograd.grad(b(x).square().sum(), list(b.parameters()), create_graph=True) for b in (block, plain(block))
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_many_parts_in_16_bits(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 1)
+    block = make_block(kernel_size=3).to(dtype)
+    x = torch.randn(400, DIM, 5, 5, generator=torch.Generator().manual_seed(1))
+
+    def slopes(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(block(x).float().mean() * 100, list(block.parameters()))
+
+    for a, exact in zip(slopes(block, x.to(dtype)), slopes(plain(block).float(), x.to(dtype).float()), strict=True):
+        assert relative(a, exact) < 0.02
+
+
+def test_sums_that_float16_cannot_hold():
+    block = make_block(torch.float32)
+    for layer in (block.ls1, block.ls2):
+        nn.init.constant_(layer.gamma, 1e-6)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = block(torch.randn(8, DIM, 28, 28))
+    (y.sum() * 512).backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_autocast_around_the_backward_pass():
+    block, x = make_block(torch.float32), make_images(torch.float32)
+    inside, outside = copy.deepcopy(block), block
+    y, z = (b(x).square().sum() for b in (inside, outside))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward()
+    z.backward()
+    for a, b in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_one_parameter_alone_learns(index):
+    grads = []
+    for block in (make_block(), plain(make_block())):
+        block.requires_grad_(False)
+        p = list(block.parameters())[index].requires_grad_()
+        grads.append(torch.autograd.grad(block(make_images()).square().sum(), p)[0])
+    assert torch.allclose(*grads, rtol=1e-10, atol=1e-10)
+
+
+def test_stem_under_autocast(tiny):
+    stem = timm.create_model(tiny).stem.train()
+    x = torch.randn(2, 3, 32, 32)
+    ours, reference, exact = (
+        results(s, x, a) for s, a in ((stem, torch.bfloat16), (plain(stem), torch.bfloat16), (plain(stem), None))
+    )
+    assert ours[0].dtype == torch.bfloat16
+    for a, b, truth in zip(ours, reference, exact, strict=True):
+        assert relative(a, truth) < max(2e-2, 1.5 * relative(b, truth))
+
+
+def test_stem_without_enough_pixels_or_with_other_layers(tiny, calls):
+    stem = timm.create_model(tiny).stem.train()
+    with pytest.raises((ValueError, RuntimeError)):
+        stem(torch.randn(1, 3, 2, 2))
+    assert stem.norm1.running_var.isfinite().all()
+    assert stem(torch.randn(0, 3, 32, 32)).shape == (0, 8, 8, 8)
+    stem.conv2 = nn.Conv2d(4, 4, 3, padding="same", groups=2, bias=False)
+    stem(torch.randn(1, 3, 32, 32)).sum().backward()
+    stem.norm1.momentum = None
+    stem(torch.randn(1, 3, 32, 32))
+    assert not calls
+
+
+def test_pickles_from_before_the_options():
+    block = make_block()
+    for layer in (block, block.attn, block.mlp):
+        for name in ("fused", "recompute"):
+            layer.__dict__.pop(name, None)
+    assert torch.allclose(block(make_images()), plain(make_block())(make_images()), rtol=1e-10)
 
 
 def test_wrong_types_fail_as_they_do_in_the_modules():
