@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["applies", "channels_last", "forward", "forward_stem", "kernel_applies", "stem_applies", "weights"]
 
-# Hidden values that go through a half together on a CPU: some MB for each thread, the size of a cache. Of the threads at
-# the start, because their number may change before the backward pass.
+# Hidden values that go through a half together on a CPU: some MB for each thread, the size of a cache. Of the threads
+# at the start, because their number may change before the backward pass.
 CHUNK = 2**20 * torch.get_num_threads()
 aten = torch.ops.aten
 
