@@ -148,7 +148,7 @@ def test_torch_formats_by_the_documentation_s_way_to_run_them(tmp_path, monkeypa
     checkpoint = tmp_path / "small.pt"
     torch.save({"state_dict": small_network().state_dict(), "class_names": NAMES, "preprocessing": NOTED}, checkpoint)
     done = export(checkpoint, tmp_path / name, say=silent)
-    assert max(case.relative for case in done.cases) < 1e-6
+    assert max(case.relative for case in done.cases) < 1e-5  # exports hold the plain formula, whose rounding is another
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(block, found)
