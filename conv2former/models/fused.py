@@ -1,8 +1,9 @@
 """The block's two halves, each as one step: the function of `block.py` in less time and less memory.
 
 A half is ``x + mask * gamma * linear(middle(linear(norm(x))))``, where the linears are the 1x1 convolutions; `_formula`
-is that sentence as code. What lies in the middle differs: `_Modulation` or `_Mixing` on a CPU, the Triton kernels of
-`kernels.py` on an NVIDIA GPU. Three things save memory and time:
+is that sentence as code. What lies in the middle is `_Modulation` or `_Mixing`: on a CPU the compiled functions of
+`compiled.py`, or PyTorch's operations if there is no compiler; on an NVIDIA GPU the Triton kernels of `kernels.py`.
+Three things save memory and time:
 
 - Of the maps between x and the result only those are kept for the backward pass that are dear to compute again: the
   results of the first linears and of the large depthwise convolution. The norm, GELU, the 3x3 convolution and the
@@ -17,6 +18,7 @@ layers, TorchScript, torch.compile, torch.export, torch.func and the like the pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import cpu_ops, kernels
+from . import compiled, cpu_ops, kernels
 
 if TYPE_CHECKING:
     from .block import Conv2FormerBlock, ConvMlp, ConvMod
@@ -178,7 +180,8 @@ def _half(
     out: Any,
     scale: nn.Module,
 ) -> Tensor:
-    half = _Half(middle if x.is_cpu else _ON_GPU[middle], norm.eps, block.recompute, _autocast_dtype(x) or x.dtype)
+    dtype = _autocast_dtype(x) or x.dtype
+    half = _Half(_way(middle, x, dtype), norm.eps, block.recompute, dtype)
     gamma = getattr(scale, "gamma", None)
     params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
     params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
@@ -187,6 +190,13 @@ def _half(
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
             return _Step.apply(half, x, mask, *params)
         return _run(half, x, mask, params, None, _images_at_a_time(x, out.in_channels))
+
+
+def _way(middle: Any, x: Tensor, dtype: torch.dtype) -> Any:
+    """Returns the class that computes `middle` fastest where `x` is."""
+    if not x.is_cpu:
+        return _ON_GPU[middle]
+    return _COMPILED[middle] if compiled.usable(dtype) else middle
 
 
 def _matrix(conv: Any) -> Tensor:
@@ -342,24 +352,24 @@ def _gradient(
         if half.recompute:
             h, mean, rstd = aten.native_layer_norm(xc, norm_w.shape, norm_w, norm_b, half.eps)
             h = h.to(half.dtype)
-            s, *rest = half.middle.again(us, dear, conv_w, conv_b)
+            dear = half.middle.again(us, dear, conv_w, conv_b)
         else:
-            s, *rest, h, mean, rstd = dear
+            *dear, h, mean, rstd = dear
         dy = grads[part] if mask is None else grads[part] * mask[part]
         ds = (dy if gamma is None else dy * gamma).to(half.dtype) @ wo
-        if learns:
-            _add_product(out_w_sum, dy.to(half.dtype), s)
-            out_b_sum += dy.sum((0, 1, 2), dtype=wide)
-        dus, dconv_w, dconv_b = half.middle.backward(ds, us, rest, conv_w, conv_b, learns)
+        s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
         dh = dus[0] @ ws[0]
         for du, w in zip(dus[1:], ws[1:], strict=True):
             dh.view(-1, dh.shape[-1]).addmm_(_rows(du), w)
         if learns:
+            _add_product(out_w_sum, dy.to(half.dtype), s)
+            out_b_sum += dy.sum((0, 1, 2), dtype=wide)
             conv_w_sum += dconv_w
             conv_b_sum += dconv_b
-            for du, (w_sum, b_sum) in zip(dus, _pairs(in_sums), strict=True):
+            du_sums = du_sums or [du.sum((0, 1, 2), dtype=wide) for du in dus]
+            for du, du_sum, (w_sum, b_sum) in zip(dus, du_sums, _pairs(in_sums), strict=True):
                 _add_product(w_sum, du, h)
-                b_sum += du.sum((0, 1, 2), dtype=wide)
+                b_sum += du_sum
         dxc, dnorm_w, dnorm_b = aten.native_layer_norm_backward(
             dh.to(norm_w.dtype), xc, norm_w.shape, mean, rstd, norm_w, norm_b, [True, learns, learns]
         )
@@ -502,14 +512,14 @@ class _Modulation:
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        (a, v), (g, context) = us, rest
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
+        (a, v), (s, g, context) = us, dear
         dv = ds * context
         dcontext = ds.mul_(v)
         grads = cpu_ops.conv_dw_weight_grad(dcontext, g, weight.shape[-1]) if learns else (None, None)
         da = aten.gelu_backward(cpu_ops.add_conv_dw_input_grad(None, dcontext, weight), a)
-        return [da, dv], *grads
+        return s, [da, dv], grads
 
 
 class _Mixing:
@@ -543,13 +553,62 @@ class _Mixing:
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        g, d = rest
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
+        s, g, d = dear
         dd = aten.gelu_backward(ds, d)
         grads = cpu_ops.conv_dw_weight_grad(dd, g, weight.shape[-1]) if learns else (None, None)
         dg = cpu_ops.add_conv_dw_input_grad(ds, dd, weight)
-        return [aten.gelu_backward(dg, us[0])], *grads
+        return s, [aten.gelu_backward(dg, us[0])], grads
+
+
+class _ModulationCompiled(_Modulation):
+    """`_Modulation` with the compiled functions."""
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        a, v = (cpu_ops.linear(h, w, b) for w, b in _pairs(ins))
+        return compiled.modulate(a, v, weight, bias, out=v)
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        context = torch.empty_like(us[0])
+        return compiled.modulate(us[0], us[1], weight, bias, context), context
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return tuple(dear)
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
+        s, da, dv, dweight, (dbias, *sums) = compiled.modulate_backward(ds, us[0], us[1], dear[0], weight)
+        return s, [da, dv], (dweight, dbias, *sums)
+
+
+class _MixingCompiled(_Mixing):
+    """`_Mixing` with the compiled functions."""
+
+    @staticmethod
+    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        u = cpu_ops.linear(h, *ins)
+        return compiled.mix(u, weight, bias, out=u)
+
+    @staticmethod
+    def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        return (compiled.mix(us[0], weight, bias),)
+
+    @staticmethod
+    def again(us: list[Tensor], dear: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    @staticmethod
+    def backward(
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
+        s, du, dweight, (dbias, *sums) = compiled.mix_backward(ds, us[0], weight, bias)
+        return s, [du], (dweight, dbias, *sums)
 
 
 class _ModulationOnGPU(_Modulation):
@@ -573,11 +632,11 @@ class _ModulationOnGPU(_Modulation):
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
         a, v = (_nchw(u) for u in us)
         da, dweight, dbias, dv = kernels.modulate_backward(_nchw(ds), a, weight, bias, v)
-        return [_nhwc(da), _nhwc(dv)], dweight, dbias
+        return dear[0], [_nhwc(da), _nhwc(dv)], (dweight, dbias)
 
 
 class _MixingOnGPU(_Mixing):
@@ -600,12 +659,13 @@ class _MixingOnGPU(_Mixing):
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], rest: list[Tensor], weight: Tensor, bias: Tensor, learns: bool
-    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
         df, dweight, dbias = kernels.mlp_mix_backward(_nchw(ds), _nchw(us[0]), weight, bias)
-        return [_nhwc(df)], dweight, dbias
+        return dear[0], [_nhwc(df)], (dweight, dbias)
 
 
+_COMPILED: dict[Any, Any] = {_Modulation: _ModulationCompiled, _Mixing: _MixingCompiled}
 _ON_GPU: dict[Any, Any] = {_Modulation: _ModulationOnGPU, _Mixing: _MixingOnGPU}
 
 

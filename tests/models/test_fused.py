@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conv2former import Conv2FormerBlock
-from conv2former.models import cpu_ops, fused, kernels
+from conv2former.models import compiled, cpu_ops, fused, kernels
 from conv2former.tools.benchmark_memory import bytes_held
 
 DIM = 12
@@ -20,6 +20,14 @@ DIM = 12
 @pytest.fixture(autouse=True)
 def two_images_at_a_time(monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 9 * 10 * 4 * DIM * 2)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "PyTorch's operations"])
+def both_ways(request, monkeypatch):
+    if request.param != "compiled":
+        monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    elif not compiled.usable(torch.float32):
+        pytest.skip("no C++ compiler")
 
 
 def make_block(dtype: torch.dtype = torch.float64, **options) -> Conv2FormerBlock:
@@ -457,8 +465,7 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Takes the GPU's way on the CPU, where the kernels' operators are plain PyTorch."""
-    monkeypatch.setattr(fused, "_Modulation", fused._ModulationOnGPU)
-    monkeypatch.setattr(fused, "_Mixing", fused._MixingOnGPU)
+    monkeypatch.setattr(fused, "_way", lambda middle, x, dtype: fused._ON_GPU[middle])
     monkeypatch.setattr(fused, "_images_at_a_time", lambda x, hidden: len(x))
 
 

@@ -1,0 +1,188 @@
+"""The block's heavy parts as compiled functions for a CPU: `cpu_kernels.cpp`, compiled where it runs.
+
+As with torch.compile and Triton, the compiler is called at the first use, here for two or three seconds, and the result
+is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, or
+CONV2FORMER_COMPILE=0 is set, `usable` says no, and PyTorch's own operations do the work, in more time.
+
+All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases (C,), both in the maps' type.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .installed import store_folder
+
+__all__ = ["mix", "mix_backward", "modulate", "modulate_backward", "usable"]
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
+# What PyTorch found of the processor, and the instructions that this stands for. Named one by one, and not as "native",
+# the result runs on every machine that shares a cache folder and comes to the same name.
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+PATIENCE = 120  # seconds for the compiler
+log = logging.getLogger(__name__)
+
+
+def usable(dtype: torch.dtype) -> bool:
+    """Says whether the functions are there, for maps of that type on a CPU. The first call may compile them."""
+    return dtype in DTYPES and os.environ.get("CONV2FORMER_COMPILE") != "0" and _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or os.name != "posix" or sys.byteorder != "little":
+        log.info(
+            "there is no C++ compiler (g++, clang++), so the CPU runs PyTorch's own operations, which takes longer"
+        )
+        return None
+    try:
+        return ctypes.CDLL(str(_compile(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.info("%s cannot compile %s, so the CPU runs PyTorch's own operations: %s", compiler, SOURCE.name, said)
+        return None
+
+
+def _compile(compiler: str) -> Path:
+    """Returns the compiled file, which may have been there already."""
+    command = [*compiler.split(), *FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), os.uname().machine.encode(), *map(os.fsencode, command)]))
+    path = store_folder() / "compiled" / f"cpu_kernels-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        path = _folder_to_write(path.parent) / path.name
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
+            made = Path(unfinished) / path.name
+            command += [str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            made.replace(path)  # at once, since other processes may be at it too
+    return path
+
+
+def _folder_to_write(folder: Path) -> Path:
+    """Returns the folder, made if need be, or one that lives as long as this process if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _call(name: str, x: Tensor, *arguments: Tensor | int | None) -> None:
+    """Calls a function of `cpu_kernels.cpp` for maps like `x`, whose type and shape come before the arguments."""
+    library = _library()
+    assert library is not None  # or `usable` would have said so
+    function = getattr(library, f"{name}_{DTYPES[x.dtype]}")
+    function.restype = None
+    function(*(_pass(argument) for argument in (*x.shape, *arguments)))
+
+
+def _pass(argument: Tensor | int | None) -> ctypes.c_int64 | ctypes.c_void_p:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if argument is not None and not argument.is_contiguous():
+        raise ValueError(f"the maps of a compiled function must be contiguous, not of strides {argument.stride()}")
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def modulate(
+    a: Tensor, v: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``conv_dw(gelu(a)) * v``, for any odd k.
+
+    Args:
+        a, v: maps (N, H, W, C).
+        weight: of the depthwise convolution, (C, 1, k, k).
+        bias: (C,).
+        context: a map for the convolution's result, which the backward pass needs.
+        out: a map for the result; it may be `v`.
+
+    Returns:
+        The result, (N, H, W, C).
+    """
+    out = torch.empty_like(a) if out is None else out
+    _call("modulate", a, weight.shape[-1], torch.get_num_threads(), a, v, _wide(weight), _wide(bias), context, out)
+    return out
+
+
+def modulate_backward(
+    dout: Tensor, a: Tensor, v: Tensor, context: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients of `modulate`. That of `a` takes the place of `dout`.
+
+    Args:
+        dout: gradient of the result, (N, H, W, C); it is overwritten.
+        a, v, context: maps as in `modulate`.
+        weight: as in `modulate`.
+
+    Returns:
+        The result of `modulate`, the gradients of a and v, that of the weight (C, 1, k, k), and the sums over all
+        pixels of the gradients of the context (which is that of the bias), a and v, each (C,). Sums and the weight's
+        gradient are in float32 at least.
+    """
+    (n, _, _, c), k, wide = a.shape, weight.shape[-1], _wide(weight)
+    dv, out = torch.empty_like(a), torch.empty_like(a)
+    dweight, sums = wide.new_empty(n, c, 1, k, k), wide.new_empty(n, 3, c)
+    _call("modulate_backward", a, k, torch.get_num_threads(), dout, a, v, context, wide, dout, dv, out, dweight, sums)
+    return out, dout, dv, dweight.sum(0), list(sums.sum(0))
+
+
+def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """``g + gelu(conv_dw(g))`` with ``g = gelu(u)``.
+
+    Args:
+        u: a map (N, H, W, C).
+        weight: of the depthwise convolution, (C, 1, 3, 3).
+        bias: (C,).
+        out: a map for the result; it may be `u`.
+
+    Returns:
+        The result, (N, H, W, C).
+    """
+    out = torch.empty_like(u) if out is None else out
+    _call("mix", u, torch.get_num_threads(), u, _wide(weight), _wide(bias), out)
+    return out
+
+
+def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients of `mix`. That of `u` takes the place of `dout`.
+
+    Args:
+        dout: gradient of the result, (N, H, W, C); it is overwritten.
+        u, weight, bias: as in `mix`.
+
+    Returns:
+        The result of `mix`, the gradient of u, that of the weight (C, 1, 3, 3), and the sums over all pixels of the
+        gradients of the convolution's result (which is that of the bias) and of u, each (C,). Sums and the weight's
+        gradient are in float32 at least.
+    """
+    n, _, _, c = u.shape
+    out, wide = torch.empty_like(u), _wide(weight)
+    dweight, sums = wide.new_empty(n, c, 1, 3, 3), wide.new_empty(n, 2, c)
+    _call("mix_backward", u, torch.get_num_threads(), dout, u, wide, _wide(bias), dout, out, dweight, sums)
+    return out, dout, dweight.sum(0), list(sums.sum(0))

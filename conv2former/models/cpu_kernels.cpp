@@ -1,0 +1,449 @@
+// What lies between a half's linears, in one pass over its maps: the compiled part of `fused.py`, for CPUs.
+//
+//     modulate(a, v) = (conv_dw(gelu(a)) + bias) * v
+//     mix(u)         = g + gelu(conv_dw(g) + bias)  with  g = gelu(u)
+//
+// `compiled.py` compiles this file and calls the functions at its end. It takes a C++17 compiler that knows the vector
+// types of GCC and Clang, and nothing else.
+//
+// Maps are (N, H, W, C), weights (C, k, k). A task is one image and as many channels as fit into 64 bytes, which are
+// called lanes. It goes down the rows and holds the few that a convolution needs in a `Ring`, small enough for a cache:
+// each map is read once and written once. A result may take the place of an argument where the functions at the end say
+// so. Gradients of parameters are written for each image and summed up by the caller: the number of threads has no
+// influence on a result.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Index = std::int64_t;
+using Floats = float __attribute__((vector_size(64)));
+using Doubles = double __attribute__((vector_size(64)));
+using Integers = std::int32_t __attribute__((vector_size(64)));
+using Bits = std::uint32_t __attribute__((vector_size(64)));
+using UpperBits = std::uint16_t __attribute__((vector_size(32)));
+
+struct Bfloat16 { std::uint16_t upper_bits; };  // of a float
+
+// What numbers of a map are computed with.
+template <class T> struct Compute { using Number = float; using Lanes = Floats; };
+template <> struct Compute<double> { using Number = double; using Lanes = Doubles; };
+template <class T> using NumberFor = typename Compute<T>::Number;
+template <class T> using LanesFor = typename Compute<T>::Lanes;
+template <class Lanes> constexpr int LANES = sizeof(Lanes) / sizeof(Lanes{}[0]);
+
+// ---------------------------------------------------------------------------------------------- loading and storing
+
+template <class T> inline LanesFor<T> load_all(const T* from) {
+    LanesFor<T> x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Floats load_all(const Bfloat16* from) {
+    UpperBits upper;
+    std::memcpy(&upper, from, sizeof upper);
+    return (Floats)(__builtin_convertvector(upper, Bits) << 16);
+}
+
+template <class T> inline void store_all(T* to, LanesFor<T> x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store_all(Bfloat16* to, Floats x) {
+    Bits bits = (Bits)x;
+    Bits nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
+    UpperBits upper = __builtin_convertvector(x == x ? nearest : Bits{} + 0x7fc0, UpperBits);
+    std::memcpy(to, &upper, sizeof upper);
+}
+
+// Fewer than all lanes: at the last channels, where their number is no multiple of the lanes.
+template <class T> inline LanesFor<T> load(const T* from, int count) {
+    if (count == LANES<LanesFor<T>>) return load_all(from);
+    T some[LANES<LanesFor<T>>] = {};
+    std::memcpy(some, from, count * sizeof(T));
+    return load_all(some);
+}
+
+template <class T> inline void store(T* to, LanesFor<T> x, int count) {
+    if (count == LANES<LanesFor<T>>) return store_all(to, x);
+    T some[LANES<LanesFor<T>>];
+    store_all(some, x);
+    std::memcpy(to, some, count * sizeof(T));
+}
+
+// `size` parameters for each of `count` channels that lie one after the other.
+template <class Lanes, class Number> inline void load_weights(const Number* from, Index size, int count, Lanes* to) {
+    for (Index i = 0; i < size; i++) {
+        to[i] = Lanes{};
+        for (int lane = 0; lane < count; lane++) to[i][lane] = from[lane * size + i];
+    }
+}
+
+template <class Lanes, class Number> inline void store_weights(Number* to, Index size, int count, const Lanes* from) {
+    for (Index i = 0; i < size; i++)
+        for (int lane = 0; lane < count; lane++) to[lane * size + i] = from[i][lane];
+}
+
+// ------------------------------------------------------------------------------------------------------------- GELU
+
+// 2^y for y <= 0, within 1.3e-7 of the value; below -100 it stays 2^-100, since processors are slow with still less.
+inline Floats exp2(Floats y) {
+    y = y < -100.0f ? Floats{} - 100.0f : y;
+    Integers whole = __builtin_convertvector(y - 0.5f, Integers);  // the one that is next to y
+    Floats rest = y - __builtin_convertvector(whole, Floats);
+    Floats power = rest * 1.32765e-3f + 9.67555e-3f;
+    power = power * rest + 5.550713e-2f;
+    power = power * rest + 2.402212e-1f;
+    power = power * rest + 6.9314697e-1f;
+    power = power * rest + 1.0f;
+    return power * (Floats)((whole + 127) << 23);
+}
+
+// The standard normal distribution: its density at x and what lies below x.
+struct Normal { Floats density, below; };
+
+// The tail is the density's exponential times a polynomial of 1 / (1 + 0.28 |x|), fitted to it so that the error of GELU
+// is at most 1.1e-8 before any rounding.
+inline Normal normal(Floats x) {
+    Floats z = (Floats)((Bits)x & 0x7fffffff);
+    Floats decay = exp2(z * z * -0.72134752f);
+    Floats t = 1.0f / (z * 0.28f + 1.0f);
+    Floats tail = t * -0.1063285f + 0.3920669f;
+    tail = tail * t - 0.24066941f;
+    tail = tail * t + 0.27197242f;
+    tail = tail * t + 0.06622943f;
+    tail = tail * t + 0.11672915f;
+    tail = tail * t * decay;
+    return {decay * 0.39894228f, x < 0.0f ? tail : 1.0f - tail};
+}
+
+inline Floats gelu(Floats x) { return x * normal(x).below; }
+
+template <class Lanes> struct Gelu { Lanes value, slope; };
+
+inline Gelu<Floats> gelu_and_slope(Floats x) {
+    Normal n = normal(x);
+    return {x * n.below, n.below + x * n.density};
+}
+
+// float64 is for checking gradients: exact, not fast.
+inline Gelu<Doubles> gelu_and_slope(Doubles x) {
+    Gelu<Doubles> y;
+    for (int i = 0; i < LANES<Doubles>; i++) {
+        double below = 0.5 * std::erfc(-x[i] * M_SQRT1_2), density = std::exp(-0.5 * x[i] * x[i]) * 0.3989422804014327;
+        y.value[i] = x[i] * below;
+        y.slope[i] = below + x[i] * density;
+    }
+    return y;
+}
+
+inline Doubles gelu(Doubles x) { return gelu_and_slope(x).value; }
+
+// ------------------------------------------------------------------------------------------------------ convolutions
+
+constexpr int TILE = 14;  // results of a convolution that are computed together, in registers
+
+// The last k rows of a map, with k / 2 columns of zeros on both sides; row y takes the place of row y - k.
+template <class Lanes> struct Ring {
+    Index k, columns;
+    std::vector<Lanes> rows;
+    Ring(Index k, Index w) : k(k), columns(w + k - 1 + TILE), rows(k * columns) {}
+    Lanes* with_border(Index y) { return &rows[(y + k) % k * columns]; }  // from column -(k / 2)
+    Lanes* row(Index y) { return with_border(y) + k / 2; }                // from column 0
+};
+
+// sums[x] = sum over ky, kx of weight[ky][kx] * map[y + ky - k / 2][x + kx - k / 2], for COUNT columns from `first`
+template <int COUNT, class Lanes>
+inline void convolve(Ring<Lanes>& ring, Index h, Index y, Index first, const Lanes* weight, Lanes* sums) {
+    Index k = ring.k, r = k / 2;
+    Lanes total[COUNT] = {};
+    for (Index ky = std::max<Index>(0, r - y); ky < std::min(k, h + r - y); ky++) {
+        const Lanes* row = ring.with_border(y + ky - r) + first;
+        for (Index kx = 0; kx < k; kx++) {
+            Lanes w = weight[ky * k + kx];
+            #pragma GCC unroll 16
+            for (int i = 0; i < COUNT; i++) total[i] += w * row[kx + i];
+        }
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < COUNT; i++) sums[first + i] = total[i];
+}
+
+// A row of results; behind its w columns `sums` has room for TILE more.
+template <class Lanes>
+inline void convolve_row(Ring<Lanes>& ring, Index h, Index w, Index y, const Lanes* weight, Lanes* sums) {
+    Index x = 0;
+    for (; w - x > TILE / 2; x += TILE) convolve<TILE>(ring, h, y, x, weight, sums);
+    if (x < w) convolve<TILE / 2>(ring, h, y, x, weight, sums);
+}
+
+// total[kx] += sum over x of grad[x] * row[x + kx], for COUNT columns of the weight
+template <int COUNT, class Lanes>
+inline void correlate(const Lanes* grad, const Lanes* row, Index w, Lanes* total) {
+    Lanes sums[COUNT] = {};
+    for (Index x = 0; x < w; x++) {
+        Lanes d = grad[x];
+        #pragma GCC unroll 16
+        for (int i = 0; i < COUNT; i++) sums[i] += d * row[x + i];
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < COUNT; i++) total[i] += sums[i];
+}
+
+// The same for any number of columns; they are cut into parts for which there are registers.
+template <class Lanes>
+inline void correlate_row(const Lanes* grad, const Lanes* row, Index w, Index k, Lanes* total) {
+    for (; k >= 11; k -= 11, row += 11, total += 11) correlate<11>(grad, row, w, total);
+    for (; k >= 7; k -= 7, row += 7, total += 7) correlate<7>(grad, row, w, total);
+    for (; k >= 3; k -= 3, row += 3, total += 3) correlate<3>(grad, row, w, total);
+    for (; k >= 1; k -= 1, row += 1, total += 1) correlate<1>(grad, row, w, total);
+}
+
+// One column of a 3 x 3 convolution; the rows begin a column to its left.
+template <class Lanes>
+inline Lanes convolve3(const Lanes* above, const Lanes* here, const Lanes* below, const Lanes* w) {
+    return above[0] * w[0] + above[1] * w[1] + above[2] * w[2] + here[0] * w[3] + here[1] * w[4] + here[2] * w[5] +
+           below[0] * w[6] + below[1] * w[7] + below[2] * w[8];
+}
+
+// -------------------------------------------------------------------------------------------------------- the tasks
+
+struct Shape {
+    Index n, h, w, c;
+};
+
+// The place of a task in its maps.
+struct Place {
+    Shape shape;
+    Index image, channel;
+    int count;  // of channels
+    Index at(Index y, Index x) const { return ((image * shape.h + y) * shape.w + x) * shape.c + channel; }
+};
+
+// A processor foresees by itself what will be read only where it lies close together; neighbouring pixels do not.
+template <class... T> inline void fetch(Index at, const T*... maps) { (__builtin_prefetch(maps + at), ...); }
+
+// Calls task(place) for all places, on some threads. Each has its own task, made by make().
+template <class Lanes, class Make> void for_all(Shape shape, Index threads, Make make) {
+    Index blocks = (shape.c + LANES<Lanes> - 1) / LANES<Lanes>;
+    #pragma omp parallel num_threads(int(threads))
+    {
+        auto task = make();
+        #pragma omp for schedule(static)
+        for (Index i = 0; i < shape.n * blocks; i++) {
+            Index channel = i % blocks * LANES<Lanes>;
+            task(Place{shape, i / blocks, channel, int(std::min<Index>(LANES<Lanes>, shape.c - channel))});
+        }
+    }
+}
+
+template <class T> struct Modulate {
+    using Lanes = LanesFor<T>;
+    using Number = NumberFor<T>;
+    Shape s;
+    Index k;
+    const T *a, *v;
+    const Number *weight, *bias;
+    T *context, *out;  // context: the convolution's result, or null
+    Ring<Lanes> gelus{k, s.w};
+    std::vector<Lanes> w = std::vector<Lanes>(k * k), sums = std::vector<Lanes>(s.w + TILE);
+
+    void operator()(Place p) {
+        load_weights(weight + p.channel * k * k, k * k, p.count, w.data());
+        Lanes b = load(bias + p.channel, p.count);
+        Index loaded = 0;
+        for (Index y = 0; y < s.h; y++) {
+            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
+                for (Index x = 0; x < s.w; x++) {
+                    fetch(p.at(loaded + 1, x), a, v);
+                    gelus.row(loaded)[x] = gelu(load(a + p.at(loaded, x), p.count));
+                }
+            convolve_row(gelus, s.h, s.w, y, w.data(), sums.data());
+            for (Index x = 0; x < s.w; x++) {
+                Lanes sum = sums[x] + b;
+                if (context) store(context + p.at(y, x), sum, p.count);
+                store(out + p.at(y, x), sum * load(v + p.at(y, x), p.count), p.count);
+            }
+        }
+    }
+};
+
+template <class T> struct ModulateBackward {
+    using Lanes = LanesFor<T>;
+    using Number = NumberFor<T>;
+    Shape s;
+    Index k;
+    const T *dout, *a, *v, *context;
+    const Number* weight;
+    T *da, *dv, *out;
+    Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result, a and v
+    Ring<Lanes> gelus{k, s.w}, dcontexts{k, s.w};
+    std::vector<Lanes> w = std::vector<Lanes>(k * k), turned = w, dw = w, das = std::vector<Lanes>(s.w + TILE);
+
+    void operator()(Place p) {
+        load_weights(weight + p.channel * k * k, k * k, p.count, w.data());
+        std::reverse_copy(w.begin(), w.end(), turned.begin());
+        std::fill(dw.begin(), dw.end(), Lanes{});
+        Lanes dcontext_sum{}, da_sum{}, dv_sum{};
+        Index loaded = 0;
+        for (Index y = 0; y < s.h; y++) {
+            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
+                for (Index x = 0; x < s.w; x++) {
+                    fetch(p.at(loaded + 1, x), dout, a, v, context);
+                    Index at = p.at(loaded, x);
+                    Lanes d = load(dout + at, p.count), value = load(v + at, p.count);
+                    Lanes sum = load(context + at, p.count);
+                    gelus.row(loaded)[x] = gelu(load(a + at, p.count));
+                    dcontexts.row(loaded)[x] = d * value;
+                    dcontext_sum += d * value;
+                    dv_sum += d * sum;
+                    store(dv + at, d * sum, p.count);
+                    store(out + at, sum * value, p.count);
+                }
+            for (Index ky = std::max<Index>(0, k / 2 - y); ky < std::min(k, s.h + k / 2 - y); ky++)
+                correlate_row(dcontexts.row(y), gelus.with_border(y + ky - k / 2), s.w, k, &dw[ky * k]);
+            convolve_row(dcontexts, s.h, s.w, y, turned.data(), das.data());
+            for (Index x = 0; x < s.w; x++) {
+                Lanes d = das[x] * gelu_and_slope(load(a + p.at(y, x), p.count)).slope;
+                da_sum += d;
+                store(da + p.at(y, x), d, p.count);
+            }
+        }
+        store_weights(dweight + (p.image * s.c + p.channel) * k * k, k * k, p.count, dw.data());
+        Number* to = sums + p.image * 3 * s.c + p.channel;
+        store(to, dcontext_sum, p.count);
+        store(to + s.c, da_sum, p.count);
+        store(to + 2 * s.c, dv_sum, p.count);
+    }
+};
+
+template <class T> struct Mix {
+    using Lanes = LanesFor<T>;
+    using Number = NumberFor<T>;
+    Shape s;
+    const T* u;
+    const Number *weight, *bias;
+    T* out;
+    Ring<Lanes> gelus{3, s.w};
+
+    void fill(Place p, Index y) {
+        for (Index x = 0; x < s.w; x++) {
+            fetch(p.at(y + 1, x), u);
+            gelus.row(y)[x] = y < 0 || y >= s.h ? Lanes{} : gelu(load(u + p.at(y, x), p.count));
+        }
+    }
+
+    void operator()(Place p) {
+        Lanes w[9], b = load(bias + p.channel, p.count);
+        load_weights(weight + p.channel * 9, 9, p.count, w);
+        fill(p, -1);
+        fill(p, 0);
+        for (Index y = 0; y < s.h; y++) {
+            fill(p, y + 1);
+            const Lanes *above = gelus.with_border(y - 1), *here = gelus.with_border(y);
+            const Lanes* below = gelus.with_border(y + 1);
+            for (Index x = 0; x < s.w; x++)
+                store(out + p.at(y, x), here[x + 1] + gelu(convolve3(above + x, here + x, below + x, w) + b), p.count);
+        }
+    }
+};
+
+template <class T> struct MixBackward {
+    using Lanes = LanesFor<T>;
+    using Number = NumberFor<T>;
+    Shape s;
+    const T *dout, *u;
+    const Number *weight, *bias;
+    T *du, *out;
+    Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result and of u
+    Ring<Lanes> gelus{3, s.w}, slopes{3, s.w}, dconvs{3, s.w};
+
+    void fill(Place p, Index y) {
+        for (Index x = 0; x < s.w; x++) {
+            fetch(p.at(y + 1, x), u);
+            Gelu<Lanes> g = y < 0 || y >= s.h ? Gelu<Lanes>{} : gelu_and_slope(load(u + p.at(y, x), p.count));
+            gelus.row(y)[x] = g.value;
+            slopes.row(y)[x] = g.slope;
+        }
+    }
+
+    void operator()(Place p) {
+        Lanes w[9], turned[9], dw[9] = {}, dconv_sum{}, du_sum{}, b = load(bias + p.channel, p.count);
+        load_weights(weight + p.channel * 9, 9, p.count, w);
+        std::reverse_copy(w, w + 9, turned);
+        fill(p, -1);
+        fill(p, 0);
+        std::fill_n(dconvs.row(-1), s.w, Lanes{});
+        for (Index y = 0; y <= s.h; y++) {
+            fill(p, y + 1);
+            const Lanes *above = gelus.with_border(y - 1), *here = gelus.with_border(y);
+            const Lanes* below = gelus.with_border(y + 1);
+            for (Index x = 0; x < s.w; x++) {  // row y of the convolution's result, and its gradient
+                if (y == s.h) {
+                    dconvs.row(y)[x] = Lanes{};
+                    continue;
+                }
+                fetch(p.at(y + 1, x), dout);
+                Gelu<Lanes> g = gelu_and_slope(convolve3(above + x, here + x, below + x, w) + b);
+                store(out + p.at(y, x), here[x + 1] + g.value, p.count);
+                Lanes d = load(dout + p.at(y, x), p.count) * g.slope;
+                dconvs.row(y)[x] = d;
+                dconv_sum += d;
+                #pragma GCC unroll 3
+                for (int i = 0; i < 3; i++) {
+                    dw[i] += d * above[x + i];
+                    dw[3 + i] += d * here[x + i];
+                    dw[6 + i] += d * below[x + i];
+                }
+            }
+            if (y == 0) continue;
+            above = dconvs.with_border(y - 2), here = dconvs.with_border(y - 1), below = dconvs.with_border(y);
+            for (Index x = 0; x < s.w; x++) {  // row y - 1 of the gradient
+                Lanes d = load(dout + p.at(y - 1, x), p.count) + convolve3(above + x, here + x, below + x, turned);
+                d *= slopes.row(y - 1)[x];
+                du_sum += d;
+                store(du + p.at(y - 1, x), d, p.count);
+            }
+        }
+        store_weights(dweight + (p.image * s.c + p.channel) * 9, 9, p.count, dw);
+        store(sums + p.image * 2 * s.c + p.channel, dconv_sum, p.count);
+        store(sums + (p.image * 2 + 1) * s.c + p.channel, du_sum, p.count);
+    }
+};
+
+}  // namespace
+
+// What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.
+#define FUNCTIONS(T, NAME)                                                                                             \
+    extern "C" void modulate_##NAME(Index n, Index h, Index w, Index c, Index k, Index threads, const T* a, const T* v,  \
+                                    const NumberFor<T>* weight, const NumberFor<T>* bias, T* context, T* out) {        \
+        Shape s{n, h, w, c};                                                                                           \
+        for_all<LanesFor<T>>(s, threads, [&] { return Modulate<T>{s, k, a, v, weight, bias, context, out}; });         \
+    }                                                                                                                  \
+    extern "C" void modulate_backward_##NAME(Index n, Index h, Index w, Index c, Index k, Index threads, const T* dout,  \
+                                             const T* a, const T* v, const T* context, const NumberFor<T>* weight,     \
+                                             T* da, T* dv, T* out, NumberFor<T>* dweight, NumberFor<T>* sums) {        \
+        Shape s{n, h, w, c};                                                                                           \
+        for_all<LanesFor<T>>(s, threads, [&] {                                                                         \
+            return ModulateBackward<T>{s, k, dout, a, v, context, weight, da, dv, out, dweight, sums};                 \
+        });                                                                                                            \
+    }                                                                                                                  \
+    extern "C" void mix_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* u,                            \
+                               const NumberFor<T>* weight, const NumberFor<T>* bias, T* out) {                         \
+        Shape s{n, h, w, c};                                                                                           \
+        for_all<LanesFor<T>>(s, threads, [&] { return Mix<T>{s, u, weight, bias, out}; });                             \
+    }                                                                                                                  \
+    extern "C" void mix_backward_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* dout, const T* u,    \
+                                        const NumberFor<T>* weight, const NumberFor<T>* bias, T* du, T* out,           \
+                                        NumberFor<T>* dweight, NumberFor<T>* sums) {                                   \
+        Shape s{n, h, w, c};                                                                                           \
+        for_all<LanesFor<T>>(s, threads,                                                                               \
+                             [&] { return MixBackward<T>{s, dout, u, weight, bias, du, out, dweight, sums}; });        \
+    }
+
+FUNCTIONS(float, float32)
+FUNCTIONS(double, float64)
+FUNCTIONS(Bfloat16, bfloat16)

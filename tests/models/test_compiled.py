@@ -1,0 +1,225 @@
+"""The compiled functions against the formulas that they stand for."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conv2former.models import compiled
+
+needs_compiler = pytest.mark.skipif(not compiled.usable(torch.float32), reason="no C++ compiler")
+BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 8e-3}
+SHAPES = [(2, 9, 13, 40), (3, 1, 1, 5), (1, 2, 30, 16), (2, 17, 3, 33), (1, 15, 29, 8), (2, 4, 5, 3)]
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def conv_dw(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
+    return x.permute(0, 2, 3, 1)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.double().requires_grad_() for t in tensors]
+
+
+def pixels(x: Tensor) -> Tensor:
+    return x.sum((0, 1, 2))
+
+
+def check(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).abs().max() <= BOUNDS[dtype] * b.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 31])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_modulation(shape, kernel_size, dtype):
+    a, v, dout = (random(i, *shape, dtype=dtype) for i in range(3))
+    weight = random(3, shape[-1], 1, kernel_size, kernel_size, dtype=dtype) / kernel_size
+    bias = random(4, shape[-1], dtype=dtype)
+    exact = wide(a, v, weight, bias)
+    exact_context = conv_dw(F.gelu(exact[0]), exact[2], exact[3])
+    exact_out = exact_context * exact[1]
+    da, dv, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
+
+    context = torch.empty_like(a)
+    out = compiled.modulate(a, v, weight, bias, context)
+    check([out, context], [exact_out, exact_context], dtype)
+    assert torch.equal(compiled.modulate(a, v, weight, bias), out)
+    values = v.clone()
+    assert compiled.modulate(a, values, weight, bias, out=values) is values
+    assert torch.equal(values, out)
+
+    overwritten = dout.clone()
+    ours = compiled.modulate_backward(overwritten, a, v, context, weight)
+    assert ours[1] is overwritten
+    check([*ours[:4], *ours[4]], [exact_out, da, dv, dweight, dbias, pixels(da), pixels(dv)], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mixing(shape, dtype):
+    u, dout = (random(i, *shape, dtype=dtype) for i in range(2))
+    weight, bias = random(2, shape[-1], 1, 3, 3, dtype=dtype) / 3, random(3, shape[-1], dtype=dtype)
+    exact = wide(u, weight, bias)
+    g = F.gelu(exact[0])
+    exact_out = g + F.gelu(conv_dw(g, exact[1], exact[2]))
+    du, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
+
+    out = compiled.mix(u, weight, bias)
+    check([out], [exact_out], dtype)
+    hidden = u.clone()
+    assert compiled.mix(hidden, weight, bias, out=hidden) is hidden
+    assert torch.equal(hidden, out)
+
+    overwritten = dout.clone()
+    ours = compiled.mix_backward(overwritten, u, weight, bias)
+    assert ours[1] is overwritten
+    check([*ours[:3], *ours[3]], [exact_out, du, dweight, dbias, pixels(du)], dtype)
+
+
+@needs_compiler
+def test_threads_change_no_bit():
+    maps = [random(i, 3, 14, 14, 72, dtype=torch.float32) for i in range(4)]
+    weight, bias = random(4, 72, 1, 7, 7, dtype=torch.float32), random(5, 72, dtype=torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            *first, sums = compiled.modulate_backward(maps[0].clone(), *maps[1:], weight)
+            *second, more = compiled.mix_backward(maps[0].clone(), maps[1], weight[..., :3, :3].contiguous(), bias)
+            results.append([*first, *sums, *second, *more])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_compiler
+def test_gelu_and_its_slope_over_the_whole_range():
+    u = torch.linspace(-30, 30, 160_000).view(1, 100, 100, 16)
+    nothing = torch.zeros(16, 1, 3, 3)
+    exact = u.double().requires_grad_()
+    F.gelu(exact).sum().backward()
+    size = u.double().abs().clamp(min=1)
+    low = torch.full((16,), -50.0)  # with a convolution of zeros and this bias, the second GELU is zero
+    assert ((compiled.mix(u, nothing, low) - F.gelu(u.double())).abs() / size).max() < 1.5e-7
+    du = compiled.mix_backward(torch.ones_like(u), u, nothing, low)[1]
+    assert exact.grad is not None
+    assert (du - exact.grad).abs().max() < 3e-7
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value, dtype):
+    u = torch.zeros(1, 5, 5, 16, dtype=dtype)
+    u[0, 2, 2] = value
+    weight, bias = torch.ones(16, 1, 3, 3, dtype=dtype), torch.zeros(16, dtype=dtype)
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[1:4, 1:4] = True
+    assert torch.equal(~compiled.mix(u, weight, bias)[0, :, :, 3].isfinite(), expected)
+    assert torch.equal(~compiled.modulate(u, torch.ones_like(u), weight, bias)[0, :, :, 3].isfinite(), expected)
+
+
+@needs_compiler
+def test_bfloat16_is_rounded_as_in_pytorch():
+    values = torch.cat([random(0, 4000), torch.tensor([3e38, 1e-40])]).float()
+    v = values.to(torch.bfloat16).view(1, 1, -1, 1)
+    factor = torch.tensor([1.2345678])
+    # gelu(0) is 0: what remains is the bias times v
+    out = compiled.modulate(torch.zeros_like(v), v, torch.zeros(1, 1, 1, 1).bfloat16(), factor.bfloat16())
+    assert torch.equal(out, (v.float() * factor.bfloat16().float()).bfloat16())
+
+
+def test_maps_must_be_contiguous():
+    if not compiled.usable(torch.float32):
+        pytest.skip("no C++ compiler")
+    with pytest.raises(ValueError, match="contiguous"):
+        compiled.mix(torch.zeros(1, 4, 4, 4).transpose(1, 2)[:, ::2], torch.zeros(4, 1, 3, 3), torch.zeros(4))
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """The compiler is looked for again, and after the test what was found before counts."""
+    library = compiled._library()
+    compiled._library.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)
+    yield
+    monkeypatch.undo()
+    compiled._library.cache_clear()
+    assert (compiled._library() is None) == (library is None)
+
+
+def test_without_a_compiler(anew, monkeypatch, caplog):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        assert not compiled.usable(torch.float32)
+    assert "no C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", "echo 'unfinished"])
+def test_a_compiler_that_fails(compiler, anew, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert not compiled.usable(torch.float32)
+    assert "cannot compile cpu_kernels.cpp" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["compiled"]
+    assert not any((tmp_path / "compiled").iterdir())
+
+
+def test_switched_off(monkeypatch):
+    monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    assert not compiled.usable(torch.float32)
+
+
+def test_types_without_functions():
+    assert not compiled.usable(torch.float16)
+
+
+@needs_compiler
+def test_compiled_once(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
+    assert compiled.usable(torch.float32)
+    (path,) = (tmp_path / "compiled").iterdir()
+    written = path.stat().st_mtime_ns
+    compiled._library.cache_clear()
+    monkeypatch.setattr(compiled.subprocess, "run", None)  # not called again
+    assert compiled.usable(torch.float32)
+    assert path.stat().st_mtime_ns == written
+    monkeypatch.undo()
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DOTHER"))
+    compiled._library.cache_clear()
+    assert compiled.usable(torch.float32)
+    assert len(list((tmp_path / "compiled").iterdir())) == 2
+
+
+@needs_compiler
+def test_a_store_that_cannot_be_written(anew, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path / "file"))
+    assert compiled.usable(torch.float32)
+    u = torch.ones(1, 3, 3, 4)
+    assert compiled.mix(u, torch.zeros(4, 1, 3, 3), torch.zeros(4)).isfinite().all()
+
+
+def test_the_store_with_compiled_functions_lists_no_model(tmp_path, monkeypatch):
+    from conv2former import list_installed
+
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
+    os.makedirs(tmp_path / "compiled")
+    assert list_installed() == []
