@@ -4,7 +4,7 @@ As with torch.compile and Triton, the compiler is called at the first use, here 
 is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, or
 CONV2FORMER_COMPILE=0 is set, `usable` says no, and PyTorch's own operations do the work, in more time.
 
-All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases (C,), both in the maps' type.
+All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases (C,).
 """
 
 from __future__ import annotations
@@ -26,10 +26,26 @@ from torch import Tensor
 
 from .installed import store_folder
 
-__all__ = ["mix", "mix_backward", "modulate", "modulate_backward", "usable"]
+__all__ = [
+    "add_scaled",
+    "mix",
+    "mix_backward",
+    "modulate",
+    "modulate_backward",
+    "norm",
+    "norm_backward",
+    "takes_pixels",
+    "usable",
+]
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+# Types of the maps between blocks and of those in a block, which autocast makes smaller.
+PAIRS = {
+    (torch.float32, torch.float32): "float32_float32",
+    (torch.float32, torch.bfloat16): "float32_bfloat16",
+    (torch.float64, torch.float64): "float64_float64",
+}
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 # What PyTorch found of the processor, and the instructions that this stands for. Named one by one, and not as "native",
@@ -45,6 +61,12 @@ log = logging.getLogger(__name__)
 def usable(dtype: torch.dtype) -> bool:
     """Says whether the functions are there, for maps of that type on a CPU. The first call may compile them."""
     return dtype in DTYPES and os.environ.get("CONV2FORMER_COMPILE") != "0" and _library() is not None
+
+
+def takes_pixels(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bool:
+    """Says whether `norm`, `norm_backward` and `add_scaled` are there, for maps like `x` and others of type `inner`."""
+    same = x.dtype == weight_dtype and (x.dtype, inner) in PAIRS
+    return same and x.is_cpu and x.shape[-1] >= 64 // x.element_size() and x.is_contiguous() and usable(inner)
 
 
 @functools.cache
@@ -89,18 +111,20 @@ def _folder_to_write(folder: Path) -> Path:
     return folder
 
 
-def _call(name: str, x: Tensor, *arguments: Tensor | int | None) -> None:
-    """Calls a function of `cpu_kernels.cpp` for maps like `x`, whose type and shape come before the arguments."""
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls a function of `cpu_kernels.cpp`."""
     library = _library()
     assert library is not None  # or `usable` would have said so
-    function = getattr(library, f"{name}_{DTYPES[x.dtype]}")
+    function = getattr(library, name)
     function.restype = None
-    function(*(_pass(argument) for argument in (*x.shape, *arguments)))
+    function(*map(_pass, arguments))
 
 
-def _pass(argument: Tensor | int | None) -> ctypes.c_int64 | ctypes.c_void_p:
+def _pass(argument: Tensor | int | float | None) -> ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
     if argument is not None and not argument.is_contiguous():
         raise ValueError(f"the maps of a compiled function must be contiguous, not of strides {argument.stride()}")
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
@@ -126,7 +150,9 @@ def modulate(
         The result, (N, H, W, C).
     """
     out = torch.empty_like(a) if out is None else out
-    _call("modulate", a, weight.shape[-1], torch.get_num_threads(), a, v, _wide(weight), _wide(bias), context, out)
+    k, threads = weight.shape[-1], torch.get_num_threads()
+    name = f"modulate_{DTYPES[a.dtype]}"
+    _call(name, *a.shape, k, threads, a, v, _wide(weight), _wide(bias), context, out)
     return out
 
 
@@ -148,7 +174,8 @@ def modulate_backward(
     (n, _, _, c), k, wide = a.shape, weight.shape[-1], _wide(weight)
     dv, out = torch.empty_like(a), torch.empty_like(a)
     dweight, sums = wide.new_empty(n, c, 1, k, k), wide.new_empty(n, 3, c)
-    _call("modulate_backward", a, k, torch.get_num_threads(), dout, a, v, context, wide, dout, dv, out, dweight, sums)
+    name, threads = f"modulate_backward_{DTYPES[a.dtype]}", torch.get_num_threads()
+    _call(name, *a.shape, k, threads, dout, a, v, context, wide, dout, dv, out, dweight, sums)
     return out, dout, dv, dweight.sum(0), list(sums.sum(0))
 
 
@@ -165,7 +192,7 @@ def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> T
         The result, (N, H, W, C).
     """
     out = torch.empty_like(u) if out is None else out
-    _call("mix", u, torch.get_num_threads(), u, _wide(weight), _wide(bias), out)
+    _call(f"mix_{DTYPES[u.dtype]}", *u.shape, torch.get_num_threads(), u, _wide(weight), _wide(bias), out)
     return out
 
 
@@ -184,5 +211,62 @@ def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple
     n, _, _, c = u.shape
     out, wide = torch.empty_like(u), _wide(weight)
     dweight, sums = wide.new_empty(n, c, 1, 3, 3), wide.new_empty(n, 2, c)
-    _call("mix_backward", u, torch.get_num_threads(), dout, u, wide, _wide(bias), dout, out, dweight, sums)
+    name, threads = f"mix_backward_{DTYPES[u.dtype]}", torch.get_num_threads()
+    _call(name, *u.shape, threads, dout, u, wide, _wide(bias), dout, out, dweight, sums)
     return out, dout, dweight.sum(0), list(sums.sum(0))
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over the channels. `takes_pixels` must hold.
+
+    Args:
+        x: a map (N, H, W, C).
+        weight, bias: (C,), in x's type.
+        eps: added to the variance.
+        dtype: of the result.
+
+    Returns:
+        The result, (N, H, W, C), and each pixel's mean and reciprocal deviation, (N, H, W, 1) in x's type.
+    """
+    out = torch.empty_like(x, dtype=dtype)
+    mean, rstd = (x.new_empty(*x.shape[:-1], 1) for _ in range(2))
+    name, pixels = f"norm_{PAIRS[x.dtype, dtype]}", mean.numel()
+    _call(name, pixels, x.shape[-1], torch.get_num_threads(), x, weight, bias, float(eps), out, mean, rstd)
+    return out, mean, rstd
+
+
+def norm_backward(
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor, dx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `norm`.
+
+    Args:
+        dout: gradient of the result, (N, H, W, C).
+        x, mean, rstd, weight: as in `norm`.
+        residual: what is added to the gradient of x, a map like x.
+        dx: the map for their sum.
+
+    Returns:
+        The gradients of weight and bias, (C,).
+    """
+    n, h, w, c = x.shape
+    sums = x.new_empty(n * h, 2, c)
+    name, threads = f"norm_backward_{PAIRS[x.dtype, dout.dtype]}", torch.get_num_threads()
+    _call(name, n * h, w, c, threads, dout, x, weight, mean, rstd, residual, dx, sums)
+    dweight, dbias = sums.sum(0)
+    return dweight, dbias
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
+    """Writes ``x + y * scale * mask`` to `out`. `takes_pixels` must hold.
+
+    Args:
+        x: a map (N, H, W, C).
+        y: another, perhaps of a smaller type.
+        scale: (C,) in x's type, or None for 1.
+        mask: one number for each image, in x's type, or None for 1.
+        out: the map for the result, of x's type.
+    """
+    n, h, w, c = x.shape
+    name = f"add_scaled_{PAIRS[x.dtype, y.dtype]}"
+    _call(name, n, h * w, c, torch.get_num_threads(), x, y, scale, mask, out)

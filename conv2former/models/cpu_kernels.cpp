@@ -59,19 +59,23 @@ inline void store_all(Bfloat16* to, Floats x) {
     std::memcpy(to, &upper, sizeof upper);
 }
 
-// Fewer than all lanes: at the last channels, where their number is no multiple of the lanes.
+// Fewer than all lanes: at the last channels, where their number is no multiple of the lanes. That it is one of half the
+// lanes is common, and faster as a case of its own.
 template <class T> inline LanesFor<T> load(const T* from, int count) {
-    if (count == LANES<LanesFor<T>>) return load_all(from);
-    T some[LANES<LanesFor<T>>] = {};
-    std::memcpy(some, from, count * sizeof(T));
+    constexpr int all = LANES<LanesFor<T>>;
+    if (count == all) return load_all(from);
+    T some[all] = {};
+    std::memcpy(some, from, count == all / 2 ? sizeof some / 2 : count * sizeof(T));
     return load_all(some);
 }
 
 template <class T> inline void store(T* to, LanesFor<T> x, int count) {
-    if (count == LANES<LanesFor<T>>) return store_all(to, x);
-    T some[LANES<LanesFor<T>>];
+    constexpr int all = LANES<LanesFor<T>>;
+    if (count == all) return store_all(to, x);
+    T some[all];
     store_all(some, x);
-    std::memcpy(to, some, count * sizeof(T));
+    if (count == all / 2) std::memcpy(to, some, sizeof some / 2);
+    else std::memcpy(to, some, count * sizeof(T));
 }
 
 // `size` parameters for each of `count` channels that lie one after the other.
@@ -414,6 +418,102 @@ template <class T> struct MixBackward {
     }
 };
 
+// ------------------------------------------------------------------------------------ around the two: pixel by pixel
+
+template <class Lanes> inline auto sum_of(Lanes x) {
+    for (int half = LANES<Lanes> / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+// Calls task(channel, is_new) for the channels of a pixel, of which there are at least as many as lanes. If their number
+// is no multiple of the lanes, the last call begins among those that the call before had: is_new is 0 there, otherwise 1.
+template <class Lanes> struct Channels {
+    Index c;
+    Lanes one = Lanes{} + 1, is_new = one;
+    explicit Channels(Index c) : c(c) {
+        for (Index lane = 0; lane < (LANES<Lanes> - c % LANES<Lanes>) % LANES<Lanes>; lane++) is_new[lane] = 0;
+    }
+    template <class Task> inline void each(Task task) const {
+        Index channel = 0;
+        for (; channel + LANES<Lanes> <= c; channel += LANES<Lanes>) task(channel, one);
+        if (channel < c) task(c - LANES<Lanes>, is_new);
+    }
+};
+
+// Layer norm of x over the channels, as T. X is a type that is computed with.
+template <class X, class T>
+void norm(Index pixels, Index c, Index threads, const X* x, const X* weight, const X* bias, double eps, T* out, X* mean,
+          X* rstd) {
+    using Lanes = LanesFor<X>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index p = 0; p < pixels; p++) {
+        const X* from = x + p * c;
+        Lanes sum{}, squares{};
+        channels.each([&](Index i, Lanes is_new) { sum += load_all(from + i) * is_new; });
+        X m = sum_of(sum) / c;
+        channels.each([&](Index i, Lanes is_new) {
+            Lanes d = (load_all(from + i) - m) * is_new;
+            squares += d * d;
+        });
+        X r = 1 / std::sqrt(sum_of(squares) / c + X(eps));
+        channels.each([&](Index i, Lanes) {
+            Lanes normed = (load_all(from + i) - m) * r;
+            store_all(out + p * c + i, normed * load_all(weight + i) + load_all(bias + i));
+        });
+        mean[p] = m, rstd[p] = r;
+    }
+}
+
+// The gradient of x, added to that of the residual connection. sums: (rows, 2, c), of the gradients of weight and bias
+// over each row's pixels.
+template <class X, class T>
+void norm_backward(Index rows, Index w, Index c, Index threads, const T* dout, const X* x, const X* weight,
+                   const X* mean, const X* rstd, const X* residual, X* dx, X* sums) {
+    using Lanes = LanesFor<X>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index row = 0; row < rows; row++) {
+        X *dweight = sums + row * 2 * c, *dbias = dweight + c;
+        std::fill(dweight, dbias + c, X(0));
+        for (Index p = row * w; p < (row + 1) * w; p++) {
+            X m = mean[p], r = rstd[p];
+            Lanes sum{}, products{};
+            channels.each([&](Index i, Lanes is_new) {
+                Lanes d = load_all(dout + p * c + i) * is_new, normed = (load_all(x + p * c + i) - m) * r;
+                store_all(dweight + i, load_all(dweight + i) + d * normed);
+                store_all(dbias + i, load_all(dbias + i) + d);
+                d *= load_all(weight + i);
+                sum += d;
+                products += d * normed;
+            });
+            X mean_sum = sum_of(sum) / c, mean_products = sum_of(products) / c;
+            channels.each([&](Index i, Lanes) {
+                Lanes normed = (load_all(x + p * c + i) - m) * r;
+                Lanes d = load_all(dout + p * c + i) * load_all(weight + i) - mean_sum - normed * mean_products;
+                store_all(dx + p * c + i, load_all(residual + p * c + i) + d * r);
+            });
+        }
+    }
+}
+
+// x + y * scale * mask; the scale is one for each channel and the mask one for each image, or they are null.
+template <class X, class T>
+void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const T* y, const X* scale, const X* mask,
+                X* out) {
+    using Lanes = LanesFor<X>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index p = 0; p < n * pixels; p++) {
+        X m = mask ? mask[p / pixels] : X(1);
+        channels.each([&](Index i, Lanes) {
+            Lanes factor = scale ? load_all(scale + i) * m : channels.one * m;
+            store_all(out + p * c + i, load_all(x + p * c + i) + load_all(y + p * c + i) * factor);
+        });
+    }
+}
+
 }  // namespace
 
 // What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.
@@ -447,3 +547,23 @@ template <class T> struct MixBackward {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
 FUNCTIONS(Bfloat16, bfloat16)
+
+// The same for a pair of types: that of the maps between blocks, and that of the maps in a block.
+#define FUNCTIONS_AROUND(X, T, NAME)                                                                                   \
+    extern "C" void norm_##NAME(Index pixels, Index c, Index threads, const X* x, const X* weight, const X* bias,      \
+                                double eps, T* out, X* mean, X* rstd) {                                                \
+        norm(pixels, c, threads, x, weight, bias, eps, out, mean, rstd);                                               \
+    }                                                                                                                  \
+    extern "C" void norm_backward_##NAME(Index rows, Index w, Index c, Index threads, const T* dout, const X* x,       \
+                                         const X* weight, const X* mean, const X* rstd, const X* residual, X* dx,      \
+                                         X* sums) {                                                                    \
+        norm_backward(rows, w, c, threads, dout, x, weight, mean, rstd, residual, dx, sums);                           \
+    }                                                                                                                  \
+    extern "C" void add_scaled_##NAME(Index n, Index pixels, Index c, Index threads, const X* x, const T* y,           \
+                                      const X* scale, const X* mask, X* out) {                                         \
+        add_scaled(n, pixels, c, threads, x, y, scale, mask, out);                                                     \
+    }
+
+FUNCTIONS_AROUND(float, float, float32_float32)
+FUNCTIONS_AROUND(double, double, float64_float64)
+FUNCTIONS_AROUND(float, Bfloat16, float32_bfloat16)

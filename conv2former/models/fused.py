@@ -269,8 +269,7 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     xs = _nhwc(x)
     out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
     for part in _parts(xs, step):
-        h, *stats = aten.native_layer_norm(xs[part].to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps)
-        h = h.to(half.dtype)
+        h, *stats = _norm(half, xs[part], norm_w, norm_b)
         if kept is None:
             s = half.middle.infer(h, ins, conv_w, conv_b)
         else:
@@ -278,17 +277,41 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
             kept += [*us, *dear] if half.recompute else [*us, *dear, h, *stats]
         y = half.middle.linear(s, out_w, out_b)
-        scale = _product(gamma, None if mask is None else mask[part])
-        if scale is None:
-            torch.add(xs[part], y, out=out[part])
-        else:
-            torch.addcmul(xs[part], y, scale, out=out[part])
+        _add_scaled(xs[part], y, gamma, None if mask is None else mask[part], out[part])
     return _nchw(out)
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Multiplies what is there."""
-    return b if a is None else a if b is None else a * b
+def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Returns the layer norm of x in the half's type, and the mean and the reciprocal deviation of each pixel."""
+    if compiled.takes_pixels(x, weight.dtype, half.dtype):
+        return compiled.norm(x, weight, bias, half.eps, half.dtype)
+    h, *stats = aten.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, half.eps)
+    return h.to(half.dtype), *stats
+
+
+def _norm_gradient(
+    dh: Tensor, x: Tensor, stats: Sequence[Tensor], weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of `_norm`'s weight and bias. That of x is added to `residual` in `out`."""
+    if residual.dtype == x.dtype and compiled.takes_pixels(x, weight.dtype, dh.dtype):
+        return compiled.norm_backward(dh, x, stats[0], stats[1], weight, residual, out)
+    x, mean, rstd = x.to(weight.dtype), *stats
+    dx, dweight, dbias = aten.native_layer_norm_backward(
+        dh.to(weight.dtype), x, weight.shape, mean, rstd, weight, bias, [True] * 3
+    )
+    torch.add(dx, residual, out=out)
+    return dweight, dbias
+
+
+def _add_scaled(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
+    """Writes ``x + y * gamma * mask`` to `out`, without the factors that are None."""
+    factors = [factor for factor in (gamma, mask) if factor is not None]
+    if all(f.dtype == x.dtype for f in (*factors, out)) and compiled.takes_pixels(x, x.dtype, y.dtype):
+        compiled.add_scaled(x, y, gamma, mask, out)
+    elif factors:
+        torch.addcmul(x, y, factors[0] if len(factors) == 1 else factors[0] * factors[1], out=out)
+    else:
+        torch.add(x, y, out=out)
 
 
 class _Step(torch.autograd.Function):
@@ -348,13 +371,12 @@ def _gradient(
         mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
         mine = [t.contiguous() for t in mine]  # hooks on saved tensors may have changed that
         us, dear = mine[: len(ws)], mine[len(ws) :]
-        xc = xs[part].to(norm_w.dtype)
         if half.recompute:
-            h, mean, rstd = aten.native_layer_norm(xc, norm_w.shape, norm_w, norm_b, half.eps)
-            h = h.to(half.dtype)
+            h, *stats = _norm(half, xs[part], norm_w, norm_b)
             dear = half.middle.again(us, dear, conv_w, conv_b)
         else:
             *dear, h, mean, rstd = dear
+            stats = [mean, rstd]
         dy = grads[part] if mask is None else grads[part] * mask[part]
         ds = (dy if gamma is None else dy * gamma).to(half.dtype) @ wo
         s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
@@ -370,13 +392,10 @@ def _gradient(
             for du, du_sum, (w_sum, b_sum) in zip(dus, du_sums, _pairs(in_sums), strict=True):
                 _add_product(w_sum, du, h)
                 b_sum += du_sum
-        dxc, dnorm_w, dnorm_b = aten.native_layer_norm_backward(
-            dh.to(norm_w.dtype), xc, norm_w.shape, mean, rstd, norm_w, norm_b, [True, learns, learns]
-        )
+        dnorm_w, dnorm_b = _norm_gradient(dh, xs[part], stats, norm_w, norm_b, grads[part], dx[part])
         if learns:
             norm_w_sum += dnorm_w
             norm_b_sum += dnorm_b
-        torch.add(dxc, grads[part], out=dx[part])
     if learns and gamma is not None:  # so far the sums are those of gamma * out_w and gamma * out_b
         sums[6] = torch.einsum("cd,cd->c", out_w_sum, out_w.to(wide)) + out_b_sum * out_b
         out_w_sum *= gamma[:, None]
