@@ -28,12 +28,14 @@ from .installed import store_folder
 
 __all__ = [
     "add_scaled",
+    "gelu_affine",
     "mix",
     "mix_backward",
     "modulate",
     "modulate_backward",
     "norm",
     "norm_backward",
+    "takes_gelu_affine",
     "takes_pixels",
     "usable",
 ]
@@ -66,7 +68,16 @@ def usable(dtype: torch.dtype) -> bool:
 def takes_pixels(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bool:
     """Says whether `norm`, `norm_backward` and `add_scaled` are there, for maps like `x` and others of type `inner`."""
     same = x.dtype == weight_dtype and (x.dtype, inner) in PAIRS
-    return same and x.is_cpu and x.shape[-1] >= 64 // x.element_size() and x.is_contiguous() and usable(inner)
+    return same and x.is_cpu and x.shape[-1] >= _lanes(x.dtype) and x.is_contiguous() and usable(inner)
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float64 else 16
+
+
+def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
+    """Says whether `gelu_affine` is there, for maps of so many channels and that type."""
+    return channels >= _lanes(dtype) and usable(dtype)
 
 
 @functools.cache
@@ -270,3 +281,19 @@ def add_scaled(x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, 
     n, h, w, c = x.shape
     name = f"add_scaled_{PAIRS[x.dtype, y.dtype]}"
     _call(name, n, h * w, c, torch.get_num_threads(), x, y, scale, mask, out)
+
+
+def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``gelu(x) * scale + shift``, GELU and a norm whose statistics are fixed. `takes_gelu_affine` must hold.
+
+    Args:
+        x: a map (N, H, W, C).
+        scale, shift: (C,), float64 for a map of float64 and else float32.
+
+    Returns:
+        The result, (N, H, W, C) in x's type.
+    """
+    out = torch.empty_like(x)
+    pixels, c = x.shape[:-1].numel(), x.shape[-1]
+    _call(f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, scale, shift, out)
+    return out

@@ -23,7 +23,6 @@ namespace {
 using Index = std::int64_t;
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
-using Integers = std::int32_t __attribute__((vector_size(64)));
 using Bits = std::uint32_t __attribute__((vector_size(64)));
 using UpperBits = std::uint16_t __attribute__((vector_size(32)));
 
@@ -96,14 +95,15 @@ template <class Lanes, class Number> inline void store_weights(Number* to, Index
 // 2^y for y <= 0, within 1.3e-7 of the value; below -100 it stays 2^-100, since processors are slow with still less.
 inline Floats exp2(Floats y) {
     y = y < -100.0f ? Floats{} - 100.0f : y;
-    Integers whole = __builtin_convertvector(y - 0.5f, Integers);  // the one that is next to y
-    Floats rest = y - __builtin_convertvector(whole, Floats);
+    constexpr float rounding = 12582912.0f + 127.0f;  // from 2^23 on, floats are integers: the last bits are y's exponent
+    Floats shifted = y + rounding;
+    Floats rest = y - (shifted - rounding);
     Floats power = rest * 1.32765e-3f + 9.67555e-3f;
     power = power * rest + 5.550713e-2f;
     power = power * rest + 2.402212e-1f;
     power = power * rest + 6.9314697e-1f;
     power = power * rest + 1.0f;
-    return power * (Floats)((whole + 127) << 23);
+    return power * (Floats)((Bits)shifted << 23);
 }
 
 // The standard normal distribution: its density at x and what lies below x.
@@ -514,6 +514,19 @@ void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const
     }
 }
 
+// gelu(x) * scale + shift, a scale and a shift for each channel: the stem's GELU and norm, outside training.
+template <class T>
+void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale, const NumberFor<T>* shift,
+                 T* out) {
+    using Lanes = LanesFor<T>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index p = 0; p < pixels; p++)
+        channels.each([&](Index i, Lanes) {
+            store_all(out + p * c + i, gelu(load_all(x + p * c + i)) * load_all(scale + i) + load_all(shift + i));
+        });
+}
+
 }  // namespace
 
 // What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.
@@ -542,6 +555,10 @@ void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const
         Shape s{n, h, w, c};                                                                                           \
         for_all<LanesFor<T>>(s, threads,                                                                               \
                              [&] { return MixBackward<T>{s, dout, u, weight, bias, du, out, dweight, sums}; });        \
+    }                                                                                                                  \
+    extern "C" void gelu_affine_##NAME(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale,    \
+                                       const NumberFor<T>* shift, T* out) {                                            \
+        gelu_affine(pixels, c, threads, x, scale, shift, out);                                                         \
     }
 
 FUNCTIONS(float, float32)

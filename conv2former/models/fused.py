@@ -430,9 +430,14 @@ def channels_last(x: Tensor) -> Tensor:
 def stem_applies(stem: Any, x: Tensor) -> bool:
     """Says whether `forward_stem` computes for `x` what the stem's modules would, with nobody to notice the difference.
 
-    It is for training; otherwise there is nothing to keep.
+    There is a way for training, where less is kept, and one without gradients, which takes compiled functions.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x):
+    trains = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x):
+        return False
+    if not trains and not (
+        x.is_cpu and compiled.takes_gelu_affine(stem.conv1.out_channels, _autocast_dtype(x) or x.dtype)
+    ):
         return False
     if x.dim() != 4 or not (x.is_cpu or x.is_cuda) or _is_anyone_looking():
         return False
@@ -444,17 +449,25 @@ def stem_applies(stem: Any, x: Tensor) -> bool:
         all(type(layer) is nn.Conv2d and layer.bias is None and layer.weight.dtype == dtype for layer in convs)
         and all(layer.padding_mode == "zeros" and isinstance(layer.padding, tuple) for layer in convs)
         and all(layer.groups == 1 and type(layer.weight) in (nn.Parameter, Tensor) for layer in convs)
-        and all(type(layer) is nn.BatchNorm2d and _is_plain(layer, dtype) and layer.training for layer in norms)
-        and all(layer.num_batches_tracked is not None and layer.momentum is not None for layer in norms)
+        and all(
+            type(layer) is nn.BatchNorm2d and _is_plain(layer, dtype) and layer.training == trains for layer in norms
+        )
+        and all(layer.track_running_stats and layer.momentum is not None for layer in norms)
         and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in acts)
         and not any(_is_watched(layer) for layer in (*convs, *acts))
     )
 
 
 def forward_stem(stem: Any, x: Tensor) -> Tensor:
-    """Computes the stem in training, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `stem_applies` must hold."""
+    """Computes the stem, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `stem_applies` must hold."""
     dtype = _autocast_dtype(x) or x.dtype
     x = stem.conv1(x)
+    if not torch.is_grad_enabled():
+        for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            shift = norm.bias - norm.running_mean * scale
+            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), _wide(scale), _wide(shift))))
+        return x
     for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
         norm.num_batches_tracked.add_(1)
         with _without_autocast(x):
@@ -495,6 +508,10 @@ class _NormedConv(torch.autograd.Function):
                 dy.to(z.dtype), z, w, None, None, mean, rstd, True, ctx.eps, [True] * 3
             )
             return aten.gelu_backward(dz, x), dw, db, dconv_w.to(conv_w.dtype), None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_channel(values: Tensor) -> Tensor:
