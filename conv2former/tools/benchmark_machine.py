@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..models import compiled
+
 __all__ = ["OperatorTraffic", "command_line", "copy_probe", "describe_machine", "machine_lines", "matmul_probe"]
 
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -50,7 +52,8 @@ class OperatorTraffic(TorchDispatchMode):
     """Counts the bytes that the operators of an eager step read and write, each tensor once per operator.
 
     Views move nothing. What an operator does inside (reordered copies, caches that save a reading) is not seen, so this
-    is the traffic that the program asks for: less of it is what fusing operators gains.
+    is the traffic that the program asks for: less of it is what fusing operators gains. The functions of
+    `models/compiled.py`, which PyTorch does not know as operators, count as such.
 
     Attributes:
         bytes_moved: so far.
@@ -62,13 +65,26 @@ class OperatorTraffic(TorchDispatchMode):
         super().__init__()
         self.bytes_moved = 0
 
+    def __enter__(self) -> OperatorTraffic:
+        compiled.watchers.append(self._count)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        compiled.watchers.remove(self._count)
+        super().__exit__(*exception)
+
+    def _count(self, arguments: Any) -> None:
+        self.bytes_moved += sum(
+            _stored_bytes(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and adds the sizes of its inputs and outputs."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view")):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-            self.bytes_moved += sum(_stored_bytes(tensor) for tensor in tensors)
+            self._count((args, kwargs, out))
         return out
 
 
@@ -101,6 +117,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
+        "compiled_functions": compiled.usable(torch.float32) if device.type == "cpu" else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cuda":
@@ -121,6 +138,10 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     cpu = f"{machine['cpu']} ({machine['cpu_capability']}), {cores}"
     load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f} at the start"
     lines = [f"{cpu}, {machine['threads']} threads{load}", f"Python {machine['python']}, {versions}"]
+    if machine["device"] == "cpu":
+        lines.append(
+            f"conv2former's compiled functions: {'yes' if machine['compiled_functions'] else 'no, see compiled.py'}"
+        )
     if "gpu" in machine:
         tf32 = "with" if machine["cudnn_allow_tf32"] else "without"
         lines.insert(
