@@ -30,6 +30,8 @@ from .installed import store_folder
 __all__ = [
     "add_scaled",
     "gelu_affine",
+    "gelu_norm",
+    "gelu_norm_backward",
     "mix",
     "mix_backward",
     "modulate",
@@ -78,7 +80,7 @@ def _lanes(dtype: torch.dtype) -> int:
 
 
 def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
-    """Says whether `gelu_affine` is there, for maps of so many channels and that type."""
+    """Says whether `gelu_affine` and `gelu_norm` are there, for maps of so many channels and that type."""
     return channels >= _lanes(dtype) and usable(dtype)
 
 
@@ -301,3 +303,52 @@ def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     pixels, c = x.shape[:-1].numel(), x.shape[-1]
     _call(f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, scale, shift, out)
     return out
+
+
+def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm(gelu(x))`` with the batch's own statistics. `takes_gelu_affine` must hold.
+
+    Args:
+        x: a map (N, H, W, C).
+        weight, bias: (C,), float64 for a map of float64 and else float32.
+        eps: added to the variance.
+
+    Returns:
+        The result, (N, H, W, C) in x's type, and the batch's mean and variance (the sum of squares over the number of
+        pixels), (C,).
+    """
+    n, h, w, c = x.shape
+    sums = weight.new_empty(n * h, 2, c)
+    _call(f"gelu_moments_{DTYPES[x.dtype]}", n * h, w, c, torch.get_num_threads(), x, sums)
+    means, squares = sums[:, 0] / w, sums[:, 1]
+    mean = means.mean(0)
+    var = (squares.sum(0) + w * (means - mean).square().sum(0)) / (n * h * w)
+    scale = weight * (var + eps).rsqrt()
+    return gelu_affine(x, scale, bias - mean * scale), mean, var
+
+
+def gelu_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `gelu_norm`.
+
+    Args:
+        dout: gradient of the result, (N, H, W, C) in x's type.
+        x, weight: as in `gelu_norm`.
+        mean, rstd: the batch's mean and reciprocal deviation, (C,).
+
+    Returns:
+        The gradients of x, weight and bias.
+    """
+    n, h, w, c = x.shape
+    sums, threads = weight.new_empty(n * h, 2, c), torch.get_num_threads()
+    _call(f"gelu_products_{DTYPES[x.dtype]}", n * h, w, c, threads, dout, x, sums)
+    dbias, products = sums.sum(0)
+    dweight = (products - mean * dbias) * rstd
+    # dx = scale * (dout - mean(dout) - normed * mean(dout * normed)) * gelu'(x), with normed = (gelu(x) - mean) * rstd
+    scale, pixels = weight * rstd, n * h * w
+    by_gelu = -scale * rstd * dweight / pixels
+    shift = -scale * dbias / pixels - mean * by_gelu
+    dx = torch.empty_like(x)
+    _call(f"gelu_affine_backward_{DTYPES[x.dtype]}", pixels, c, threads, dout, x, scale, by_gelu, shift, dx)
+    return dx, dweight, dbias

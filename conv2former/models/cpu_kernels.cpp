@@ -514,7 +514,70 @@ void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const
     }
 }
 
-// gelu(x) * scale + shift, a scale and a shift for each channel: the stem's GELU and norm, outside training.
+// The stem's GELU and batch norm. Sums over pixels are made row by row, (rows, 2, c).
+
+// Sums of g = gelu(x) over each row's pixels, and of the squares of its distances from the row's mean.
+template <class T>
+void gelu_moments(Index rows, Index w, Index c, Index threads, const T* x, NumberFor<T>* sums) {
+    using Lanes = LanesFor<T>;
+    using Number = NumberFor<T>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel num_threads(int(threads))
+    {
+        std::vector<Number> gelus(w * c);
+        #pragma omp for schedule(static)
+        for (Index row = 0; row < rows; row++) {
+            Number *sum = sums + row * 2 * c, *squares = sum + c;
+            std::fill(sum, squares + c, Number(0));
+            for (Index p = 0; p < w; p++)
+                channels.each([&](Index i, Lanes is_new) {
+                    Lanes g = gelu(load_all(x + (row * w + p) * c + i));
+                    store_all(&gelus[p * c + i], g);
+                    store_all(sum + i, load_all(sum + i) + g * is_new);
+                });
+            for (Index p = 0; p < w; p++)
+                channels.each([&](Index i, Lanes is_new) {
+                    Lanes d = (load_all(&gelus[p * c + i]) - load_all(sum + i) / Number(w)) * is_new;
+                    store_all(squares + i, load_all(squares + i) + d * d);
+                });
+        }
+    }
+}
+
+// Sums of dout and of dout * gelu(x) over each row's pixels.
+template <class T>
+void gelu_products(Index rows, Index w, Index c, Index threads, const T* dout, const T* x, NumberFor<T>* sums) {
+    using Lanes = LanesFor<T>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index row = 0; row < rows; row++) {
+        NumberFor<T> *sum = sums + row * 2 * c, *products = sum + c;
+        std::fill(sum, products + c, NumberFor<T>(0));
+        for (Index p = row * w; p < (row + 1) * w; p++)
+            channels.each([&](Index i, Lanes is_new) {
+                Lanes d = load_all(dout + p * c + i) * is_new;
+                store_all(sum + i, load_all(sum + i) + d);
+                store_all(products + i, load_all(products + i) + d * gelu(load_all(x + p * c + i)));
+            });
+    }
+}
+
+// (dout * by_dout + gelu(x) * by_gelu + shift) * gelu'(x), with three numbers for each channel.
+template <class T>
+void gelu_affine_backward(Index pixels, Index c, Index threads, const T* dout, const T* x, const NumberFor<T>* by_dout,
+                          const NumberFor<T>* by_gelu, const NumberFor<T>* shift, T* dx) {
+    using Lanes = LanesFor<T>;
+    const Channels<Lanes> channels(c);
+    #pragma omp parallel for schedule(static) num_threads(int(threads))
+    for (Index p = 0; p < pixels; p++)
+        channels.each([&](Index i, Lanes) {
+            Gelu<Lanes> g = gelu_and_slope(load_all(x + p * c + i));
+            Lanes d = load_all(dout + p * c + i) * load_all(by_dout + i) + g.value * load_all(by_gelu + i);
+            store_all(dx + p * c + i, (d + load_all(shift + i)) * g.slope);
+        });
+}
+
+// gelu(x) * scale + shift, with two numbers for each channel.
 template <class T>
 void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale, const NumberFor<T>* shift,
                  T* out) {
@@ -559,6 +622,19 @@ void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberF
     extern "C" void gelu_affine_##NAME(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale,    \
                                        const NumberFor<T>* shift, T* out) {                                            \
         gelu_affine(pixels, c, threads, x, scale, shift, out);                                                         \
+    }                                                                                                                  \
+    extern "C" void gelu_affine_backward_##NAME(Index pixels, Index c, Index threads, const T* dout, const T* x,       \
+                                                const NumberFor<T>* by_dout, const NumberFor<T>* by_gelu,              \
+                                                const NumberFor<T>* shift, T* dx) {                                    \
+        gelu_affine_backward(pixels, c, threads, dout, x, by_dout, by_gelu, shift, dx);                                \
+    }                                                                                                                  \
+    extern "C" void gelu_moments_##NAME(Index rows, Index w, Index c, Index threads, const T* x,                       \
+                                        NumberFor<T>* sums) {                                                          \
+        gelu_moments(rows, w, c, threads, x, sums);                                                                    \
+    }                                                                                                                  \
+    extern "C" void gelu_products_##NAME(Index rows, Index w, Index c, Index threads, const T* dout, const T* x,       \
+                                         NumberFor<T>* sums) {                                                         \
+        gelu_products(rows, w, c, threads, dout, x, sums);                                                             \
     }
 
 FUNCTIONS(float, float32)

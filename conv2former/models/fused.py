@@ -480,9 +480,15 @@ class _NormedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, conv_w: Tensor, norm: Any, conv: Any, dtype: Any) -> Tensor:
-        y, *stats = aten.native_batch_norm(
-            F.gelu(x), w, b, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
-        )
+        if _is_compiled(x, w):
+            y, mean, var = compiled.gelu_norm(_nhwc(x), w, b, norm.eps)
+            y, stats, pixels = _nchw(y), (mean, (var + norm.eps).rsqrt()), y.numel() // len(w)
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(var * (pixels / (pixels - 1)), norm.momentum)
+        else:
+            y, *stats = aten.native_batch_norm(
+                F.gelu(x), w, b, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+            )
         ctx.save_for_backward(x, w, b, conv_w, *stats)
         ctx.eps, ctx.geometry, ctx.dtype = norm.eps, (conv.stride, conv.padding, conv.dilation), dtype
         return F.conv2d(y.to(dtype), conv_w.to(dtype), None, conv.stride, conv.padding, conv.dilation)
@@ -498,16 +504,30 @@ class _NormedConv(torch.autograd.Function):
                 needed = [t for t, needs in zip((x, w, b, conv_w), ctx.needs_input_grad, strict=False) if needs]
                 grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
                 return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:4]), None, None, None
-            z = F.gelu(x)
             scale = w * rstd
-            y = torch.addcmul(_per_channel(b - mean * scale), z, _per_channel(scale)).to(ctx.dtype)
+            shift = b - mean * scale
+            is_compiled = _is_compiled(x, w)
+            if is_compiled:
+                y = _nchw(compiled.gelu_affine(_nhwc(x), scale, shift))
+            else:
+                z = F.gelu(x)
+                y = torch.addcmul(_per_channel(shift), z, _per_channel(scale))
             dy, dconv_w, _ = aten.convolution_backward(
-                grad, y, conv_w.to(ctx.dtype), None, *ctx.geometry, False, [0, 0], 1, [True, True, False]
+                grad, y.to(ctx.dtype), conv_w.to(ctx.dtype), None, *ctx.geometry, False, [0, 0], 1, [True, True, False]
             )
-            dz, dw, db = aten.native_batch_norm_backward(
-                dy.to(z.dtype), z, w, None, None, mean, rstd, True, ctx.eps, [True] * 3
-            )
-            return aten.gelu_backward(dz, x), dw, db, dconv_w.to(conv_w.dtype), None, None, None
+            dy, dconv_w = dy.to(x.dtype), dconv_w.to(conv_w.dtype)
+            if is_compiled:
+                dx, dw, db = compiled.gelu_norm_backward(_nhwc(dy).contiguous(), _nhwc(x), w, mean, rstd)
+                return _nchw(dx), dw, db, dconv_w, None, None, None
+            dz, dw, db = aten.native_batch_norm_backward(dy, z, w, None, None, mean, rstd, True, ctx.eps, [True] * 3)
+            return aten.gelu_backward(dz, x), dw, db, dconv_w, None, None, None
+
+
+def _is_compiled(x: Tensor, weight: Tensor) -> bool:
+    """Says whether compiled functions take GELU and a batch norm of that weight, for x (N, C, H, W)."""
+    wide = weight.dtype == torch.promote_types(x.dtype, torch.float32)
+    fits = x.is_cpu and wide and x.is_contiguous(memory_format=torch.channels_last)
+    return fits and compiled.takes_gelu_affine(x.shape[1], x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conv2former.models import compiled
+from conv2former.models.backbone import Stem
 
 needs_compiler = pytest.mark.skipif(not compiled.usable(torch.float32), reason="no C++ compiler")
 BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 8e-3}
@@ -88,6 +89,101 @@ def test_mixing(shape, dtype):
     ours = compiled.mix_backward(overwritten, u, weight, bias)
     assert ours[1] is overwritten
     check([*ours[:3], *ours[3]], [exact_out, du, dweight, dbias, pixels(du)], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("inner", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [16, 17, 31, 48, 72])
+def test_norm_and_residual_sum(channels, inner):
+    check_norm_and_residual_sum(torch.float32, inner, channels)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [8, 12, 16])
+def test_norm_and_residual_sum_in_float64(channels):
+    check_norm_and_residual_sum(torch.float64, torch.float64, channels)
+
+
+def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels: int) -> None:
+    shape = (3, 5, 7, channels)
+    x = random(0, *shape, dtype=dtype) * 2 + 3
+    weight, bias, gamma = (random(i, channels, dtype=dtype) for i in (1, 2, 3))
+    assert compiled.takes_pixels(x, dtype, inner)
+    exact = wide(x, weight, bias)
+    exact_out = F.layer_norm(exact[0], (channels,), exact[1], exact[2], 1e-6)
+    out, mean, rstd = compiled.norm(x, weight, bias, 1e-6, inner)
+    assert out.dtype == inner
+    check([out], [exact_out], inner)
+    moments = exact[0].mean(-1, keepdim=True), (exact[0].var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()
+    check([mean, rstd], list(moments), dtype)
+
+    dout, residual = random(4, *shape, dtype=inner), random(5, *shape, dtype=dtype)
+    dx, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
+    ours = torch.empty_like(x)
+    sums = compiled.norm_backward(dout, x, mean, rstd, weight, residual, ours)
+    check([ours, *sums], [dx + residual, dweight, dbias], dtype)
+
+    y, mask = random(6, *shape, dtype=inner), torch.tensor([0.0, 1.25, 2.5], dtype=dtype).view(3, 1, 1, 1)
+    for scale, factor in ((gamma, mask), (gamma, None), (None, mask), (None, None)):
+        compiled.add_scaled(x, y, scale, factor, ours)
+        product = y.double() * (1 if scale is None else scale) * (1 if factor is None else factor)
+        check([ours], [x.double() + product], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [8, 15])
+def test_few_channels_are_left_to_pytorch(channels):
+    assert not compiled.takes_pixels(torch.zeros(1, 2, 2, channels), torch.float32, torch.float32)
+    assert not compiled.takes_gelu_affine(channels, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("channels", [16, 36])
+def test_gelu_and_batch_norm(channels, dtype):
+    x, dout = (random(i, 3, 6, 5, channels, dtype=dtype) for i in range(2))
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (random(i, channels, dtype=parameters) for i in (2, 3))
+    exact = wide(x, weight, bias)
+    z = F.gelu(exact[0])
+    exact_out = F.batch_norm(z.permute(0, 3, 1, 2), None, None, exact[1], exact[2], training=True).permute(0, 2, 3, 1)
+    out, mean, var = compiled.gelu_norm(x, weight, bias, 1e-5)
+    check([out], [exact_out], dtype)
+    check([mean, var], [z.mean((0, 1, 2)), z.var((0, 1, 2), correction=0)], parameters)
+    grads = compiled.gelu_norm_backward(dout, x, weight, mean, (var + 1e-5).rsqrt())
+    check(list(grads), list(torch.autograd.grad(exact_out, exact, dout.double())), dtype)
+    check([compiled.gelu_affine(x, weight, bias)], [z * weight + bias], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("autocast", "bound"), [(False, 1e-5), (True, 2e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_stem(dtype, autocast, bound, monkeypatch):
+    if autocast and dtype == torch.float64:
+        pytest.skip("autocast is not for float64")
+    used = []
+    for name in ("gelu_norm", "gelu_norm_backward", "gelu_affine"):
+        real = getattr(compiled, name)
+        monkeypatch.setattr(compiled, name, lambda *a, real=real, name=name: (used.append(name), real(*a))[1])
+    torch.manual_seed(0)
+    stem, plain, exact = (Stem(3, 72, fused, dtype=dtype) for fused in (True, False, False))
+    exact.double()
+    plain.load_state_dict(stem.state_dict())
+    exact.load_state_dict(stem.state_dict())
+    results = []
+    for module in (stem, plain, exact):
+        x = random(0, 2, 3, 20, 28).to(module.conv1.weight.dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and module is not exact):
+            y = module(x)
+            (y * random(1, *y.shape)).sum().backward()
+            with torch.no_grad():
+                inferred = module.eval()(x)
+        grads = [p.grad for p in module.parameters()]
+        results.append([y, x.grad, inferred, *grads, *module.buffers()])
+    assert used == [*["gelu_norm", "gelu_affine"] * 2, *["gelu_affine", "gelu_norm_backward"] * 2, *["gelu_affine"] * 2]
+    for ours, theirs, truth in zip(*results, strict=True):
+        error, usual = ((t.double() - truth).norm() / truth.double().norm() for t in (ours, theirs))
+        assert error <= max(1.5 * usual, bound / 10 if dtype == torch.float32 else 1e-12)
 
 
 @needs_compiler
