@@ -227,8 +227,10 @@ struct Place {
     Index at(Index y, Index x) const { return ((image * shape.h + y) * shape.w + x) * shape.c + channel; }
 };
 
-// A processor foresees by itself what will be read only where it lies close together; neighbouring pixels do not.
+// A processor foresees by itself what will be read or written only where it lies close together; neighbouring pixels do
+// not.
 template <class... T> inline void fetch(Index at, const T*... maps) { (__builtin_prefetch(maps + at), ...); }
+template <class... T> inline void prepare(Index at, T*... maps) { (__builtin_prefetch(maps + at, 1), ...); }
 
 // Calls task(place) for all places, on some threads. Each has its own task, made by make().
 template <class Lanes, class Make> void for_all(Shape shape, Index threads, Make make) {
@@ -297,6 +299,7 @@ template <class T> struct ModulateBackward {
             for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
                 for (Index x = 0; x < s.w; x++) {
                     fetch(p.at(loaded + 1, x), dout, a, v, context);
+                    prepare(p.at(loaded + 1, x), dv, out);
                     Index at = p.at(loaded, x);
                     Lanes d = load(dout + at, p.count), value = load(v + at, p.count);
                     Lanes sum = load(context + at, p.count);
@@ -391,6 +394,7 @@ template <class T> struct MixBackward {
                     continue;
                 }
                 fetch(p.at(y + 1, x), dout);
+                prepare(p.at(y + 1, x), out);
                 Gelu<Lanes> g = gelu_and_slope(convolve3(above + x, here + x, below + x, w) + b);
                 store(out + p.at(y, x), here[x + 1] + g.value, p.count);
                 Lanes d = load(dout + p.at(y, x), p.count) * g.slope;

@@ -366,6 +366,9 @@ def _gradient(
     conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w, *ins[::2])
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
+    scale = gamma  # of the last linear's gradient, or of its weights where these are the fewer numbers
+    if gamma is not None and wo.numel() < xs.numel() and half.dtype != torch.float16:  # whose range ends too early
+        (wo,), scale = _cast(half, out_w * gamma[:, None]), None
     parts = _parts(xs, step)
     for number, part in enumerate(parts):
         mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
@@ -378,7 +381,7 @@ def _gradient(
             *dear, h, mean, rstd = dear
             stats = [mean, rstd]
         dy = grads[part] if mask is None else grads[part] * mask[part]
-        ds = (dy if gamma is None else dy * gamma).to(half.dtype) @ wo
+        ds = (dy if scale is None else dy * scale).to(half.dtype) @ wo
         s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
         dh = dus[0] @ ws[0]
         for du, w in zip(dus[1:], ws[1:], strict=True):
