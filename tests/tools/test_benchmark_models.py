@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
 from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks
+from conv2former.models import compiled
 from conv2former.tools.benchmark_machine import OperatorTraffic
 from conv2former.tools.benchmark_models import Baseline, Group, Plan, Report, Result, Setting, Spread, measure, spread
 from conv2former.tools.benchmark_networks import count_macs, parse_networks
@@ -140,6 +141,18 @@ def test_traffic_by_hand():
     with OperatorTraffic() as traffic:
         a.view(20, 10).add(torch.zeros(1).expand(20, 10))  # the view moves nothing; the expanded number is read once
     assert traffic.bytes_moved == 800 + 4 + 800 + 4  # and the zero was written
+
+
+def test_traffic_of_compiled_functions():
+    if not compiled.usable(torch.float32):
+        pytest.skip("no C++ compiler")
+    u, weight, bias = torch.zeros(2, 4, 4, 16), torch.zeros(16, 1, 3, 3), torch.zeros(16)
+    out = torch.empty_like(u)
+    with OperatorTraffic() as traffic:
+        compiled.mix(u, weight, bias, out)
+    assert traffic.bytes_moved == 4 * (2 * u.numel() + weight.numel() + bias.numel())
+    compiled.mix(u, weight, bias, out)
+    assert traffic.bytes_moved == 4 * (2 * u.numel() + weight.numel() + bias.numel())  # nobody counts any more
 
 
 # ------------------------------------------------------------------------------------------------------------- ratios
