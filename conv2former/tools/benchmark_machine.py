@@ -138,10 +138,8 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     cpu = f"{machine['cpu']} ({machine['cpu_capability']}), {cores}"
     load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f} at the start"
     lines = [f"{cpu}, {machine['threads']} threads{load}", f"Python {machine['python']}, {versions}"]
-    if machine["device"] == "cpu":
-        lines.append(
-            f"conv2former's compiled functions: {'yes' if machine['compiled_functions'] else 'no, see compiled.py'}"
-        )
+    if (compiled_functions := machine.get("compiled_functions")) is not None:
+        lines.append(f"conv2former's compiled functions: {'yes' if compiled_functions else 'no'}")
     if "gpu" in machine:
         tf32 = "with" if machine["cudnn_allow_tf32"] else "without"
         lines.insert(

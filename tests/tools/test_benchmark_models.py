@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
-from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks
 from conv2former.models import compiled
+from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks
 from conv2former.tools.benchmark_machine import OperatorTraffic
 from conv2former.tools.benchmark_models import Baseline, Group, Plan, Report, Result, Setting, Spread, measure, spread
 from conv2former.tools.benchmark_networks import count_macs, parse_networks
