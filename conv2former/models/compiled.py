@@ -56,8 +56,8 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-sha
 # What PyTorch found of the processor, and the instructions that this stands for. Named one by one, and not as "native",
 # the result runs on every machine that shares a cache folder and comes to the same name.
 INSTRUCTIONS = {
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "AVX2": ("-DLANE_BYTES=32", "-mavx2", "-mfma"),
+    "AVX512": ("-DLANE_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 PATIENCE = 120  # seconds for the compiler
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def takes_pixels(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bo
 
 
 def _lanes(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float64 else 16
+    return 8 if dtype == torch.float64 else 16  # of the widest vectors
 
 
 def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
@@ -87,6 +87,9 @@ def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+        log.info("the compiled functions are for x86 processors with AVX2: the CPU runs PyTorch's own operations")
+        return None
     if compiler is None or os.name != "posix" or sys.byteorder != "little":
         log.info(
             "there is no C++ compiler (g++, clang++), so the CPU runs PyTorch's own operations, which takes longer"
@@ -102,7 +105,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _compile(compiler: str) -> Path:
     """Returns the compiled file, which may have been there already."""
-    command = [*compiler.split(), *FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    command = [*compiler.split(), *FLAGS, *INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]]
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), os.uname().machine.encode(), *map(os.fsencode, command)]))
     path = store_folder() / "compiled" / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     if not path.exists():

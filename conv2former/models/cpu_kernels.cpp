@@ -6,7 +6,7 @@
 // `compiled.py` compiles this file and calls the functions at its end. It takes a C++17 compiler that knows the vector
 // types of GCC and Clang, and nothing else.
 //
-// Maps are (N, H, W, C), weights (C, k, k). A task is one image and as many channels as fit into 64 bytes, which are
+// Maps are (N, H, W, C), weights (C, k, k). A task is one image and as many channels as fit into LANE_BYTES, which are
 // called lanes. It goes down the rows and holds the few that a convolution needs in a `Ring`, small enough for a cache:
 // each map is read once and written once. A result may take the place of an argument where the functions at the end say
 // so. Gradients of parameters are written for each image and summed up by the caller: the number of threads has no
@@ -21,10 +21,10 @@
 namespace {
 
 using Index = std::int64_t;
-using Floats = float __attribute__((vector_size(64)));
-using Doubles = double __attribute__((vector_size(64)));
-using Bits = std::uint32_t __attribute__((vector_size(64)));
-using UpperBits = std::uint16_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(LANE_BYTES)));
+using Doubles = double __attribute__((vector_size(LANE_BYTES)));
+using Bits = std::uint32_t __attribute__((vector_size(LANE_BYTES)));
+using UpperBits = std::uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
 
 struct Bfloat16 { std::uint16_t upper_bits; };  // of a float
 

@@ -260,6 +260,7 @@ def anew(monkeypatch):
 
 
 def test_without_a_compiler(anew, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO):
         assert not compiled.usable(torch.float32)
@@ -268,6 +269,7 @@ def test_without_a_compiler(anew, monkeypatch, caplog):
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", "echo 'unfinished"])
 def test_a_compiler_that_fails(compiler, anew, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
     with caplog.at_level(logging.INFO):
