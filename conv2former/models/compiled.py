@@ -297,14 +297,14 @@ def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
     Args:
         x: a map (N, H, W, C).
-        scale, shift: (C,), float64 for a map of float64 and else float32.
+        scale, shift: (C,), in the type of x or float32.
 
     Returns:
         The result, (N, H, W, C) in x's type.
     """
     out = torch.empty_like(x)
     pixels, c = x.shape[:-1].numel(), x.shape[-1]
-    _call(f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, scale, shift, out)
+    _call(f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, _wide(scale), _wide(shift), out)
     return out
 
 

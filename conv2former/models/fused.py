@@ -469,7 +469,7 @@ def forward_stem(stem: Any, x: Tensor) -> Tensor:
         for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = norm.bias - norm.running_mean * scale
-            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), _wide(scale), _wide(shift))))
+            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), scale, shift)))
         return x
     for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
         norm.num_batches_tracked.add_(1)
@@ -531,10 +531,6 @@ def _is_compiled(x: Tensor, weight: Tensor) -> bool:
     wide = weight.dtype == torch.promote_types(x.dtype, torch.float32)
     fits = x.is_cpu and wide and x.is_contiguous(memory_format=torch.channels_last)
     return fits and compiled.takes_gelu_affine(x.shape[1], x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_channel(values: Tensor) -> Tensor:
