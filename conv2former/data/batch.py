@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybeToTensor
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torchvision.transforms import RandomHorizontalFlip
 
 from ..config import Config, img_size_at
 from ..config.schema import DataConfig
 from ..errors import DataError
+from . import pixels
 from .images import UnreadableImage
 
 __all__ = [
@@ -64,11 +67,11 @@ class Augmented(NamedTuple):
     """An augmented image, not yet normalised.
 
     Attributes:
-        pixels: (H, W, 3) 8-bit.
+        image: in RGB.
         patches: what random erasing puts into the normalised image: top, left, and values, (3, h, w) float.
     """
 
-    pixels: np.ndarray
+    image: Image.Image
     patches: list[tuple[int, int, torch.Tensor]]
 
 
@@ -90,6 +93,21 @@ class _Notepad:
         self.patches.append((rows.start, columns.start, values.expand(shape)))
 
 
+class CropAndFlip:
+    """timm's random crop and torchvision's random flip with their draws, as one step; the pixels are theirs."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, flip: RandomHorizontalFlip | None) -> None:
+        self.crop, self.flip = crop, flip
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        crop, flip = self.crop, self.flip
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        choice = crop.interpolation
+        interpolation = random.choice(choice) if isinstance(choice, (tuple, list)) else choice
+        mirror = flip is not None and bool(torch.rand(1) < flip.p)
+        return pixels.resized_crop(image, top, left, height, width, crop.size, interpolation, mirror)
+
+
 class TrainTransform:
     """timm's training transform without its normalisation, which `Finish` makes up for.
 
@@ -105,9 +123,10 @@ class TrainTransform:
     """
 
     def __init__(self, transform: Any) -> None:
+        pixels.prepare()
         steps = transform.transforms
         to_tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        self.of_image: list[Any] = steps[:to_tensor]
+        self.of_image: list[Any] = _joined(steps[:to_tensor])
         self.erasing: list[Any] = [step for step in steps[to_tensor:] if isinstance(step, RandomErasing)]
 
     def __call__(self, image: Image.Image) -> Augmented:
@@ -116,7 +135,15 @@ class TrainTransform:
         notes = _Notepad(image.height, image.width)
         for erase in self.erasing:
             erase(notes)
-        return Augmented(np.asarray(image), notes.patches)
+        return Augmented(image, notes.patches)
+
+
+def _joined(steps: list[Any]) -> list[Any]:
+    """Puts a `CropAndFlip` in the place of timm's random crop and the flip that follows it."""
+    if not steps or type(steps[0]) is not RandomResizedCropAndInterpolation:
+        return steps
+    flips = len(steps) > 1 and type(steps[1]) is RandomHorizontalFlip
+    return [CropAndFlip(steps[0], steps[1] if flips else None), *steps[1 + flips :]]
 
 
 def train_transforms(config: Config) -> list[TrainTransform]:
@@ -143,6 +170,9 @@ def train_transforms(config: Config) -> list[TrainTransform]:
             re_mode=augment.re_mode,
         )
         allow_black(transform)
+        for operation in _operations(transform):
+            if operation.aug_fn in AFFINE:
+                operation.aug_fn = functools.partial(_transformed, operation.aug_fn)
         for step in transform.transforms:
             if isinstance(step, auto_augment.RandAugment):
                 step.ops = np.array(step.ops)  # NumPy would make this array anew for every image to choose from it
@@ -155,16 +185,36 @@ def train_transforms(config: Config) -> list[TrainTransform]:
 
 def allow_black(transform: Any) -> None:
     """Lets a transform of timm's posterize to 0 bits, which its policies draw and Pillow 13 refuses."""
+    for operation in _operations(transform):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
+def _operations(transform: Any) -> Iterator[Any]:
+    """Goes over the operations of a transform's RandAugment or AutoAugment."""
     for step in transform.transforms:
-        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]  # of RandAugment, of AutoAugment
-        for operation in itertools.chain.from_iterable(policies):
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = _posterize
+        yield from itertools.chain(getattr(step, "ops", []), *getattr(step, "policy", []))
 
 
 def _posterize(image: Any, bits: int, **kwargs: Any) -> Any:
     """Keeps the highest `bits` of every value; of 0 nothing is left."""
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)
+
+
+AFFINE = (
+    auto_augment.rotate,
+    auto_augment.shear_x,
+    auto_augment.shear_y,
+    auto_augment.translate_x_abs,
+    auto_augment.translate_x_rel,
+    auto_augment.translate_y_abs,
+    auto_augment.translate_y_rel,
+)
+
+
+def _transformed(operation: Callable[..., Any], image: Any, *args: Any, **kwargs: Any) -> Any:
+    """Does one of `AFFINE`, with its draws, by a faster transform."""
+    return operation(pixels.Transformable(image), *args, **kwargs)
 
 
 def eval_transform(data: DataConfig) -> Any:
@@ -271,12 +321,12 @@ def collate_augmented(items: list[Item]) -> PixelBatch:
     for item in items:
         previous = previous if isinstance(item, Skipped) else item
         whole.append(previous)
-    pixels = torch.from_numpy(np.stack([image.pixels for image, _, _ in whole]))
-    patches = [(i, *patch) for i, (image, _, _) in enumerate(whole) for patch in image.patches]
+    patches = [(i, *patch) for i, (augmented, _, _) in enumerate(whole) for patch in augmented.patches]
     places = torch.tensor([(i, top, left, *values.shape[1:]) for i, top, left, values in patches], dtype=torch.int64)
     # one tensor, because each that goes between processes holds a file open
     values = torch.cat([torch.empty(0), *(values.flatten() for *_, values in patches)])
-    return PixelBatch(pixels, places.reshape(-1, 5), values, _numbers(whole, 1), skipped, _numbers(whole, 2))
+    images = pixels.stack([augmented.image for augmented, _, _ in whole])
+    return PixelBatch(images, places.reshape(-1, 5), values, _numbers(whole, 1), skipped, _numbers(whole, 2))
 
 
 def _divided(items: list[Item]) -> tuple[list[tuple[Any, int, int]], list[Skipped]]:
@@ -303,17 +353,8 @@ class Finish:
 
     def __call__(self, batch: PixelBatch) -> Batch:
         """Returns the batch with (N, 3, H, W) float images, in the channels_last layout."""
-        pixels = batch.pixels.to(self.device, non_blocking=True)
-        count, height, width, channels = pixels.shape
-        # Whole rows, because a broadcast over an innermost dimension of 3 is slow; on a CPU image by image, which stays
-        # in the cache.
-        mean, std = self.mean.repeat(width), self.std.repeat(width)
-        flat, at_once = pixels.view(count, height, -1), 1 if self.device.type == "cpu" else count
-        rows = torch.empty(flat.shape, device=self.device)
-        scratch = torch.empty_like(rows[:at_once])
-        for source, target in zip(flat.split(at_once), rows.split(at_once), strict=True):
-            torch.div(scratch.copy_(source).div_(255).sub_(mean), std, out=target)
-        images = rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+        images = pixels.normalize(batch.pixels.to(self.device, non_blocking=True), self.mean, self.std)
+        images, channels = images.permute(0, 3, 1, 2), len(self.mean)
         values = batch.values.to(self.device, non_blocking=True)
         sizes = batch.patches[:, 3:].prod(1) * channels
         for (i, top, left, h, w), patch in zip(batch.patches.tolist(), values.split(sizes.tolist()), strict=True):

@@ -1,31 +1,20 @@
 """The block's heavy parts as compiled functions for a CPU: `cpu_kernels.cpp`, compiled where it runs.
 
-As with torch.compile and Triton, the compiler is called at the first use, here for two or three seconds, and the result
-is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, or
-CONV2FORMER_COMPILE=0 is set, `usable` says no, and PyTorch's own operations do the work, in more time.
+Where `compiling.py` cannot compile it, `usable` says no, and PyTorch's own operations do the work, in more time.
 
 All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases (C,).
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .installed import store_folder
+from .. import compiling
 
 __all__ = [
     "add_scaled",
@@ -51,22 +40,12 @@ PAIRS = {
     (torch.float32, torch.bfloat16): "float32_bfloat16",
     (torch.float64, torch.float64): "float64_float64",
 }
-COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
-# What PyTorch found of the processor, and the instructions that this stands for. Named one by one, and not as "native",
-# the result runs on every machine that shares a cache folder and comes to the same name.
-INSTRUCTIONS = {
-    "AVX2": ("-DLANE_BYTES=32", "-mavx2", "-mfma"),
-    "AVX512": ("-DLANE_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-}
-PATIENCE = 120  # seconds for the compiler
-log = logging.getLogger(__name__)
 watchers: list[Callable[[tuple], None]] = []  # called with the arguments of every call, by who counts memory traffic
 
 
 def usable(dtype: torch.dtype) -> bool:
     """Says whether the functions are there, for maps of that type on a CPU. The first call may compile them."""
-    return dtype in DTYPES and os.environ.get("CONV2FORMER_COMPILE") != "0" and _library() is not None
+    return dtype in DTYPES and compiling.library(SOURCE) is not None
 
 
 def takes_pixels(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bool:
@@ -84,54 +63,9 @@ def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
     return channels >= _lanes(dtype) and usable(dtype)
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
-        log.info("the compiled functions are for x86 processors with AVX2: the CPU runs PyTorch's own operations")
-        return None
-    if compiler is None or os.name != "posix" or sys.byteorder != "little":
-        log.info(
-            "there is no C++ compiler (g++, clang++), so the CPU runs PyTorch's own operations, which takes longer"
-        )
-        return None
-    try:
-        return ctypes.CDLL(str(_compile(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.info("%s cannot compile %s, so the CPU runs PyTorch's own operations: %s", compiler, SOURCE.name, said)
-        return None
-
-
-def _compile(compiler: str) -> Path:
-    """Returns the compiled file, which may have been there already."""
-    command = [*compiler.split(), *FLAGS, *INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]]
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), os.uname().machine.encode(), *map(os.fsencode, command)]))
-    path = store_folder() / "compiled" / f"cpu_kernels-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        path = _folder_to_write(path.parent) / path.name
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
-            made = Path(unfinished) / path.name
-            command += [str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-            made.replace(path)  # at once, since other processes may be at it too
-    return path
-
-
-def _folder_to_write(folder: Path) -> Path:
-    """Returns the folder, made if need be, or one that lives as long as this process if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Calls a function of `cpu_kernels.cpp`."""
-    library = _library()
+    library = compiling.library(SOURCE)
     assert library is not None  # or `usable` would have said so
     function = getattr(library, name)
     function.restype = None

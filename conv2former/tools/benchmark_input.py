@@ -185,10 +185,7 @@ def _shares(source: DataSource) -> list[str]:
         for index in range(start, start + BATCH_SIZE):
             image, label = timed("read and decode", source.images.__getitem__, index)
             timed("seed", seed_all, Stream.IMAGE, SEED, 0, index)
-            before = sum(seconds.values())
-            since = time.perf_counter()
             items.append((transform(image), label, index))
-            seconds["pixels to an array"] += time.perf_counter() - since - (sum(seconds.values()) - before)
         timed("normalise and erase", finish, timed("collate", collate_augmented, items))
     total = sum(seconds.values())
     lines = [f"where this package's {1000 * total / len(source):.2f} ms per image go, without a worker process"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,38 +244,6 @@ def test_maps_must_be_contiguous():
         compiled.mix(torch.zeros(1, 4, 4, 4).transpose(1, 2)[:, ::2], torch.zeros(4, 1, 3, 3), torch.zeros(4))
 
 
-@pytest.fixture
-def anew(monkeypatch):
-    """The compiler is looked for again, and after the test what was found before counts."""
-    library = compiled._library()
-    compiled._library.cache_clear()
-    monkeypatch.delenv("CXX", raising=False)
-    yield
-    monkeypatch.undo()
-    compiled._library.cache_clear()
-    assert (compiled._library() is None) == (library is None)
-
-
-def test_without_a_compiler(anew, monkeypatch, caplog):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    with caplog.at_level(logging.INFO):
-        assert not compiled.usable(torch.float32)
-    assert "no C++ compiler" in caplog.text
-
-
-@pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", "echo 'unfinished"])
-def test_a_compiler_that_fails(compiler, anew, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
-    with caplog.at_level(logging.INFO):
-        assert not compiled.usable(torch.float32)
-    assert "cannot compile cpu_kernels.cpp" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["compiled"]
-    assert not any((tmp_path / "compiled").iterdir())
-
-
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
     assert not compiled.usable(torch.float32)
@@ -286,38 +251,3 @@ def test_switched_off(monkeypatch):
 
 def test_types_without_functions():
     assert not compiled.usable(torch.float16)
-
-
-@needs_compiler
-def test_compiled_once(anew, monkeypatch, tmp_path):
-    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
-    assert compiled.usable(torch.float32)
-    (path,) = (tmp_path / "compiled").iterdir()
-    written = path.stat().st_mtime_ns
-    compiled._library.cache_clear()
-    monkeypatch.setattr(compiled.subprocess, "run", None)  # not called again
-    assert compiled.usable(torch.float32)
-    assert path.stat().st_mtime_ns == written
-    monkeypatch.undo()
-    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DOTHER"))
-    compiled._library.cache_clear()
-    assert compiled.usable(torch.float32)
-    assert len(list((tmp_path / "compiled").iterdir())) == 2
-
-
-@needs_compiler
-def test_a_store_that_cannot_be_written(anew, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path / "file"))
-    assert compiled.usable(torch.float32)
-    u = torch.ones(1, 3, 3, 4)
-    assert compiled.mix(u, torch.zeros(4, 1, 3, 3), torch.zeros(4)).isfinite().all()
-
-
-def test_the_store_with_compiled_functions_lists_no_model(tmp_path, monkeypatch):
-    from conv2former import list_installed
-
-    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path))
-    os.makedirs(tmp_path / "compiled")
-    assert list_installed() == []

@@ -1,0 +1,90 @@
+"""C++ files of this package, compiled where they run.
+
+As with torch.compile and Triton, the compiler is called at the first use, here for two or three seconds, and the result
+is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, no x86
+processor with AVX2, or CONV2FORMER_COMPILE=0 is set, `library` returns None, and others do the work in more time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .models.installed import store_folder
+
+__all__ = ["library"]
+
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
+# What PyTorch found of the processor, and the instructions that this stands for. Named one by one, and not as "native",
+# the result runs on every machine that shares a cache folder and comes to the same name.
+INSTRUCTIONS = {
+    "AVX2": ("-DLANE_BYTES=32", "-mavx2", "-mfma"),
+    "AVX512": ("-DLANE_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+PATIENCE = 120  # seconds for the compiler
+log = logging.getLogger(__name__)
+
+
+def library(source: Path, *flags: str) -> ctypes.CDLL | None:
+    """Returns the functions of a C++ file, or None where it cannot or shall not be compiled.
+
+    Args:
+        source: the file. It finds the bytes of a vector in LANE_BYTES, and takes nothing but the standard library.
+        flags: for the compiler, besides those for all files.
+    """
+    return None if os.environ.get("CONV2FORMER_COMPILE") == "0" else _library(source, flags)
+
+
+@functools.cache
+def _library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+        log.info("%s is for x86 processors with AVX2: without it the CPU takes longer", source.name)
+        return None
+    if compiler is None or os.name != "posix" or sys.byteorder != "little":
+        log.info("there is no C++ compiler (g++, clang++) for %s: without it the CPU takes longer", source.name)
+        return None
+    try:
+        return ctypes.CDLL(str(_compile(compiler, source, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.info("%s cannot compile %s, so the CPU takes longer: %s", compiler, source.name, said)
+        return None
+
+
+def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
+    """Returns the compiled file, which may have been there already."""
+    command = [*compiler.split(), *FLAGS, *flags, *INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]]
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), os.uname().machine.encode(), *map(os.fsencode, command)]))
+    path = store_folder() / "compiled" / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        path = _folder_to_write(path.parent) / path.name
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
+            made = Path(unfinished) / path.name
+            command += [str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            made.replace(path)  # at once, since other processes may be at it too
+    return path
+
+
+def _folder_to_write(folder: Path) -> Path:
+    """Returns the folder, made if need be, or one that lives as long as this process if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
