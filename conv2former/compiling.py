@@ -33,6 +33,7 @@ INSTRUCTIONS = {
     "AVX2": ("-DLANE_BYTES=32", "-mavx2", "-mfma"),
     "AVX512": ("-DLANE_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+MORE_INSTRUCTIONS = {"avx512_bf16": "-mavx512bf16"}  # what processors with AVX-512 may have, and compilers since 2020
 PATIENCE = 120  # seconds for the compiler
 log = logging.getLogger(__name__)
 
@@ -50,23 +51,38 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
 @functools.cache
 def _library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+    sets = _instruction_sets()
+    if not sets:
         log.info("%s is for x86 processors with AVX2: without it the CPU takes longer", source.name)
         return None
     if compiler is None or os.name != "posix" or sys.byteorder != "little":
         log.info("there is no C++ compiler (g++, clang++) for %s: without it the CPU takes longer", source.name)
         return None
-    try:
-        return ctypes.CDLL(str(_compile(compiler, source, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.info("%s cannot compile %s, so the CPU takes longer: %s", compiler, source.name, said)
-        return None
+    said = ""
+    for instructions in sets:
+        try:
+            return ctypes.CDLL(str(_compile([*compiler.split(), *FLAGS, *flags, *instructions], source)))
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+    log.info("%s cannot compile %s, so the CPU takes longer: %s", compiler, source.name, said)
+    return None
 
 
-def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
+def _instruction_sets() -> list[tuple[str, ...]]:
+    """Returns the instructions to compile for, those for which a compiler may be too old first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in INSTRUCTIONS:
+        return []
+    plain = INSTRUCTIONS[capability]
+    if capability != "AVX512" or not hasattr(torch.cpu, "get_capabilities"):
+        return [plain]
+    found = torch.cpu.get_capabilities()
+    more = tuple(flag for name, flag in MORE_INSTRUCTIONS.items() if found.get(name))
+    return [plain + more, plain] if more else [plain]
+
+
+def _compile(command: list[str], source: Path) -> Path:
     """Returns the compiled file, which may have been there already."""
-    command = [*compiler.split(), *FLAGS, *flags, *INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]]
     key = hashlib.sha256(b"\0".join([source.read_bytes(), os.uname().machine.encode(), *map(os.fsencode, command)]))
     path = store_folder() / "compiled" / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not path.exists():

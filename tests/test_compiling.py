@@ -73,6 +73,17 @@ def test_a_compiler_that_fails(compiler, source, monkeypatch, caplog, tmp_path):
     assert compiled(tmp_path) == []
 
 
+def test_a_compiler_that_does_not_know_the_latest_instructions(compiler, source, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(compiling, "MORE_INSTRUCTIONS", {"avx512_bf16": "-mfrom-the-future"})
+    assert compiling.library(source) is not None
+    compiling._library.cache_clear()
+    monkeypatch.setattr(compiling, "MORE_INSTRUCTIONS", {"avx512_bf16": "-DMORE"})
+    assert compiling.library(source) is not None
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert len(compiled(tmp_path)) == (3 if capability == "AVX512" else 1)
+
+
 def test_switched_off(source, monkeypatch, tmp_path):
     monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
     assert compiling.library(source) is None
