@@ -68,20 +68,20 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     library = compiling.library(SOURCE)
     assert library is not None  # or `usable` would have said so
     function = getattr(library, name)
-    function.restype = None
+    if function.argtypes is None:
+        types = {int: ctypes.c_int64, float: ctypes.c_double}
+        function.restype, function.argtypes = None, [types.get(type(a), ctypes.c_void_p) for a in arguments]
     for watch in watchers:
         watch(arguments)
     function(*map(_pass, arguments))
 
 
-def _pass(argument: Tensor | int | float | None) -> ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p:
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    if argument is not None and not argument.is_contiguous():
+def _pass(argument: Tensor | int | float | None) -> int | float | None:
+    if not isinstance(argument, Tensor):
+        return argument
+    if not argument.is_contiguous():
         raise ValueError(f"the maps of a compiled function must be contiguous, not of strides {argument.stride()}")
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return argument.data_ptr()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -170,7 +170,9 @@ def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple
     return out, dout, dweight.sum(0), list(sums.sum(0))
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, stats: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Layer norm over the channels. `takes_pixels` must hold.
 
     Args:
@@ -178,13 +180,14 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
         weight, bias: (C,), in x's type.
         eps: added to the variance.
         dtype: of the result.
+        stats: return the second and third, too, and not None.
 
     Returns:
         The result, (N, H, W, C), and each pixel's mean and reciprocal deviation, (N, H, W, 1) in x's type.
     """
     out = torch.empty_like(x, dtype=dtype)
-    mean, rstd = (x.new_empty(*x.shape[:-1], 1) for _ in range(2))
-    name, pixels = f"norm_{PAIRS[x.dtype, dtype]}", mean.numel()
+    mean, rstd = (x.new_empty(*x.shape[:-1], 1) if stats else None for _ in range(2))
+    name, pixels = f"norm_{PAIRS[x.dtype, dtype]}", x.shape[:-1].numel()
     _call(name, pixels, x.shape[-1], torch.get_num_threads(), x, weight, bias, float(eps), out, mean, rstd)
     return out, mean, rstd
 

@@ -468,7 +468,7 @@ template <class Lanes> struct Channels {
     }
 };
 
-// Layer norm of x over the channels, as T. X is a type that is computed with.
+// Layer norm of x over the channels, as T. X is a type that is computed with. mean and rstd may be null.
 template <class X, class T>
 void norm(Index pixels, Index c, Index threads, const X* x, const X* weight, const X* bias, double eps, T* out, X* mean,
           X* rstd) {
@@ -489,7 +489,7 @@ void norm(Index pixels, Index c, Index threads, const X* x, const X* weight, con
             Lanes normed = (load_all(from + i) - m) * r;
             store_all(out + p * c + i, normed * load_all(weight + i) + load_all(bias + i));
         });
-        mean[p] = m, rstd[p] = r;
+        if (mean) mean[p] = m, rstd[p] = r;
     }
 }
 

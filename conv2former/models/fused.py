@@ -119,32 +119,40 @@ def _is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
     attn, mlp = block.attn, block.mlp
     if type(attn) is not ConvMod or type(mlp) is not ConvMlp:
         return False
-    scales, drop_path = (block.ls1, block.ls2), block.drop_path
+    # looked up here rather than as attributes, which takes a module ten times as long: this is done in every step
+    attns, mlps, rest = attn._modules, mlp._modules, block._modules
+    scales, drop_path = (rest["ls1"], rest["ls2"]), rest["drop_path"]
+    acts = (attns["act"], mlps["act"])
     return (
-        all(_is_linear(layer, dtype) for layer in (attn.a, attn.v, attn.proj, mlp.fc1, mlp.fc2))
-        and all(_is_conv_dw(layer, dtype) for layer in (attn.conv_dw, mlp.conv_dw))
+        all(_is_linear(layer, dtype) for layer in (attns["a"], attns["v"], attns["proj"], mlps["fc1"], mlps["fc2"]))
+        and all(_is_conv_dw(layer, dtype) for layer in (attns["conv_dw"], mlps["conv_dw"]))
         and mlp.conv_dw.kernel_size == (3, 3)
-        and all(type(layer) is LayerNorm2d and _is_plain(layer, dtype) for layer in (attn.norm, mlp.norm))
-        and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in (attn.act, mlp.act))
+        and all(type(layer) is LayerNorm2d and _is_plain(layer, dtype) for layer in (attns["norm"], mlps["norm"]))
+        and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in acts)
         and all(type(layer) is nn.Identity or _is_scale(layer, dtype) for layer in scales)
         and type(drop_path) in (DropPath, nn.Identity)
-        and not any(_is_watched(layer) for layer in (attn, mlp, attn.act, mlp.act, *scales, drop_path))
+        and not any(_is_watched(layer) for layer in (attn, mlp, *acts, *scales, drop_path))
     )
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or bool(layer.__dict__.keys() & {"forward", "fuse", "_conv_forward"})
+def _is_watched(layer: Any) -> bool:
+    own = layer.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own or "fuse" in own or "_conv_forward" in own
 
 
 def _is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
     """Says whether a layer has ordinary weights of that type, none with an arithmetic of its own, and no hooks."""
-    weights = (layer.weight, layer.bias)
-    return all(type(w) in (nn.Parameter, Tensor) and w.dtype == dtype for w in weights) and not _is_watched(layer)
+    own = layer._parameters
+    return _is_weight(own.get("weight"), dtype) and _is_weight(own.get("bias"), dtype) and not _is_watched(layer)
+
+
+def _is_weight(weight: Any, dtype: torch.dtype | None) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype == dtype
 
 
 def _is_scale(layer: Any, dtype: torch.dtype | None) -> bool:
-    return type(layer) is LayerScale2d and type(layer.gamma) in (nn.Parameter, Tensor) and layer.gamma.dtype == dtype
+    return type(layer) is LayerScale2d and _is_weight(layer._parameters.get("gamma"), dtype)
 
 
 def _is_linear(layer: Any, dtype: torch.dtype | None) -> bool:
@@ -166,30 +174,33 @@ def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
     """Computes the block, (N, C, H, W) to (N, C, H, W) in channels_last memory. `applies` must hold."""
     attn, mlp = block.attn, block.mlp
     x = x.contiguous(memory_format=torch.channels_last)
-    x = _half(_Modulation, block, x, attn.norm, (attn.a, attn.v), attn.conv_dw, attn.proj, block.ls1)
-    return _half(_Mixing, block, x, mlp.norm, (mlp.fc1,), mlp.conv_dw, mlp.fc2, block.ls2)
+    dtype = _autocast_dtype(x) or x.dtype
+    with _without_autocast(x):  # the types are chosen here
+        if x.is_cpu and not torch.is_grad_enabled():
+            x = x.to(attn.norm.weight.dtype)  # which the first half's result has anyway
+        x = _half(_Modulation, block, x, dtype, attn.norm, (attn.a, attn.v), attn.conv_dw, attn.proj, block.ls1)
+        return _half(_Mixing, block, x, dtype, mlp.norm, (mlp.fc1,), mlp.conv_dw, mlp.fc2, block.ls2)
 
 
 def _half(
     middle: Any,
     block: Conv2FormerBlock,
     x: Tensor,
+    dtype: torch.dtype,
     norm: Any,
     ins: tuple[Any, ...],
     conv_dw: Any,
     out: Any,
     scale: nn.Module,
 ) -> Tensor:
-    dtype = _autocast_dtype(x) or x.dtype
     half = _Half(_way(middle, x, dtype), norm.eps, block.recompute, dtype)
     gamma = getattr(scale, "gamma", None)
     params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
     params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
     mask = _drop_mask(block.drop_path, x, _out_dtype(half, x, gamma))
-    with _without_autocast(x):  # the types are chosen here
-        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
-            return _Step.apply(half, x, mask, *params)
-        return _run(half, x, mask, params, None, _images_at_a_time(x, out.in_channels))
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
+        return _Step.apply(half, x, mask, *params)
+    return _run(half, x, mask, params, None, _images_at_a_time(x, out.in_channels))
 
 
 def _way(middle: Any, x: Tensor, dtype: torch.dtype) -> Any:
@@ -249,6 +260,11 @@ def _cast(half: _Half, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(half.dtype) for tensor in tensors]
 
 
+def _as_they_are(half: _Half, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Takes the place of `_cast` for the compiled functions, which compute in float32 at least."""
+    return tensors
+
+
 def _images_at_a_time(x: Tensor, hidden: int) -> int:
     """Returns how many images go through a half together: as many as fit into a CPU's cache; on a GPU all of them."""
     n, _, h, w = x.shape
@@ -265,11 +281,12 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     What the backward pass needs is added to `kept`, if there is such a list.
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    conv_w, conv_b, out_w, out_b, *ins = _cast(half, conv_w, conv_b, out_w, out_b, *ins)
+    conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
+    out_w, out_b, *ins = _cast(half, out_w, out_b, *ins)
     xs = _nhwc(x)
     out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
     for part in _parts(xs, step):
-        h, *stats = _norm(half, xs[part], norm_w, norm_b)
+        h, *stats = _norm(half, xs[part], norm_w, norm_b, kept is not None)
         if kept is None:
             s = half.middle.infer(h, ins, conv_w, conv_b)
         else:
@@ -281,12 +298,12 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     return _nchw(out)
 
 
-def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """Returns the layer norm of x in the half's type, and the mean and the reciprocal deviation of each pixel."""
+def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor, stats: bool = True) -> tuple[Any, ...]:
+    """Returns the layer norm of x in the half's type, and with `stats` each pixel's mean and reciprocal deviation."""
     if compiled.takes_pixels(x, weight.dtype, half.dtype):
-        return compiled.norm(x, weight, bias, half.eps, half.dtype)
-    h, *stats = aten.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, half.eps)
-    return h.to(half.dtype), *stats
+        return compiled.norm(x, weight, bias, half.eps, half.dtype, stats)
+    h, mean, rstd = aten.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, half.eps)
+    return h.to(half.dtype), mean, rstd
 
 
 def _norm_gradient(
@@ -363,7 +380,8 @@ def _gradient(
     wide = torch.promote_types(norm_w.dtype, torch.float32)
     sums: list[Any] = [torch.zeros_like(p, dtype=wide) if learns and p is not None else None for p in params]
     norm_w_sum, norm_b_sum, conv_w_sum, conv_b_sum, out_w_sum, out_b_sum, _, *in_sums = sums
-    conv_w, conv_b, wo, *ws = _cast(half, conv_w, conv_b, out_w, *ins[::2])
+    conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
+    wo, *ws = _cast(half, out_w, *ins[::2])
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     scale = gamma  # of the last linear's gradient, or of its weights where these are the fewer numbers
@@ -541,6 +559,7 @@ class _Modulation:
     """``conv_dw(gelu(a)) * v``, of a and v."""
 
     linear: Any = staticmethod(cpu_ops.linear)
+    conv_weights: Any = staticmethod(_cast)
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -581,6 +600,7 @@ class _Mixing:
     """``g + gelu(conv_dw(g))`` with ``g = gelu(u)``, of u."""
 
     linear: Any = staticmethod(cpu_ops.linear)
+    conv_weights: Any = staticmethod(_cast)
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -620,6 +640,8 @@ class _Mixing:
 class _ModulationCompiled(_Modulation):
     """`_Modulation` with the compiled functions."""
 
+    conv_weights: Any = staticmethod(_as_they_are)
+
     @staticmethod
     def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
         a, v = (cpu_ops.linear(h, w, b) for w, b in _pairs(ins))
@@ -644,6 +666,8 @@ class _ModulationCompiled(_Modulation):
 
 class _MixingCompiled(_Mixing):
     """`_Mixing` with the compiled functions."""
+
+    conv_weights: Any = staticmethod(_as_they_are)
 
     @staticmethod
     def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
