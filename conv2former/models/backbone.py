@@ -50,9 +50,9 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
             if self.fused:
-                x = fused.channels_last(x)
                 if fused.stem_applies(self, x):
                     return fused.forward_stem(self, x)
+                x = fused.channels_last(x)
         x = self.norm1(self.act1(self.conv1(x)))
         x = self.norm2(self.act2(self.conv2(x)))
         return self.conv3(x)

@@ -8,7 +8,8 @@ All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -84,12 +85,19 @@ def _pass(argument: Tensor | int | float | None) -> int | float | None:
     return argument.data_ptr()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+def _wide(parameter: Tensor, x: Tensor) -> Tensor:
+    """Returns a parameter in the type that maps like `x` are computed with."""
+    return parameter.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def modulate(
-    a: Tensor, v: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None, out: Tensor | None = None
+    a: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    context: Tensor | None = None,
+    out: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
 ) -> Tensor:
     """``conv_dw(gelu(a)) * v``, for any odd k.
 
@@ -99,6 +107,7 @@ def modulate(
         bias: (C,).
         context: a map for the convolution's result, which the backward pass needs.
         out: a map for the result; it may be `v`.
+        biases: are added to a and v before, (C,) each; or none.
 
     Returns:
         The result, (N, H, W, C).
@@ -106,7 +115,8 @@ def modulate(
     out = torch.empty_like(a) if out is None else out
     k, threads = weight.shape[-1], torch.get_num_threads()
     name = f"modulate_{DTYPES[a.dtype]}"
-    _call(name, *a.shape, k, threads, a, v, _wide(weight), _wide(bias), context, out)
+    a_bias, v_bias = (_wide(b, a) for b in biases) if biases else (None, None)
+    _call(name, *a.shape, k, threads, a, v, a_bias, v_bias, _wide(weight, a), _wide(bias, a), context, out)
     return out
 
 
@@ -125,7 +135,7 @@ def modulate_backward(
         pixels of the gradients of the context (which is that of the bias), a and v, each (C,). Sums and the weight's
         gradient are in float32 at least.
     """
-    (n, _, _, c), k, wide = a.shape, weight.shape[-1], _wide(weight)
+    (n, _, _, c), k, wide = a.shape, weight.shape[-1], _wide(weight, a)
     dv, out = torch.empty_like(a), torch.empty_like(a)
     dweight, sums = wide.new_empty(n, c, 1, k, k), wide.new_empty(n, 3, c)
     name, threads = f"modulate_backward_{DTYPES[a.dtype]}", torch.get_num_threads()
@@ -133,7 +143,7 @@ def modulate_backward(
     return out, dout, dv, dweight.sum(0), list(sums.sum(0))
 
 
-def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bias: Tensor | None = None) -> Tensor:
     """``g + gelu(conv_dw(g))`` with ``g = gelu(u)``.
 
     Args:
@@ -141,12 +151,14 @@ def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> T
         weight: of the depthwise convolution, (C, 1, 3, 3).
         bias: (C,).
         out: a map for the result; it may be `u`.
+        u_bias: is added to u before, (C,).
 
     Returns:
         The result, (N, H, W, C).
     """
     out = torch.empty_like(u) if out is None else out
-    _call(f"mix_{DTYPES[u.dtype]}", *u.shape, torch.get_num_threads(), u, _wide(weight), _wide(bias), out)
+    u_bias = None if u_bias is None else _wide(u_bias, u)
+    _call(f"mix_{DTYPES[u.dtype]}", *u.shape, torch.get_num_threads(), u, u_bias, _wide(weight, u), _wide(bias, u), out)
     return out
 
 
@@ -163,15 +175,21 @@ def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple
         gradient are in float32 at least.
     """
     n, _, _, c = u.shape
-    out, wide = torch.empty_like(u), _wide(weight)
+    out, wide = torch.empty_like(u), _wide(weight, u)
     dweight, sums = wide.new_empty(n, c, 1, 3, 3), wide.new_empty(n, 2, c)
     name, threads = f"mix_backward_{DTYPES[u.dtype]}", torch.get_num_threads()
-    _call(name, *u.shape, threads, dout, u, wide, _wide(bias), dout, out, dweight, sums)
+    _call(name, *u.shape, threads, dout, u, wide, _wide(bias, u), dout, out, dweight, sums)
     return out, dout, dweight.sum(0), list(sums.sum(0))
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, stats: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    stats: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Layer norm over the channels. `takes_pixels` must hold.
 
@@ -181,11 +199,12 @@ def norm(
         eps: added to the variance.
         dtype: of the result.
         stats: return the second and third, too, and not None.
+        out: a map for the result.
 
     Returns:
         The result, (N, H, W, C), and each pixel's mean and reciprocal deviation, (N, H, W, 1) in x's type.
     """
-    out = torch.empty_like(x, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype) if out is None else out
     mean, rstd = (x.new_empty(*x.shape[:-1], 1) if stats else None for _ in range(2))
     name, pixels = f"norm_{PAIRS[x.dtype, dtype]}", x.shape[:-1].numel()
     _call(name, pixels, x.shape[-1], torch.get_num_threads(), x, weight, bias, float(eps), out, mean, rstd)
@@ -214,8 +233,10 @@ def norm_backward(
     return dweight, dbias
 
 
-def add_scaled(x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
-    """Writes ``x + y * scale * mask`` to `out`. `takes_pixels` must hold.
+def add_scaled(
+    x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, out: Tensor, bias: Tensor | None = None
+) -> None:
+    """Writes ``x + (y + bias) * scale * mask`` to `out`. `takes_pixels` must hold.
 
     Args:
         x: a map (N, H, W, C).
@@ -223,25 +244,33 @@ def add_scaled(x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, 
         scale: (C,) in x's type, or None for 1.
         mask: one number for each image, in x's type, or None for 1.
         out: the map for the result, of x's type.
+        bias: (C,) in x's type, or None for 0.
     """
     n, h, w, c = x.shape
     name = f"add_scaled_{PAIRS[x.dtype, y.dtype]}"
-    _call(name, n, h * w, c, torch.get_num_threads(), x, y, scale, mask, out)
+    _call(name, n, h * w, c, torch.get_num_threads(), x, y, bias, scale, mask, out)
 
 
-def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, overwrite: bool = False) -> Tensor:
     """``gelu(x) * scale + shift``, GELU and a norm whose statistics are fixed. `takes_gelu_affine` must hold.
 
     Args:
         x: a map (N, H, W, C).
         scale, shift: (C,), in the type of x or float32.
+        overwrite: let the result take the place of x, if it can.
 
     Returns:
         The result, (N, H, W, C) in x's type.
     """
-    out = torch.empty_like(x)
     pixels, c = x.shape[:-1].numel(), x.shape[-1]
-    _call(f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, _wide(scale), _wide(shift), out)
+    together = math.lcm(c, _lanes(x.dtype)) // c  # pixels whose channels fill vectors
+    if pixels % together == 0:
+        pixels, c, scale, shift = pixels // together, c * together, scale.repeat(together), shift.repeat(together)
+    # not with parts of vectors, of which some values are read once more after the result is written
+    out = x if overwrite and c % _lanes(x.dtype) == 0 else torch.empty_like(x)
+    _call(
+        f"gelu_affine_{DTYPES[x.dtype]}", pixels, c, torch.get_num_threads(), x, _wide(scale, x), _wide(shift, x), out
+    )
     return out
 
 

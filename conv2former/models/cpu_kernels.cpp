@@ -90,6 +90,14 @@ template <class Lanes, class Number> inline void load_weights(const Number* from
     }
 }
 
+// The `size` parameters of all channels, as many channels at a time as there are lanes.
+template <class Lanes, class Number> std::vector<Lanes> in_lanes(const Number* from, Index size, Index channels) {
+    std::vector<Lanes> result((channels + LANES<Lanes> - 1) / LANES<Lanes> * size);
+    for (Index c = 0; c < channels; c += LANES<Lanes>)
+        load_weights(from + c * size, size, int(std::min<Index>(LANES<Lanes>, channels - c)), &result[c / LANES<Lanes> * size]);
+    return result;
+}
+
 template <class Lanes, class Number> inline void store_weights(Number* to, Index size, int count, const Lanes* from) {
     for (Index i = 0; i < size; i++)
         for (int lane = 0; lane < count; lane++) to[lane * size + i] = from[i][lane];
@@ -250,6 +258,11 @@ struct Place {
     Index at(Index y, Index x) const { return ((image * shape.h + y) * shape.w + x) * shape.c + channel; }
 };
 
+// A number for each of the place's channels, or zeros if there are none.
+template <class Lanes, class Number> inline Lanes load_or_0(const Number* from, Place p) {
+    return from ? load(from + p.channel, p.count) : Lanes{};
+}
+
 // A processor foresees by itself what will be read or written only where it lies close together; neighbouring pixels do
 // not.
 template <class... T> inline void fetch(Index at, const T*... maps) { (__builtin_prefetch(maps + at), ...); }
@@ -275,26 +288,29 @@ template <class T> struct Modulate {
     Shape s;
     Index k;
     const T *a, *v;
-    const Number *weight, *bias;
+    const Number *a_bias, *v_bias;  // what a and v still lack, or null
+    const Lanes* weights;           // of all channels, see `in_lanes`
+    const Number* bias;
     T *context, *out;  // context: the convolution's result, or null
     Ring<Lanes> gelus{k, s.w};
-    std::vector<Lanes> w = std::vector<Lanes>(k * k), sums = std::vector<Lanes>(s.w + TILE);
+    std::vector<Lanes> sums = std::vector<Lanes>(s.w + TILE);
 
     void operator()(Place p) {
-        load_weights(weight + p.channel * k * k, k * k, p.count, w.data());
+        const Lanes* w = weights + p.channel / LANES<Lanes> * k * k;
         Lanes b = load(bias + p.channel, p.count);
+        Lanes to_a = load_or_0<Lanes>(a_bias, p), to_v = load_or_0<Lanes>(v_bias, p);
         Index loaded = 0;
         for (Index y = 0; y < s.h; y++) {
             for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
                 for (Index x = 0; x < s.w; x++) {
                     fetch(p.at(loaded + 1, x), a, v);
-                    gelus.row(loaded)[x] = gelu<T>(load(a + p.at(loaded, x), p.count));
+                    gelus.row(loaded)[x] = gelu<T>(load(a + p.at(loaded, x), p.count) + to_a);
                 }
-            convolve_row(gelus, s.h, s.w, y, w.data(), sums.data());
+            convolve_row(gelus, s.h, s.w, y, w, sums.data());
             for (Index x = 0; x < s.w; x++) {
                 Lanes sum = sums[x] + b;
                 if (context) store(context + p.at(y, x), sum, p.count);
-                store(out + p.at(y, x), sum * load(v + p.at(y, x), p.count), p.count);
+                store(out + p.at(y, x), sum * (load(v + p.at(y, x), p.count) + to_v), p.count);
             }
         }
     }
@@ -306,15 +322,15 @@ template <class T> struct ModulateBackward {
     Shape s;
     Index k;
     const T *dout, *a, *v, *context;
-    const Number* weight;
+    const Lanes* weights;  // of all channels, see `in_lanes`
     T *da, *dv, *out;
     Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result, a and v
     Ring<Lanes> gelus{k, s.w}, dcontexts{k, s.w};
-    std::vector<Lanes> w = std::vector<Lanes>(k * k), turned = w, dw = w, das = std::vector<Lanes>(s.w + TILE);
+    std::vector<Lanes> turned = std::vector<Lanes>(k * k), dw = turned, das = std::vector<Lanes>(s.w + TILE);
 
     void operator()(Place p) {
-        load_weights(weight + p.channel * k * k, k * k, p.count, w.data());
-        std::reverse_copy(w.begin(), w.end(), turned.begin());
+        const Lanes* w = weights + p.channel / LANES<Lanes> * k * k;
+        std::reverse_copy(w, w + k * k, turned.begin());
         std::fill(dw.begin(), dw.end(), Lanes{});
         Lanes dcontext_sum{}, da_sum{}, dv_sum{};
         Index loaded = 0;
@@ -355,14 +371,15 @@ template <class T> struct Mix {
     using Number = NumberFor<T>;
     Shape s;
     const T* u;
-    const Number *weight, *bias;
+    const Number *u_bias, *weight, *bias;  // u_bias: what u still lacks, or null
     T* out;
     Ring<Lanes> gelus{3, s.w};
 
     void fill(Place p, Index y) {
+        Lanes to_u = load_or_0<Lanes>(u_bias, p);
         for (Index x = 0; x < s.w; x++) {
             fetch(p.at(y + 1, x), u);
-            gelus.row(y)[x] = y < 0 || y >= s.h ? Lanes{} : gelu<T>(load(u + p.at(y, x), p.count));
+            gelus.row(y)[x] = y < 0 || y >= s.h ? Lanes{} : gelu<T>(load(u + p.at(y, x), p.count) + to_u);
         }
     }
 
@@ -525,18 +542,18 @@ void norm_backward(Index rows, Index w, Index c, Index threads, const T* dout, c
     }
 }
 
-// x + y * scale * mask; the scale is one for each channel and the mask one for each image, or they are null.
+// x + (y + bias) * scale * mask; bias and scale are one for each channel and the mask one for each image, or they are null.
 template <class X, class T>
-void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const T* y, const X* scale, const X* mask,
-                X* out) {
+void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const T* y, const X* bias, const X* scale,
+                const X* mask, X* out) {
     using Lanes = LanesFor<X>;
     const Channels<Lanes> channels(c);
     #pragma omp parallel for schedule(static) num_threads(int(threads))
     for (Index p = 0; p < n * pixels; p++) {
         X m = mask ? mask[p / pixels] : X(1);
         channels.each([&](Index i, Lanes) {
-            Lanes factor = scale ? load_all(scale + i) * m : channels.one * m;
-            store_all(out + p * c + i, load_all(x + p * c + i) + load_all(y + p * c + i) * factor);
+            Lanes factor = scale ? load_all(scale + i) * m : channels.one * m, shift = bias ? load_all(bias + i) : Lanes{};
+            store_all(out + p * c + i, load_all(x + p * c + i) + (load_all(y + p * c + i) + shift) * factor);
         });
     }
 }
@@ -622,22 +639,28 @@ void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberF
 // What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.
 #define FUNCTIONS(T, NAME)                                                                                             \
     extern "C" void modulate_##NAME(Index n, Index h, Index w, Index c, Index k, Index threads, const T* a, const T* v,  \
+                                    const NumberFor<T>* a_bias, const NumberFor<T>* v_bias,                            \
                                     const NumberFor<T>* weight, const NumberFor<T>* bias, T* context, T* out) {        \
         Shape s{n, h, w, c};                                                                                           \
-        for_all<LanesFor<T>>(s, threads, [&] { return Modulate<T>{s, k, a, v, weight, bias, context, out}; });         \
+        auto weights = in_lanes<LanesFor<T>>(weight, k * k, c);                                                        \
+        for_all<LanesFor<T>>(s, threads, [&] {                                                                         \
+            return Modulate<T>{s, k, a, v, a_bias, v_bias, weights.data(), bias, context, out};                        \
+        });                                                                                                            \
     }                                                                                                                  \
     extern "C" void modulate_backward_##NAME(Index n, Index h, Index w, Index c, Index k, Index threads, const T* dout,  \
                                              const T* a, const T* v, const T* context, const NumberFor<T>* weight,     \
                                              T* da, T* dv, T* out, NumberFor<T>* dweight, NumberFor<T>* sums) {        \
         Shape s{n, h, w, c};                                                                                           \
+        auto weights = in_lanes<LanesFor<T>>(weight, k * k, c);                                                        \
         for_all<LanesFor<T>>(s, threads, [&] {                                                                         \
-            return ModulateBackward<T>{s, k, dout, a, v, context, weight, da, dv, out, dweight, sums};                 \
+            return ModulateBackward<T>{s, k, dout, a, v, context, weights.data(), da, dv, out, dweight, sums};         \
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void mix_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* u,                            \
-                               const NumberFor<T>* weight, const NumberFor<T>* bias, T* out) {                         \
+                               const NumberFor<T>* u_bias, const NumberFor<T>* weight, const NumberFor<T>* bias,       \
+                               T* out) {                                                                               \
         Shape s{n, h, w, c};                                                                                           \
-        for_all<LanesFor<T>>(s, threads, [&] { return Mix<T>{s, u, weight, bias, out}; });                             \
+        for_all<LanesFor<T>>(s, threads, [&] { return Mix<T>{s, u, u_bias, weight, bias, out}; });                     \
     }                                                                                                                  \
     extern "C" void mix_backward_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* dout, const T* u,    \
                                         const NumberFor<T>* weight, const NumberFor<T>* bias, T* du, T* out,           \
@@ -680,8 +703,8 @@ FUNCTIONS(Bfloat16, bfloat16)
         norm_backward(rows, w, c, threads, dout, x, weight, mean, rstd, residual, dx, sums);                           \
     }                                                                                                                  \
     extern "C" void add_scaled_##NAME(Index n, Index pixels, Index c, Index threads, const X* x, const T* y,           \
-                                      const X* scale, const X* mask, X* out) {                                         \
-        add_scaled(n, pixels, c, threads, x, y, scale, mask, out);                                                     \
+                                      const X* bias, const X* scale, const X* mask, X* out) {                          \
+        add_scaled(n, pixels, c, threads, x, y, bias, scale, mask, out);                                               \
     }
 
 FUNCTIONS_AROUND(float, float, float32_float32)

@@ -281,10 +281,14 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     What the backward pass needs is added to `kept`, if there is such a list.
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
-    out_w, out_b, *ins = _cast(half, out_w, out_b, *ins)
     xs = _nhwc(x)
     out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
+    same = half.middle.infer_from is not None and out.dtype == norm_w.dtype
+    if kept is None and same and compiled.takes_pixels(xs, norm_w.dtype, half.dtype):
+        _infer(half, xs, mask, params, out, step)
+        return _nchw(out)
+    conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
+    out_w, out_b, *ins = _cast(half, out_w, out_b, *ins)
     for part in _parts(xs, step):
         h, *stats = _norm(half, xs[part], norm_w, norm_b, kept is not None)
         if kept is None:
@@ -296,6 +300,28 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
         y = half.middle.linear(s, out_w, out_b)
         _add_scaled(xs[part], y, gamma, None if mask is None else mask[part], out[part])
     return _nchw(out)
+
+
+def _infer(half: _Half, xs: Tensor, mask: Tensor | None, params: tuple, out: Tensor, step: int) -> None:
+    """Does what `_run` does, with compiled functions and nothing kept, for x (N, H, W, C).
+
+    They add the biases of the linears, and all parts are computed in the same memory.
+    """
+    norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
+    wo, *ws = _cast(half, out_w, *ins[::2])
+    first = xs[:step]
+    h = torch.empty_like(first, dtype=half.dtype)
+    us = [h.new_empty(*first.shape[:-1], len(w)) for w in ws]
+    for part in _parts(xs, step):
+        x = xs[part]
+        if len(x) < len(h):
+            h, us = h[: len(x)], [u[: len(x)] for u in us]
+        compiled.norm(x, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+        for u, w in zip(us, ws, strict=True):
+            torch.mm(_rows(h), w.t(), out=_rows(u))
+        s = half.middle.infer_from(us, ins[1::2], conv_w, conv_b)
+        torch.mm(_rows(s), wo.t(), out=_rows(h))
+        compiled.add_scaled(x, h, gamma, None if mask is None else mask[part], out[part], out_b)
 
 
 def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor, stats: bool = True) -> tuple[Any, ...]:
@@ -482,12 +508,12 @@ def stem_applies(stem: Any, x: Tensor) -> bool:
 def forward_stem(stem: Any, x: Tensor) -> Tensor:
     """Computes the stem, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `stem_applies` must hold."""
     dtype = _autocast_dtype(x) or x.dtype
-    x = stem.conv1(x)
+    x = stem.conv1(channels_last(x.to(dtype)))  # in this order, since fewer bytes are moved
     if not torch.is_grad_enabled():
         for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = norm.bias - norm.running_mean * scale
-            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), scale, shift)))
+            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), scale, shift, overwrite=True)))
         return x
     for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
         norm.num_batches_tracked.add_(1)
@@ -560,6 +586,7 @@ class _Modulation:
 
     linear: Any = staticmethod(cpu_ops.linear)
     conv_weights: Any = staticmethod(_cast)
+    infer_from: Any = None  # `infer`, of the linears' results without their biases
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -601,6 +628,7 @@ class _Mixing:
 
     linear: Any = staticmethod(cpu_ops.linear)
     conv_weights: Any = staticmethod(_cast)
+    infer_from: Any = None
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -648,6 +676,11 @@ class _ModulationCompiled(_Modulation):
         return compiled.modulate(a, v, weight, bias, out=v)
 
     @staticmethod
+    def infer_from(us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        a, v = us
+        return compiled.modulate(a, v, weight, bias, out=v, biases=biases)
+
+    @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
         context = torch.empty_like(us[0])
         return compiled.modulate(us[0], us[1], weight, bias, context), context
@@ -673,6 +706,10 @@ class _MixingCompiled(_Mixing):
     def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
         u = cpu_ops.linear(h, *ins)
         return compiled.mix(u, weight, bias, out=u)
+
+    @staticmethod
+    def infer_from(us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        return compiled.mix(us[0], weight, bias, out=us[0], u_bias=biases[0])
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:

@@ -58,6 +58,9 @@ def test_modulation(shape, kernel_size, dtype):
     values = v.clone()
     assert compiled.modulate(a, values, weight, bias, out=values) is values
     assert torch.equal(values, out)
+    a_bias, v_bias = random(5, shape[-1]), random(6, shape[-1])
+    shifted = conv_dw(F.gelu(a.double() + a_bias), exact[2], exact[3]) * (v.double() + v_bias)
+    check([compiled.modulate(a, v, weight, bias, biases=(a_bias, v_bias))], [shifted], dtype)
 
     overwritten = dout.clone()
     ours = compiled.modulate_backward(overwritten, a, v, context, weight)
@@ -81,6 +84,10 @@ def test_mixing(shape, dtype):
     hidden = u.clone()
     assert compiled.mix(hidden, weight, bias, out=hidden) is hidden
     assert torch.equal(hidden, out)
+    u_bias = random(4, shape[-1])
+    g = F.gelu(u.double() + u_bias)
+    shifted = g + F.gelu(conv_dw(g, exact[1], exact[2]))
+    check([compiled.mix(u, weight, bias, u_bias=u_bias)], [shifted], dtype)
 
     overwritten = dout.clone()
     ours = compiled.mix_backward(overwritten, u, weight, bias)
@@ -113,6 +120,9 @@ def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels
     check([out], [exact_out], inner)
     moments = exact[0].mean(-1, keepdim=True), (exact[0].var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()
     check([mean, rstd], list(moments), dtype)
+    given = torch.empty_like(out)
+    assert compiled.norm(x, weight, bias, 1e-6, inner, stats=False, out=given) == (given, None, None)
+    assert torch.equal(given, out)
 
     dout, residual = random(4, *shape, dtype=inner), random(5, *shape, dtype=dtype)
     dx, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
@@ -124,6 +134,9 @@ def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels
     for scale, factor in ((gamma, mask), (gamma, None), (None, mask), (None, None)):
         compiled.add_scaled(x, y, scale, factor, ours)
         product = y.double() * (1 if scale is None else scale) * (1 if factor is None else factor)
+        check([ours], [x.double() + product], dtype)
+        compiled.add_scaled(x, y, scale, factor, ours, bias)
+        product = (y.double() + bias) * (1 if scale is None else scale) * (1 if factor is None else factor)
         check([ours], [x.double() + product], dtype)
 
 
@@ -149,7 +162,11 @@ def test_gelu_and_batch_norm(channels, dtype):
     check([mean, var], [z.mean((0, 1, 2)), z.var((0, 1, 2), correction=0)], parameters)
     grads = compiled.gelu_norm_backward(dout, x, weight, mean, (var + 1e-5).rsqrt())
     check(list(grads), list(torch.autograd.grad(exact_out, exact, dout.double())), dtype)
-    check([compiled.gelu_affine(x, weight, bias)], [z * weight + bias], dtype)
+    for images in (x, x[:1, :3, :5].contiguous()):  # of 36 channels, some pixels together fill vectors, and 15 do not
+        affine = compiled.gelu_affine(images, weight, bias)
+        check([affine], [F.gelu(images.double()) * weight + bias], dtype)
+        overwritten = images.clone()
+        assert torch.equal(compiled.gelu_affine(overwritten, weight, bias, overwrite=True), affine)
 
 
 @needs_compiler
@@ -161,7 +178,7 @@ def test_the_stem(dtype, autocast, bound, monkeypatch):
     used = []
     for name in ("gelu_norm", "gelu_norm_backward", "gelu_affine"):
         real = getattr(compiled, name)
-        monkeypatch.setattr(compiled, name, lambda *a, real=real, name=name: (used.append(name), real(*a))[1])
+        monkeypatch.setattr(compiled, name, lambda *a, real=real, name=name, **k: (used.append(name), real(*a, **k))[1])
     torch.manual_seed(0)
     stem, plain, exact = (Stem(3, 72, fused, dtype=dtype) for fused in (True, False, False))
     exact.double()
