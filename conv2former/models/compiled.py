@@ -11,6 +11,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ PAIRS = {
     (torch.float32, torch.bfloat16): "float32_bfloat16",
     (torch.float64, torch.float64): "float64_float64",
 }
+_functions: dict[str, Any] = {}  # that were called before
 watchers: list[Callable[[tuple], None]] = []  # called with the arguments of every call, by who counts memory traffic
 
 
@@ -66,15 +68,20 @@ def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Calls a function of `cpu_kernels.cpp`."""
-    library = compiling.library(SOURCE)
-    assert library is not None  # or `usable` would have said so
-    function = getattr(library, name)
-    if function.argtypes is None:
-        types = {int: ctypes.c_int64, float: ctypes.c_double}
-        function.restype, function.argtypes = None, [types.get(type(a), ctypes.c_void_p) for a in arguments]
+    function = _functions.get(name) or _function(name, arguments)
     for watch in watchers:
         watch(arguments)
     function(*map(_pass, arguments))
+
+
+def _function(name: str, arguments: tuple) -> Any:
+    """Returns a function, which is found faster the next time. Arguments are of the same types in every call."""
+    library = compiling.library(SOURCE)
+    assert library is not None  # or `usable` would have said so
+    function, types = getattr(library, name), {int: ctypes.c_int64, float: ctypes.c_double}
+    function.restype, function.argtypes = None, [types.get(type(a), ctypes.c_void_p) for a in arguments]
+    _functions[name] = function
+    return function
 
 
 def _pass(argument: Tensor | int | float | None) -> int | float | None:
@@ -87,7 +94,8 @@ def _pass(argument: Tensor | int | float | None) -> int | float | None:
 
 def _wide(parameter: Tensor, x: Tensor) -> Tensor:
     """Returns a parameter in the type that maps like `x` are computed with."""
-    return parameter.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return parameter if parameter.dtype is dtype and parameter.is_contiguous() else parameter.to(dtype).contiguous()
 
 
 def modulate(

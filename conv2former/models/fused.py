@@ -119,20 +119,27 @@ def _is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
     attn, mlp = block.attn, block.mlp
     if type(attn) is not ConvMod or type(mlp) is not ConvMlp:
         return False
-    # looked up here rather than as attributes, which takes a module ten times as long: this is done in every step
+    # This is done for every block in every step. A module's attributes take ten times as long as these dictionaries.
     attns, mlps, rest = attn._modules, mlp._modules, block._modules
-    scales, drop_path = (rest["ls1"], rest["ls2"]), rest["drop_path"]
-    acts = (attns["act"], mlps["act"])
-    return (
-        all(_is_linear(layer, dtype) for layer in (attns["a"], attns["v"], attns["proj"], mlps["fc1"], mlps["fc2"]))
-        and all(_is_conv_dw(layer, dtype) for layer in (attns["conv_dw"], mlps["conv_dw"]))
-        and mlp.conv_dw.kernel_size == (3, 3)
-        and all(type(layer) is LayerNorm2d and _is_plain(layer, dtype) for layer in (attns["norm"], mlps["norm"]))
-        and all(type(layer) is nn.GELU and layer.approximate == "none" for layer in acts)
-        and all(type(layer) is nn.Identity or _is_scale(layer, dtype) for layer in scales)
-        and type(drop_path) in (DropPath, nn.Identity)
-        and not any(_is_watched(layer) for layer in (attn, mlp, *acts, *scales, drop_path))
-    )
+    drop_path: Any = rest["drop_path"]
+    for layer in (attns["a"], attns["v"], attns["proj"], mlps["fc1"], mlps["fc2"]):
+        if not _is_linear(layer, dtype):
+            return False
+    for layer in (attns["conv_dw"], mlps["conv_dw"]):
+        if not _is_conv_dw(layer, dtype):
+            return False
+    for layer in (attns["norm"], mlps["norm"]):
+        if type(layer) is not LayerNorm2d or not _is_plain(layer, dtype):
+            return False
+    for layer in (attns["act"], mlps["act"]):
+        if type(layer) is not nn.GELU or layer.approximate != "none" or _is_watched(layer):
+            return False
+    for layer in (rest["ls1"], rest["ls2"]):
+        if not (type(layer) is nn.Identity or _is_scale(layer, dtype)) or _is_watched(layer):
+            return False
+    if type(drop_path) not in (DropPath, nn.Identity) or _is_watched(drop_path):
+        return False
+    return mlp.conv_dw.kernel_size == (3, 3) and not _is_watched(attn) and not _is_watched(mlp)
 
 
 def _is_watched(layer: Any) -> bool:
@@ -148,7 +155,7 @@ def _is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _is_weight(weight: Any, dtype: torch.dtype | None) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype == dtype
+    return (type(weight) is nn.Parameter or type(weight) is Tensor) and weight.dtype is dtype
 
 
 def _is_scale(layer: Any, dtype: torch.dtype | None) -> bool:
@@ -221,7 +228,7 @@ def _drop_mask(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | 
     return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Half:
     """What a half consists of besides tensors.
 
@@ -309,18 +316,19 @@ def _infer(half: _Half, xs: Tensor, mask: Tensor | None, params: tuple, out: Ten
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     wo, *ws = _cast(half, out_w, *ins[::2])
+    wo, *ws = [w.t() for w in (wo, *ws)]
     first = xs[:step]
     h = torch.empty_like(first, dtype=half.dtype)
-    us = [h.new_empty(*first.shape[:-1], len(w)) for w in ws]
+    us = [h.new_empty(*first.shape[:-1], w.shape[1]) for w in ws]
     for part in _parts(xs, step):
         x = xs[part]
         if len(x) < len(h):
             h, us = h[: len(x)], [u[: len(x)] for u in us]
         compiled.norm(x, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
         for u, w in zip(us, ws, strict=True):
-            torch.mm(_rows(h), w.t(), out=_rows(u))
+            torch.mm(h.view(-1, h.shape[-1]), w, out=u.view(-1, u.shape[-1]))
         s = half.middle.infer_from(us, ins[1::2], conv_w, conv_b)
-        torch.mm(_rows(s), wo.t(), out=_rows(h))
+        torch.mm(s.view(-1, s.shape[-1]), wo, out=h.view(-1, h.shape[-1]))
         compiled.add_scaled(x, h, gamma, None if mask is None else mask[part], out[part], out_b)
 
 
