@@ -65,17 +65,26 @@ class Downsample(nn.Module):
     then at the end only, which keeps the kernel on the pixels that it would see with stride 2.
     """
 
-    def __init__(self, in_dim: int, dim: int, dilation: int | None = None, **dd: Any) -> None:
+    fused: bool = True  # for pickles that have no such attribute
+
+    def __init__(self, in_dim: int, dim: int, dilation: int | None = None, fused: bool = True, **dd: Any) -> None:
         super().__init__()
+        self.fused = fused
         self.pad = dilation or 0
         self.norm = LayerNorm2d(in_dim, eps=1e-6, **dd)
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=1 if dilation else 2, dilation=dilation or 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        if self.pad > 0:
-            x = F.pad(x, (0, self.pad, 0, self.pad))
-        return self.conv(x)
+        return self.conv(self._pad(self._norm(x)))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused and fused.norm_applies(self, x):
+                return fused.forward_norm(self, x)
+        return self.norm(x)
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, self.pad, 0, self.pad)) if self.pad > 0 else x
 
 
 class Stage(nn.Module):
@@ -182,10 +191,10 @@ class Conv2Former(RenamesForeignKeys):
         for i in range(4):
             downsample: nn.Module = nn.Identity()
             if i > 0 and stride < output_stride:
-                downsample = Downsample(dims[i - 1], dims[i], **dd)
+                downsample = Downsample(dims[i - 1], dims[i], None, fused, **dd)
                 stride *= 2
             elif i > 0:
-                downsample = Downsample(dims[i - 1], dims[i], dilation=dilation, **dd)
+                downsample = Downsample(dims[i - 1], dims[i], dilation, fused, **dd)
                 dilation *= 2
             blocks = [
                 Conv2FormerBlock(

@@ -105,9 +105,18 @@ template <class Lanes, class Number> inline void store_weights(Number* to, Index
 
 // ------------------------------------------------------------------------------------------------------------- GELU
 
+// The larger and the smaller of two numbers, or NaN if the second is.
+#if LANE_BYTES == 64
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
+
 // 2^y for y <= 0, within 1.3e-7 of the value; below -100 it stays 2^-100, since processors are slow with still less.
 inline Floats exp2(Floats y) {
-    y = y < -100.0f ? Floats{} - 100.0f : y;
+    y = larger(Floats{} - 100.0f, y);
     constexpr float rounding = 12582912.0f + 127.0f;  // from 2^23 on, floats are integers: the last bits are y's exponent
     Floats shifted = y + rounding;
     Floats rest = y - (shifted - rounding);
@@ -152,9 +161,7 @@ template <> inline Floats gelu<Bfloat16>(Floats x) {
     below = below * square - 6.60769877e-2f;
     below = below * square + 3.98761914e-1f;
     below = below * x + 0.5f;
-    below = below < 0.0f ? Floats{} : below;
-    below = below > 1.0f ? Floats{} + 1.0f : below;
-    return x * below;
+    return x * smaller(Floats{} + 1.0f, larger(Floats{}, below));
 }
 
 template <class Lanes> struct Gelu { Lanes value, slope; };

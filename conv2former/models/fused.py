@@ -36,7 +36,17 @@ from . import compiled, cpu_ops, kernels
 if TYPE_CHECKING:
     from .block import Conv2FormerBlock, ConvMlp, ConvMod
 
-__all__ = ["applies", "channels_last", "forward", "forward_stem", "kernel_applies", "stem_applies", "weights"]
+__all__ = [
+    "applies",
+    "channels_last",
+    "forward",
+    "forward_norm",
+    "forward_stem",
+    "kernel_applies",
+    "norm_applies",
+    "stem_applies",
+    "weights",
+]
 
 # Hidden values that go through a half together on a CPU: some MB for each thread, the size of a cache. Of the threads
 # at the start, because their number may change before the backward pass.
@@ -528,6 +538,31 @@ def forward_stem(stem: Any, x: Tensor) -> Tensor:
         with _without_autocast(x):
             x = _NormedConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv, dtype)
     return x
+
+
+def norm_applies(downsample: Any, x: Tensor) -> bool:
+    """Says whether `forward_norm` computes for `x` what the downsampling's norm would, with nobody to notice."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or _transformed(x):
+        return False
+    if x.dim() != 4 or not x.is_cpu or not x.is_contiguous(memory_format=torch.channels_last) or _is_anyone_looking():
+        return False
+    plain = type(downsample.norm) is LayerNorm2d and _is_plain(downsample.norm, x.dtype)
+    return (
+        plain
+        and type(downsample.conv) is nn.Conv2d
+        and not _is_watched(downsample.conv)
+        and compiled.takes_pixels(_nhwc(x), x.dtype, _autocast_dtype(x) or x.dtype)
+    )
+
+
+def forward_norm(downsample: Any, x: Tensor) -> Tensor:
+    """Computes a downsampling's norm without gradients, in the type that autocast has for the convolution after it.
+
+    That is the compiled function of the blocks. `norm_applies` must hold.
+    """
+    norm, dtype = downsample.norm, _autocast_dtype(x) or x.dtype
+    h, *_ = compiled.norm(_nhwc(x), norm.weight, norm.bias, norm.eps, dtype, stats=False)
+    return _nchw(h)
 
 
 class _NormedConv(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conv2former.models import compiled
-from conv2former.models.backbone import Stem
+from conv2former.models.backbone import Downsample, Stem
 
 needs_compiler = pytest.mark.skipif(not compiled.usable(torch.float32), reason="no C++ compiler")
 BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 8e-3}
@@ -273,3 +273,31 @@ def test_switched_off(monkeypatch):
 
 def test_types_without_functions():
     assert not compiled.usable(torch.float16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dilation", [None, 2])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
+def test_the_norm_of_a_downsampling(dtype, autocast, dilation, monkeypatch):
+    used = []
+    real = compiled.norm
+    monkeypatch.setattr(compiled, "norm", lambda *a, **k: (used.append(1), real(*a, **k))[1])
+    torch.manual_seed(0)
+    ours, plain = (Downsample(24, 32, dilation, fused, dtype=dtype) for fused in (True, False))
+    for p in plain.parameters():
+        torch.nn.init.normal_(p)
+    ours.load_state_dict(plain.state_dict())
+    x = random(0, 2, 24, 6, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for module in (ours, plain):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(module(x))
+    check([results[0]], [results[1].double()], torch.bfloat16 if autocast else dtype)
+    assert results[0].dtype == results[1].dtype
+    assert used == [1]
+    ours(x)  # with gradients
+    seen = []
+    ours.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours(x)
+    assert (used, seen) == ([1], [dtype])

@@ -310,7 +310,7 @@ def test_a_network_of_ones_own_in_another_process(store, tmp_path):
          ("zzz.deep", True)]
     )  # fmt: skip
     with torch.inference_mode():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected(torch.ones(1, 3, 64, 64)))
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected(torch.ones(1, 3, 64, 64)))
 
 
 def test_the_users_own_definition_outweighs_the_stored_one(store):
