@@ -193,8 +193,6 @@ def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = _autocast_dtype(x) or x.dtype
     with _without_autocast(x):  # the types are chosen here
-        if x.is_cpu and not torch.is_grad_enabled():
-            x = x.to(attn.norm.weight.dtype)  # which the first half's result has anyway
         x = _half(_Modulation, block, x, dtype, attn.norm, (attn.a, attn.v), attn.conv_dw, attn.proj, block.ls1)
         return _half(_Mixing, block, x, dtype, mlp.norm, (mlp.fc1,), mlp.conv_dw, mlp.fc2, block.ls2)
 
@@ -298,12 +296,13 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     What the backward pass needs is added to `kept`, if there is such a list.
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
+    dtype = _out_dtype(half, x, gamma)
+    if kept is None and half.middle.infer_from is not None and dtype == norm_w.dtype:
+        x = x.to(dtype)  # which it would be in the sum, too
+        if compiled.takes_pixels(_nhwc(x), dtype, half.dtype):
+            return _infer(half, x, mask, params, step)
     xs = _nhwc(x)
-    out = xs.new_empty(xs.shape, dtype=_out_dtype(half, x, gamma))
-    same = half.middle.infer_from is not None and out.dtype == norm_w.dtype
-    if kept is None and same and compiled.takes_pixels(xs, norm_w.dtype, half.dtype):
-        _infer(half, xs, mask, params, out, step)
-        return _nchw(out)
+    out = xs.new_empty(xs.shape, dtype=dtype)
     conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
     out_w, out_b, *ins = _cast(half, out_w, out_b, *ins)
     for part in _parts(xs, step):
@@ -319,27 +318,29 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     return _nchw(out)
 
 
-def _infer(half: _Half, xs: Tensor, mask: Tensor | None, params: tuple, out: Tensor, step: int) -> None:
-    """Does what `_run` does, with compiled functions and nothing kept, for x (N, H, W, C).
+def _infer(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, step: int) -> Tensor:
+    """Does what `_run` does, with compiled functions and nothing kept; x is in the result's type.
 
     They add the biases of the linears, and all parts are computed in the same memory.
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     wo, *ws = _cast(half, out_w, *ins[::2])
     wo, *ws = [w.t() for w in (wo, *ws)]
-    first = xs[:step]
+    xs = _nhwc(x)
+    out, first = torch.empty_like(xs), xs[:step]
     h = torch.empty_like(first, dtype=half.dtype)
     us = [h.new_empty(*first.shape[:-1], w.shape[1]) for w in ws]
     for part in _parts(xs, step):
-        x = xs[part]
-        if len(x) < len(h):
-            h, us = h[: len(x)], [u[: len(x)] for u in us]
-        compiled.norm(x, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+        images = xs[part]
+        if len(images) < len(h):
+            h, us = h[: len(images)], [u[: len(images)] for u in us]
+        compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
         for u, w in zip(us, ws, strict=True):
             torch.mm(h.view(-1, h.shape[-1]), w, out=u.view(-1, u.shape[-1]))
         s = half.middle.infer_from(us, ins[1::2], conv_w, conv_b)
         torch.mm(s.view(-1, s.shape[-1]), wo, out=h.view(-1, h.shape[-1]))
-        compiled.add_scaled(x, h, gamma, None if mask is None else mask[part], out[part], out_b)
+        compiled.add_scaled(images, h, gamma, None if mask is None else mask[part], out[part], out_b)
+    return _nchw(out)
 
 
 def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor, stats: bool = True) -> tuple[Any, ...]:

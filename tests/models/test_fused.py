@@ -516,3 +516,25 @@ def test_memory_of_a_training_step(name, fp32, bf16):
     assert bytes_held(model, images, torch.bfloat16) / 2e6 < bf16
     model.set_grad_checkpointing()
     assert bytes_held(model, images) / 2e6 < fp32 / 2, "whole blocks keep still less"
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("came_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_without_gradients(layer_scale, came_in, autocast, drop_path, monkeypatch):
+    """Of any type that may come in, a few images at a time, as the modules' values and type."""
+    if came_in == torch.bfloat16 and autocast is None:
+        pytest.skip("not without autocast")
+    block = make_block(torch.float32, ls_init_value=layer_scale, drop_path=drop_path)
+    x = make_images(torch.float32).to(came_in)
+    monkeypatch.setattr(fused, "CHUNK", 2 * 9 * 10 * DIM * 4)
+    answers = []
+    for module in (block, plain(block)):
+        torch.manual_seed(2)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            answers.append(module(x))
+    ours, theirs = answers
+    assert ours.dtype == theirs.dtype
+    assert relative(ours, theirs) < (1e-5 if autocast is None else 2e-2)
+    assert torch.equal(x, make_images(torch.float32).to(came_in))
