@@ -197,6 +197,14 @@ template <class Lanes> struct Ring {
     Lanes* row(Index y) { return with_border(y) + k / 2; }                // from column 0
 };
 
+// Keeps the compiler from holding what was read from there for the next round of a loop. AVX2's 16 registers are needed for
+// the sums; AVX-512's 32 take both.
+template <class Lanes> inline void read_anew([[maybe_unused]] const Lanes*& from) {
+#if LANE_BYTES == 32
+    asm("" : "+r"(from));
+#endif
+}
+
 // sums[x] = sum over ky, kx of weight[ky][kx] * map[y + ky - k / 2][x + kx - k / 2], for COUNT columns from `first`
 template <int COUNT, class Lanes>
 inline void convolve(Ring<Lanes>& ring, Index h, Index y, Index first, const Lanes* weight, Lanes* sums) {
@@ -204,10 +212,11 @@ inline void convolve(Ring<Lanes>& ring, Index h, Index y, Index first, const Lan
     Lanes total[COUNT] = {};
     for (Index ky = std::max<Index>(0, r - y); ky < std::min(k, h + r - y); ky++) {
         const Lanes* row = ring.with_border(y + ky - r) + first;
-        for (Index kx = 0; kx < k; kx++) {
+        for (Index kx = 0; kx < k; kx++, row++) {
+            read_anew(row);
             Lanes w = weight[ky * k + kx];
             #pragma GCC unroll 16
-            for (int i = 0; i < COUNT; i++) total[i] += w * row[kx + i];
+            for (int i = 0; i < COUNT; i++) total[i] += w * row[i];
         }
     }
     #pragma GCC unroll 16
@@ -226,10 +235,11 @@ inline void convolve_row(Ring<Lanes>& ring, Index h, Index w, Index y, const Lan
 template <int COUNT, class Lanes>
 inline void correlate(const Lanes* grad, const Lanes* row, Index w, Lanes* total) {
     Lanes sums[COUNT] = {};
-    for (Index x = 0; x < w; x++) {
+    for (Index x = 0; x < w; x++, row++) {
+        read_anew(row);
         Lanes d = grad[x];
         #pragma GCC unroll 16
-        for (int i = 0; i < COUNT; i++) sums[i] += d * row[x + i];
+        for (int i = 0; i < COUNT; i++) sums[i] += d * row[i];
     }
     #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++) total[i] += sums[i];
@@ -244,11 +254,31 @@ inline void correlate_row(const Lanes* grad, const Lanes* row, Index w, Index k,
     for (; k >= 1; k -= 1, row += 1, total += 1) correlate<1>(grad, row, w, total);
 }
 
-// One column of a 3 x 3 convolution; the rows begin a column to its left.
-template <class Lanes>
-inline Lanes convolve3(const Lanes* above, const Lanes* here, const Lanes* below, const Lanes* w) {
-    return above[0] * w[0] + above[1] * w[1] + above[2] * w[2] + here[0] * w[3] + here[1] * w[4] + here[2] * w[5] +
-           below[0] * w[6] + below[1] * w[7] + below[2] * w[8];
+// A row of a 3 x 3 convolution. It is a loop of its own, as are those of GELU and of the weight's gradient, because each
+// needs nearly all registers.
+template <class Lanes> inline void convolve3_row(Ring<Lanes>& ring, Index w, Index y, const Lanes* weight, Lanes* sums) {
+    const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
+    for (Index x = 0; x < w; x++, above++, here++, below++)
+        sums[x] = above[0] * weight[0] + above[1] * weight[1] + above[2] * weight[2] + here[0] * weight[3] +
+                  here[1] * weight[4] + here[2] * weight[5] + below[0] * weight[6] + below[1] * weight[7] +
+                  below[2] * weight[8];
+}
+
+// What a row adds to the gradient of its weight.
+template <class Lanes> inline void correlate3_row(const Lanes* grad, Ring<Lanes>& ring, Index w, Index y, Lanes* total) {
+    const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
+    Lanes sums[9] = {};
+    for (Index x = 0; x < w; x++, above++, here++, below++) {
+        read_anew(above), read_anew(here), read_anew(below);
+        Lanes d = grad[x];
+        #pragma GCC unroll 3
+        for (int i = 0; i < 3; i++) {
+            sums[i] += d * above[i];
+            sums[3 + i] += d * here[i];
+            sums[6 + i] += d * below[i];
+        }
+    }
+    for (int i = 0; i < 9; i++) total[i] += sums[i];
 }
 
 // -------------------------------------------------------------------------------------------------------- the tasks
@@ -308,14 +338,17 @@ template <class T> struct Modulate {
         Lanes to_a = load_or_0<Lanes>(a_bias, p), to_v = load_or_0<Lanes>(v_bias, p);
         Index loaded = 0;
         for (Index y = 0; y < s.h; y++) {
-            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
+            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++) {
+                Lanes* row = gelus.row(loaded);
                 for (Index x = 0; x < s.w; x++) {
                     fetch(p.at(loaded + 1, x), a, v);
-                    gelus.row(loaded)[x] = gelu<T>(load(a + p.at(loaded, x), p.count) + to_a);
+                    row[x] = gelu<T>(load(a + p.at(loaded, x), p.count) + to_a);
                 }
+            }
             convolve_row(gelus, s.h, s.w, y, w, sums.data());
+            const Lanes* conv = sums.data();
             for (Index x = 0; x < s.w; x++) {
-                Lanes sum = sums[x] + b;
+                Lanes sum = conv[x] + b;
                 if (context) store(context + p.at(y, x), sum, p.count);
                 store(out + p.at(y, x), sum * (load(v + p.at(y, x), p.count) + to_v), p.count);
             }
@@ -342,25 +375,28 @@ template <class T> struct ModulateBackward {
         Lanes dcontext_sum{}, da_sum{}, dv_sum{};
         Index loaded = 0;
         for (Index y = 0; y < s.h; y++) {
-            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++)
+            for (; loaded < std::min(s.h, y + k / 2 + 1); loaded++) {
+                Lanes *row = gelus.row(loaded), *dcontext = dcontexts.row(loaded);
                 for (Index x = 0; x < s.w; x++) {
                     fetch(p.at(loaded + 1, x), dout, a, v, context);
                     prepare(p.at(loaded + 1, x), dv, out);
                     Index at = p.at(loaded, x);
                     Lanes d = load(dout + at, p.count), value = load(v + at, p.count);
                     Lanes sum = load(context + at, p.count);
-                    gelus.row(loaded)[x] = gelu<T>(load(a + at, p.count));
-                    dcontexts.row(loaded)[x] = d * value;
+                    row[x] = gelu<T>(load(a + at, p.count));
+                    dcontext[x] = d * value;
                     dcontext_sum += d * value;
                     dv_sum += d * sum;
                     store(dv + at, d * sum, p.count);
                     store(out + at, sum * value, p.count);
                 }
+            }
             for (Index ky = std::max<Index>(0, k / 2 - y); ky < std::min(k, s.h + k / 2 - y); ky++)
                 correlate_row(dcontexts.row(y), gelus.with_border(y + ky - k / 2), s.w, k, &dw[ky * k]);
             convolve_row(dcontexts, s.h, s.w, y, turned.data(), das.data());
+            const Lanes* dgelu = das.data();
             for (Index x = 0; x < s.w; x++) {
-                Lanes d = das[x] * gelu_and_slope(load(a + p.at(y, x), p.count)).slope;
+                Lanes d = dgelu[x] * gelu_and_slope(load(a + p.at(y, x), p.count)).slope;
                 da_sum += d;
                 store(da + p.at(y, x), d, p.count);
             }
@@ -381,12 +417,13 @@ template <class T> struct Mix {
     const Number *u_bias, *weight, *bias;  // u_bias: what u still lacks, or null
     T* out;
     Ring<Lanes> gelus{3, s.w};
+    std::vector<Lanes> convs = std::vector<Lanes>(s.w);
 
     void fill(Place p, Index y) {
-        Lanes to_u = load_or_0<Lanes>(u_bias, p);
+        Lanes to_u = load_or_0<Lanes>(u_bias, p), *row = gelus.row(y);
         for (Index x = 0; x < s.w; x++) {
             fetch(p.at(y + 1, x), u);
-            gelus.row(y)[x] = y < 0 || y >= s.h ? Lanes{} : gelu<T>(load(u + p.at(y, x), p.count) + to_u);
+            row[x] = y < 0 || y >= s.h ? Lanes{} : gelu<T>(load(u + p.at(y, x), p.count) + to_u);
         }
     }
 
@@ -397,10 +434,9 @@ template <class T> struct Mix {
         fill(p, 0);
         for (Index y = 0; y < s.h; y++) {
             fill(p, y + 1);
-            const Lanes *above = gelus.with_border(y - 1), *here = gelus.with_border(y);
-            const Lanes* below = gelus.with_border(y + 1);
-            for (Index x = 0; x < s.w; x++)
-                store(out + p.at(y, x), here[x + 1] + gelu<T>(convolve3(above + x, here + x, below + x, w) + b), p.count);
+            convolve3_row(gelus, s.w, y, w, convs.data());
+            const Lanes *row = gelus.row(y), *conv = convs.data();
+            for (Index x = 0; x < s.w; x++) store(out + p.at(y, x), row[x] + gelu<T>(conv[x] + b), p.count);
         }
     }
 };
@@ -414,13 +450,32 @@ template <class T> struct MixBackward {
     T *du, *out;
     Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result and of u
     Ring<Lanes> gelus{3, s.w}, slopes{3, s.w}, dconvs{3, s.w};
+    std::vector<Lanes> convs = std::vector<Lanes>(s.w);
+
+    // Row y of the convolution's result, and its gradient.
+    void convolve(Place p, Index y, const Lanes* w, Lanes b, Lanes* dw, Lanes& dconv_sum) {
+        convolve3_row(gelus, s.w, y, w, convs.data());
+        const Lanes *row = gelus.row(y), *conv = convs.data();
+        Lanes* dconv = dconvs.row(y);
+        for (Index x = 0; x < s.w; x++) {
+            fetch(p.at(y + 1, x), dout);
+            prepare(p.at(y + 1, x), out);
+            Gelu<Lanes> g = gelu_and_slope(conv[x] + b);
+            store(out + p.at(y, x), row[x] + g.value, p.count);
+            Lanes d = load(dout + p.at(y, x), p.count) * g.slope;
+            dconv[x] = d;
+            dconv_sum += d;
+        }
+        correlate3_row(dconv, gelus, s.w, y, dw);
+    }
 
     void fill(Place p, Index y) {
+        Lanes *row = gelus.row(y), *slope = slopes.row(y);
         for (Index x = 0; x < s.w; x++) {
             fetch(p.at(y + 1, x), u);
             Gelu<Lanes> g = y < 0 || y >= s.h ? Gelu<Lanes>{} : gelu_and_slope(load(u + p.at(y, x), p.count));
-            gelus.row(y)[x] = g.value;
-            slopes.row(y)[x] = g.slope;
+            row[x] = g.value;
+            slope[x] = g.slope;
         }
     }
 
@@ -433,32 +488,13 @@ template <class T> struct MixBackward {
         std::fill_n(dconvs.row(-1), s.w, Lanes{});
         for (Index y = 0; y <= s.h; y++) {
             fill(p, y + 1);
-            const Lanes *above = gelus.with_border(y - 1), *here = gelus.with_border(y);
-            const Lanes* below = gelus.with_border(y + 1);
-            for (Index x = 0; x < s.w; x++) {  // row y of the convolution's result, and its gradient
-                if (y == s.h) {
-                    dconvs.row(y)[x] = Lanes{};
-                    continue;
-                }
-                fetch(p.at(y + 1, x), dout);
-                prepare(p.at(y + 1, x), out);
-                Gelu<Lanes> g = gelu_and_slope(convolve3(above + x, here + x, below + x, w) + b);
-                store(out + p.at(y, x), here[x + 1] + g.value, p.count);
-                Lanes d = load(dout + p.at(y, x), p.count) * g.slope;
-                dconvs.row(y)[x] = d;
-                dconv_sum += d;
-                #pragma GCC unroll 3
-                for (int i = 0; i < 3; i++) {
-                    dw[i] += d * above[x + i];
-                    dw[3 + i] += d * here[x + i];
-                    dw[6 + i] += d * below[x + i];
-                }
-            }
+            if (y < s.h) convolve(p, y, w, b, dw, dconv_sum);
+            else std::fill_n(dconvs.row(y), s.w, Lanes{});
             if (y == 0) continue;
-            above = dconvs.with_border(y - 2), here = dconvs.with_border(y - 1), below = dconvs.with_border(y);
+            convolve3_row(dconvs, s.w, y - 1, turned, convs.data());
+            const Lanes *slope = slopes.row(y - 1), *conv = convs.data();
             for (Index x = 0; x < s.w; x++) {  // row y - 1 of the gradient
-                Lanes d = load(dout + p.at(y - 1, x), p.count) + convolve3(above + x, here + x, below + x, turned);
-                d *= slopes.row(y - 1)[x];
+                Lanes d = (load(dout + p.at(y - 1, x), p.count) + conv[x]) * slope[x];
                 du_sum += d;
                 store(du + p.at(y - 1, x), d, p.count);
             }
