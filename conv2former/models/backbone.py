@@ -4,7 +4,6 @@
 Architecture after the authors' code, github.com/HVision-NKU/Conv2Former (Apache-2.0).
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -75,7 +74,11 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=1 if dilation else 2, dilation=dilation or 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(self._pad(self._norm(x)))
+        x = self._pad(self._norm(x))
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused:
+                return fused.convolve(self.conv, x)
+        return self.conv(x)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
@@ -101,6 +104,28 @@ class Stage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+
+class HeadConv(nn.Module):
+    """What comes before the pooling: a 1x1 convolution, GELU and LayerNorm, (N, C, H, W) to (N, dim, H, W)."""
+
+    fused: bool = True
+
+    def __init__(self, in_dim: int, dim: int, fused: bool = True, **dd: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 1, **dd)
+        self.act = nn.GELU()
+        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.fused = fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act(self._conv(x)))
+
+    def _conv(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused:
+                return fused.convolve(self.conv, x)
+        return self.conv(x)
 
 
 def _init_weights(module: nn.Module, name: str, head_init_scale: float = 1.0) -> None:
@@ -216,13 +241,7 @@ class Conv2Former(RenamesForeignKeys):
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
 
-        self.head_conv = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(dims[-1], head_hidden_size, 1, **dd),
-                act=nn.GELU(),
-                norm=LayerNorm2d(head_hidden_size, eps=1e-6, **dd),
-            )
-        )
+        self.head_conv: nn.Module = HeadConv(dims[-1], head_hidden_size, fused, **dd)
         self.head = ClassifierHead(
             head_hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, use_conv=not global_pool, **dd
         )
@@ -280,7 +299,7 @@ class Conv2Former(RenamesForeignKeys):
         """
         self.num_classes = num_classes
         if reset_other:
-            self.head_conv = nn.Sequential()
+            self.head_conv = nn.Identity()
         if global_pool is not None:
             self.head.use_conv = not global_pool
         in_features = self.num_features if reset_other else self.head.in_features

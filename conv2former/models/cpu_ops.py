@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_conv_dw_input_grad", "conv_dw", "conv_dw_gelu", "conv_dw_weight_grad", "linear", "linear_gelu"]
+__all__ = [
+    "add_conv_dw_input_grad",
+    "conv_dw",
+    "conv_dw_gelu",
+    "conv_dw_weight_grad",
+    "linear",
+    "linear_gelu",
+    "multiplies",
+]
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 FAST_COLUMNS = 3  # of a kernel, in oneDNN's fast gradient of a depthwise weight; its rows may be many
@@ -28,6 +36,17 @@ def _fuses(x: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.bfloat16) and bool(torch.backends.mkldnn.enabled) and _has_pointwise(x.dtype)
     )
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Says whether the CPU has matrix products and convolutions of that type.
+
+    PyTorch computes them anyway. For 16 bits it then takes about ten times as long as for float32.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return bool(torch.backends.mkldnn.enabled) and (not hasattr(mkldnn, supported) or getattr(mkldnn, supported)())
 
 
 @functools.cache

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "applies",
     "channels_last",
+    "convolve",
     "forward",
     "forward_norm",
     "forward_stem",
@@ -108,6 +109,14 @@ def _is_anyone_looking() -> bool:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _computes_in(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the type to compute with where autocast, or the weights, say `dtype`: float32 where a CPU has no such.
+
+    What is kept for the backward pass, and what is returned, is of `dtype` all the same.
+    """
+    return torch.float32 if x.is_cpu and not cpu_ops.multiplies(dtype) else dtype
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:
@@ -208,7 +217,8 @@ def _half(
     out: Any,
     scale: nn.Module,
 ) -> Tensor:
-    half = _Half(_way(middle, x, dtype), norm.eps, block.recompute, dtype)
+    inner = _computes_in(x, dtype)
+    half = _Half(_way(middle, x, inner), norm.eps, block.recompute, inner, dtype)
     gamma = getattr(scale, "gamma", None)
     params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
     params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
@@ -244,17 +254,19 @@ class _Half:
         middle: the class with the operations between the linears.
         eps: of the norm.
         recompute: compute again in the backward pass what is cheap, instead of keeping it.
-        dtype: of the linears and of what lies between them.
+        dtype: that the linears, and what lies between them, are computed with.
+        kept: that of the maps that are kept for the backward pass, and of the result where nothing else decides.
     """
 
     middle: Any
     eps: float
     recompute: bool
     dtype: torch.dtype
+    kept: torch.dtype
 
 
 def _out_dtype(half: _Half, x: Tensor, gamma: Tensor | None) -> torch.dtype:
-    return torch.promote_types(x.dtype, half.dtype if gamma is None else gamma.dtype)
+    return torch.promote_types(x.dtype, half.kept if gamma is None else gamma.dtype)
 
 
 def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor:
@@ -264,7 +276,7 @@ def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tens
     us = [F.linear(h, *_cast(half, w, b)) for w, b in _pairs(ins)]
     y = F.linear(half.middle.formula(us, *_cast(half, conv_w, conv_b)), *_cast(half, out_w, out_b))
     y = _nchw(y if gamma is None else y * gamma)
-    return x + (y if mask is None else y * mask)
+    return (x + (y if mask is None else y * mask)).to(_out_dtype(half, x, gamma))
 
 
 def _pairs(flat: Any) -> Any:
@@ -312,7 +324,8 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
         else:
             us = [half.middle.linear(h, w, b) for w, b in _pairs(ins)]
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
-            kept += [*us, *dear] if half.recompute else [*us, *dear, h, *stats]
+            maps = [*us, *dear] if half.recompute else [*us, *dear, h]
+            kept += [*(t.to(half.kept) for t in maps), *([] if half.recompute else stats)]
         y = half.middle.linear(s, out_w, out_b)
         _add_scaled(xs[part], y, gamma, None if mask is None else mask[part], out[part])
     return _nchw(out)
@@ -436,13 +449,14 @@ def _gradient(
     for number, part in enumerate(parts):
         mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
         mine = [t.contiguous() for t in mine]  # hooks on saved tensors may have changed that
-        us, dear = mine[: len(ws)], mine[len(ws) :]
         if half.recompute:
             h, *stats = _norm(half, xs[part], norm_w, norm_b)
-            dear = half.middle.again(us, dear, conv_w, conv_b)
         else:
-            *dear, h, mean, rstd = dear
-            stats = [mean, rstd]
+            *mine, h, mean, rstd = mine
+            h, stats = h.to(half.dtype), [mean, rstd]
+        us, dear = _cast(half, *mine[: len(ws)]), _cast(half, *mine[len(ws) :])
+        if half.recompute:
+            dear = half.middle.again(us, dear, conv_w, conv_b)
         dy = grads[part] if mask is None else grads[part] * mask[part]
         ds = (dy if scale is None else dy * scale).to(half.dtype) @ wo
         s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
@@ -501,11 +515,10 @@ def stem_applies(stem: Any, x: Tensor) -> bool:
     trains = torch.is_grad_enabled()
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x):
         return False
-    if not trains and not (
-        x.is_cpu and compiled.takes_gelu_affine(stem.conv1.out_channels, _autocast_dtype(x) or x.dtype)
-    ):
-        return False
     if x.dim() != 4 or not (x.is_cpu or x.is_cuda) or _is_anyone_looking():
+        return False
+    inner = _computes_in(x, _autocast_dtype(x) or x.dtype)
+    if not trains and not (x.is_cpu and compiled.takes_gelu_affine(stem.conv1.out_channels, inner)):
         return False
     if x.numel() == 0 or min(x.shape[2:]) < 3:  # too few pixels for statistics, which BatchNorm itself has a word for
         return False
@@ -527,18 +540,27 @@ def stem_applies(stem: Any, x: Tensor) -> bool:
 def forward_stem(stem: Any, x: Tensor) -> Tensor:
     """Computes the stem, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `stem_applies` must hold."""
     dtype = _autocast_dtype(x) or x.dtype
-    x = stem.conv1(channels_last(x.to(dtype)))  # in this order, since fewer bytes are moved
-    if not torch.is_grad_enabled():
+    inner = _computes_in(x, dtype)
+    with _without_autocast(x):  # the types are chosen here
+        x = _conv2d(stem.conv1, channels_last(x.to(inner)), stem.conv1.weight)  # in this order: fewer bytes are moved
         for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
+            if torch.is_grad_enabled():
+                norm.num_batches_tracked.add_(1)
+                fits = norm.weight.dtype == inner  # or PyTorch's batch norm does not take it
+                x = _NormedConv.apply(
+                    x.to(dtype), norm.weight, norm.bias, conv.weight, norm, conv, inner if fits else dtype
+                )
+                continue
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = norm.bias - norm.running_mean * scale
-            x = conv(_nchw(compiled.gelu_affine(_nhwc(x).contiguous(), scale, shift, overwrite=True)))
-        return x
-    for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
-        norm.num_batches_tracked.add_(1)
-        with _without_autocast(x):
-            x = _NormedConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv, dtype)
-    return x
+            y = compiled.gelu_affine(_nhwc(x).contiguous(), scale, shift, overwrite=True)
+            x = _conv2d(conv, _nchw(y), conv.weight)
+        return x.to(dtype)
+
+
+def _conv2d(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Computes a convolution without bias in the type of x."""
+    return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation)
 
 
 def norm_applies(downsample: Any, x: Tensor) -> bool:
@@ -552,25 +574,41 @@ def norm_applies(downsample: Any, x: Tensor) -> bool:
         plain
         and type(downsample.conv) is nn.Conv2d
         and not _is_watched(downsample.conv)
-        and compiled.takes_pixels(_nhwc(x), x.dtype, _autocast_dtype(x) or x.dtype)
+        and compiled.takes_pixels(_nhwc(x), x.dtype, _computes_in(x, _autocast_dtype(x) or x.dtype))
     )
 
 
 def forward_norm(downsample: Any, x: Tensor) -> Tensor:
-    """Computes a downsampling's norm without gradients, in the type that autocast has for the convolution after it.
+    """Computes a downsampling's norm without gradients, in the type that the convolution after it is computed in.
 
     That is the compiled function of the blocks. `norm_applies` must hold.
     """
-    norm, dtype = downsample.norm, _autocast_dtype(x) or x.dtype
+    norm, dtype = downsample.norm, _computes_in(x, _autocast_dtype(x) or x.dtype)
     h, *_ = compiled.norm(_nhwc(x), norm.weight, norm.bias, norm.eps, dtype, stats=False)
     return _nchw(h)
 
 
+def convolve(conv: Any, x: Tensor) -> Tensor:
+    """Calls a convolution, under autocast in a type that the processor has convolutions of.
+
+    Its result has autocast's type all the same.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(x) or not x.is_cpu:
+        return conv(x)
+    dtype = _autocast_dtype(x)
+    inner = x.dtype if dtype is None else _computes_in(x, dtype)
+    if dtype in (None, inner) or conv.weight.dtype != inner:
+        return conv(x)
+    with _without_autocast(x):
+        return conv(x.to(inner)).to(dtype)
+
+
 class _NormedConv(torch.autograd.Function):
-    """``conv(norm(gelu(x)))`` with BatchNorm in training, of which only x is kept."""
+    """``conv(norm(gelu(x)))`` with BatchNorm in training, of which only x is kept; all else is of type `inner`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, conv_w: Tensor, norm: Any, conv: Any, dtype: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, conv_w: Tensor, norm: Any, conv: Any, inner: Any) -> Tensor:
+        kept, x = x, x.to(inner)
         if _is_compiled(x, w):
             y, mean, var = compiled.gelu_norm(_nhwc(x), w, b, norm.eps)
             y, stats, pixels = _nchw(y), (mean, (var + norm.eps).rsqrt()), y.numel() // len(w)
@@ -580,21 +618,21 @@ class _NormedConv(torch.autograd.Function):
             y, *stats = aten.native_batch_norm(
                 F.gelu(x), w, b, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
             )
-        ctx.save_for_backward(x, w, b, conv_w, *stats)
-        ctx.eps, ctx.geometry, ctx.dtype = norm.eps, (conv.stride, conv.padding, conv.dilation), dtype
-        return F.conv2d(y.to(dtype), conv_w.to(dtype), None, conv.stride, conv.padding, conv.dilation)
+        ctx.save_for_backward(kept, w, b, conv_w, *stats)
+        ctx.eps, ctx.conv, ctx.inner = norm.eps, conv, inner
+        return _conv2d(conv, y, conv_w).to(kept.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, w, b, conv_w, mean, rstd = ctx.saved_tensors
-        with _without_autocast(x):
+        kept, w, b, conv_w, mean, rstd = ctx.saved_tensors
+        with _without_autocast(kept):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient
-                y = F.batch_norm(F.gelu(x), None, None, w, b, training=True, eps=ctx.eps)
-                stride, padding, dilation = ctx.geometry
-                y = F.conv2d(y.to(ctx.dtype), conv_w.to(ctx.dtype), None, stride, padding, dilation)
-                needed = [t for t, needs in zip((x, w, b, conv_w), ctx.needs_input_grad, strict=False) if needs]
+                y = F.batch_norm(F.gelu(kept.to(ctx.inner)), None, None, w, b, training=True, eps=ctx.eps)
+                y = _conv2d(ctx.conv, y, conv_w).to(kept.dtype)
+                needed = [t for t, needs in zip((kept, w, b, conv_w), ctx.needs_input_grad, strict=False) if needs]
                 grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
                 return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:4]), None, None, None
+            x = kept.to(ctx.inner)
             scale = w * rstd
             shift = b - mean * scale
             is_compiled = _is_compiled(x, w)
@@ -602,16 +640,17 @@ class _NormedConv(torch.autograd.Function):
                 y = _nchw(compiled.gelu_affine(_nhwc(x), scale, shift))
             else:
                 z = F.gelu(x)
-                y = torch.addcmul(_per_channel(shift), z, _per_channel(scale))
+                y = torch.addcmul(_per_channel(shift), z, _per_channel(scale)).to(x.dtype)
+            geometry = ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation
             dy, dconv_w, _ = aten.convolution_backward(
-                grad, y.to(ctx.dtype), conv_w.to(ctx.dtype), None, *ctx.geometry, False, [0, 0], 1, [True, True, False]
+                grad.to(x.dtype), y, conv_w.to(x.dtype), None, *geometry, False, [0, 0], 1, [True, True, False]
             )
-            dy, dconv_w = dy.to(x.dtype), dconv_w.to(conv_w.dtype)
+            dconv_w = dconv_w.to(conv_w.dtype)
             if is_compiled:
                 dx, dw, db = compiled.gelu_norm_backward(_nhwc(dy).contiguous(), _nhwc(x), w, mean, rstd)
-                return _nchw(dx), dw, db, dconv_w, None, None, None
+                return _nchw(dx).to(kept.dtype), dw, db, dconv_w, None, None, None
             dz, dw, db = aten.native_batch_norm_backward(dy, z, w, None, None, mean, rstd, True, ctx.eps, [True] * 3)
-            return aten.gelu_backward(dz, x), dw, db, dconv_w, None, None, None
+            return aten.gelu_backward(dz, x).to(kept.dtype), dw, db, dconv_w, None, None, None
 
 
 def _is_compiled(x: Tensor, weight: Tensor) -> bool:

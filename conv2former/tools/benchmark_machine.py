@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..models import compiled
+from ..models import compiled, cpu_ops
 
 __all__ = ["OperatorTraffic", "command_line", "copy_probe", "describe_machine", "machine_lines", "matmul_probe"]
 
@@ -27,7 +27,12 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far more than caches hold
 
 
 def matmul_probe(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """Returns a product of two square matrices to time, and its multiply-accumulates."""
+    """Returns a product of two square matrices to time, and its multiply-accumulates.
+
+    It is one of float32 where a CPU has none of `dtype`: nothing of 16 bits is as fast there.
+    """
+    if device.type == "cpu" and not cpu_ops.multiplies(dtype):
+        dtype = torch.float32
     side = MATMUL_SIDE[device.type]
     a, b, out = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
 

@@ -102,6 +102,12 @@ def test_sizes_and_no_images(size, dtype, bound):
         assert torch.equal(a, b)
 
 
+@pytest.fixture(params=["with 16-bit products", "without"])
+def processor(request, monkeypatch):
+    """One that has matrix products of 16-bit types and one that has not; PyTorch computes them on both."""
+    monkeypatch.setattr(cpu_ops, "multiplies", lambda dtype: request.param != "without" or dtype.itemsize > 2)
+
+
 @pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "bound"),
@@ -113,10 +119,14 @@ def test_sizes_and_no_images(size, dtype, bound):
     ],
     ids=str,
 )
-def test_other_precisions_are_as_exact_as_the_plain_way(dtype, autocast, bound, fuses, monkeypatch, calls):
-    monkeypatch.setattr(cpu_ops, "_has_pointwise", lambda dtype: fuses)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_other_precisions_are_as_exact_as_the_plain_way(
+    dtype, autocast, bound, fuses, recompute, processor, monkeypatch, calls
+):
+    if not fuses:
+        monkeypatch.setattr(cpu_ops, "_has_pointwise", lambda dtype: False)
     exact = results(plain(make_block()), make_images())
-    block = make_block().to(dtype)
+    block = make_block(recompute=recompute).to(dtype)
     x = make_images().to(dtype)
     ours, reference = results(block, x, autocast), results(plain(block), x, autocast)
     assert calls
@@ -127,7 +137,7 @@ def test_other_precisions_are_as_exact_as_the_plain_way(dtype, autocast, bound, 
         assert relative(block.eval()(x), exact[0]) < bound
 
 
-def test_tiny_layer_scale_under_float16():
+def test_tiny_layer_scale_under_float16(processor):
     block = make_block(torch.float32)
     for layer in (block.ls1, block.ls2):
         nn.init.constant_(layer.gamma, 1e-6)
@@ -401,7 +411,7 @@ def test_one_parameter_alone_learns(index):
     assert torch.allclose(*grads, rtol=1e-10, atol=1e-10)
 
 
-def test_stem_under_autocast(tiny):
+def test_stem_under_autocast(tiny, processor):
     stem = timm.create_model(tiny).stem.train()
     x = torch.randn(2, 3, 32, 32)
     ours, reference, exact = (
@@ -509,7 +519,7 @@ def test_compiled_modules_take_the_kernels(monkeypatch, calls):
 
 # MB that the authors' code keeps per image, a third of which is the aim; of b and l nobody measured theirs
 @pytest.mark.parametrize(("name", "fp32", "bf16"), [("conv2former_t", 80, 60), ("conv2former_n", 49.2, 34.5)])
-def test_memory_of_a_training_step(name, fp32, bf16):
+def test_memory_of_a_training_step(name, fp32, bf16, processor):
     model = timm.create_model(name)
     images = torch.randn(2, 3, 224, 224)
     assert bytes_held(model, images) / 2e6 < fp32
@@ -522,7 +532,7 @@ def test_memory_of_a_training_step(name, fp32, bf16):
 @pytest.mark.parametrize("came_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer_scale", [None, 0.5])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_without_gradients(layer_scale, came_in, autocast, drop_path, monkeypatch):
+def test_without_gradients(layer_scale, came_in, autocast, drop_path, processor, monkeypatch):
     """Of any type that may come in, a few images at a time, as the modules' values and type."""
     if came_in == torch.bfloat16 and autocast is None:
         pytest.skip("not without autocast")
