@@ -70,7 +70,7 @@ def applies(block: Conv2FormerBlock, x: Tensor) -> bool:
 
 
 def kernel_applies(half: ConvMod | ConvMlp, x: Tensor) -> bool:
-    """Says whether a Triton kernel can take the place of a half's GELU and depthwise convolution, for `x` before them.
+    """Says whether an operator can take the place of a half's GELU and depthwise convolution, for `x` before them.
 
     torch.compile comes this way, because it does better what `forward` does besides.
     """
@@ -501,10 +501,11 @@ def channels_last(x: Tensor) -> Tensor:
     """Returns images in the memory format that the fast ways are for, or as they are where there is none."""
     if type(x) is not Tensor or x.dim() != 4 or torch.jit.is_tracing():
         return x
-    if x.is_cpu if torch.compiler.is_compiling() else _transformed(x):
+    if not torch.compiler.is_compiling() and _transformed(x):
         return x
     y = x.contiguous(memory_format=torch.channels_last)
-    return y if x.is_cpu or (x.is_cuda and kernels.usable(y, 3)) else x
+    eager_cpu = x.is_cpu and not torch.compiler.is_compiling()
+    return y if eager_cpu or kernels.usable(y, 3) else x
 
 
 def stem_applies(stem: Any, x: Tensor) -> bool:

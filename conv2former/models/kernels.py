@@ -1,12 +1,12 @@
-"""The two heavy parts of the block as single operations, with hand-written gradients: Triton on NVIDIA GPUs.
+"""The two heavy parts of the block as single operations, with hand-written gradients.
 
     modulate(a, weight, bias, v) = (conv_dw(gelu(a)) + bias) * v
     mlp_mix(f, weight, bias)     = h + gelu(conv_dw(h) + bias)  with  h = gelu(f)
 
 They are operators of torch (`torch.ops.conv2former`), so that torch.compile, DDP and checkpointing see one step each.
-They keep their arguments for the backward pass and compute everything between again. On the CPU they are the formulas
-above, written out, so that they can be traced and tested anywhere; `usable` says where they are faster than those.
-Triton is imported when a kernel first runs, and nothing here needs it before.
+They keep their arguments for the backward pass and compute everything between again. On NVIDIA GPUs they are Triton
+kernels, on CPUs the functions of `compiled.py` or, without a C++ compiler, the formulas above, written out. `usable`
+says where they are faster than these. Triton is imported when a kernel first runs, and nothing here needs it before.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import compiled
+
 __all__ = ["MAX_KERNEL_SIZE", "MIN_TRITON", "mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward", "usable"]
 
 MAX_KERNEL_SIZE = 31
@@ -30,9 +32,10 @@ _devices: dict[int, bool] = {}
 
 
 def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
-    """Says whether the Triton kernels can take `x`, and are allowed to.
+    """Says whether the operators can take `x`, are faster than plain PyTorch, and are allowed to.
 
     They are not where a program is taken down to run elsewhere, without this package: torch.export, TorchScript, ONNX.
+    On a CPU they are for torch.compile; otherwise `fused.py` has a better way.
 
     Args:
         x: a map (N, C, H, W); the other maps of the call must be like it.
@@ -40,18 +43,27 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
         dilation: its dilation; there are kernels for 1 only.
 
     Returns:
-        True for float32, bfloat16 or float16 in channels_last memory on an NVIDIA GPU of capability 8.0 or more, with
-        Triton 3.3 or newer installed, and an odd kernel size of at most 31.
+        True for maps in channels_last memory and an odd kernel size of at most 31: float32, bfloat16 or float16 on an
+        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work,
+        float32, bfloat16 or float64 on a CPU for which `compiled.py` has functions.
     """
-    if not x.is_cuda or torch.version.hip is not None or _is_exporting():
+    if _is_exporting() or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
         return False
-    fits = kernel_size % 2 == 1 and kernel_size <= MAX_KERNEL_SIZE and dilation == 1 and x.dtype in DTYPES
-    return fits and x.is_contiguous(memory_format=torch.channels_last) and _runs_triton(x.device.index)
+    if x.is_cpu:
+        runs = torch.compiler.is_compiling() and _runs_compiled(x.dtype)
+    else:
+        runs = x.is_cuda and torch.version.hip is None and x.dtype in DTYPES and _runs_triton(x.device.index)
+    return runs and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_exporting() -> bool:
     exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # since torch 2.7
     return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+@torch.compiler.assume_constant_result
+def _runs_compiled(dtype: torch.dtype) -> bool:
+    return compiled.usable(dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -165,7 +177,7 @@ def _check(name: str, weight: Tensor, bias: Tensor, kernel_size: int | None = No
         raise ValueError(f"{name}: bias must be (C,) with C = {x.shape[1]}, but is {tuple(bias.shape)}")
 
 
-# The operators. A function below is the operator's on the CPU, where it is what the kernels are compared with.
+# The operators. A function below is the operator's on the CPU: the compiled functions, or the formula.
 
 
 def _conv_dw(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -184,8 +196,19 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _pixels(x: Tensor) -> Tensor:
+    """Returns (N, C, H, W) as the compiled functions have it, (N, H, W, C)."""
+    return _nhwc(x).permute(0, 2, 3, 1)
+
+
+def _map(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
 @torch.library.custom_op("conv2former::modulate", mutates_args=(), device_types="cpu")
 def _modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
+    if compiled.usable(a.dtype):
+        return _map(compiled.modulate(_pixels(a), _pixels(v), weight, bias))
     return _nhwc(_conv_dw(F.gelu(a), weight, bias) * v)
 
 
@@ -193,6 +216,12 @@ def _modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
 def _modulate_backward(
     dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if compiled.usable(a.dtype):
+        a, v, dm = _pixels(a), _pixels(v), _pixels(dm).clone()
+        context = torch.empty_like(a)
+        compiled.modulate(a, v, weight, bias, context)
+        _, da, dv, dweight, (dbias, *_) = compiled.modulate_backward(dm, a, v, context, weight)
+        return _map(da), dweight.to(weight.dtype), dbias.to(bias.dtype), _map(dv)
     g = F.gelu(a)
     dg, dweight, dbias = _conv_dw_backward(dm * v, g, weight, bias)
     return _nhwc(torch.ops.aten.gelu_backward(dg, a)), dweight, dbias, _nhwc(_conv_dw(g, weight, bias) * dm)
@@ -200,12 +229,17 @@ def _modulate_backward(
 
 @torch.library.custom_op("conv2former::mlp_mix", mutates_args=(), device_types="cpu")
 def _mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if compiled.usable(f.dtype):
+        return _map(compiled.mix(_pixels(f), weight, bias))
     h = F.gelu(f)
     return _nhwc(h + F.gelu(_conv_dw(h, weight, bias)))
 
 
 @torch.library.custom_op("conv2former::mlp_mix_backward", mutates_args=(), device_types="cpu")
 def _mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if compiled.usable(f.dtype):
+        _, df, dweight, (dbias, *_) = compiled.mix_backward(_pixels(ds).clone(), _pixels(f), weight, bias)
+        return _map(df), dweight.to(weight.dtype), dbias.to(bias.dtype)
     h = F.gelu(f)
     dz = torch.ops.aten.gelu_backward(ds, _conv_dw(h, weight, bias))
     dh, dweight, dbias = _conv_dw_backward(dz, h, weight, bias)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from conv2former.models import kernels
+from conv2former.models import compiled, kernels
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
 
@@ -109,8 +109,16 @@ def plain_mlp_mix(f, weight, bias):
     return h + F.gelu(F.conv2d(h, weight, bias, padding=1, groups=f.shape[1]))
 
 
+@pytest.fixture(params=["compiled", "PyTorch's operations"])
+def on_the_cpu(request, monkeypatch):
+    if request.param != "compiled":
+        monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    elif not compiled.usable(torch.float64):
+        pytest.skip("no C++ compiler")
+
+
 @pytest.mark.parametrize("side", [1, 3, 11])
-def test_modulate_on_the_cpu_is_the_formula(side):
+def test_modulate_on_the_cpu_is_the_formula(side, on_the_cpu):
     (a, v), (weight, bias) = maps(2, 3, 4, 5, count=2), parameters(3, side)
     out, plain = kernels.modulate(a, weight, bias, v), plain_modulate(a, weight, bias, v)
     inputs, grad = (a, weight, bias, v), torch.randn_like(out)
@@ -120,7 +128,7 @@ def test_modulate_on_the_cpu_is_the_formula(side):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_mlp_mix_on_the_cpu_is_the_formula():
+def test_mlp_mix_on_the_cpu_is_the_formula(on_the_cpu):
     (f,), (weight, bias) = maps(2, 3, 4, 5), parameters(3, 3)
     out, plain = kernels.mlp_mix(f, weight, bias), plain_mlp_mix(f, weight, bias)
     inputs, grad = (f, weight, bias), torch.randn_like(out)
@@ -130,7 +138,7 @@ def test_mlp_mix_on_the_cpu_is_the_formula():
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_gradients_have_the_types_of_what_they_are_of():
+def test_gradients_have_the_types_of_what_they_are_of(on_the_cpu):
     """Under autocast maps are in 16 bits and parameters in 32."""
     (a, v), (weight, bias) = maps(2, 8, 4, 5, count=2, dtype=torch.bfloat16), parameters(8, 3, torch.float32)
     out = kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
@@ -141,7 +149,7 @@ def test_gradients_have_the_types_of_what_they_are_of():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_accepts_the_operators(dtype):
+def test_torch_accepts_the_operators(dtype, on_the_cpu):
     """Schemas, results without data (shapes, strides, types), autograd and tracing, as torch checks them."""
     (a, v), (weight, bias) = maps(2, 6, 5, 4, count=2, dtype=dtype), parameters(6, 3, torch.float32)
     grad = torch.randn_like(a)
@@ -157,14 +165,15 @@ def test_the_operators_compile_as_one_graph_with_any_size(monkeypatch):
     monkeypatch.setitem(kernels._devices, 0, False)
 
     def compute(a, v, weight, bias):
-        sign = -1.0 if kernels.usable(a, 3) or kernels._runs_triton(0) else 1.0
+        assert kernels.usable(a, 3) in (True, False)  # asked and answered outside of the graph
+        sign = -1.0 if kernels._runs_triton(0) else 1.0
         return sign * kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
 
-    compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend="aot_eager")
+    program = torch.compile(compute, fullgraph=True, dynamic=True, backend="aot_eager")
     weight, bias = parameters(6, 3)
     for size in (5, 7):
         inputs = (*maps(2, 6, size, 4, count=2), weight, bias)
-        out, plain = compiled(*inputs), compute(*inputs)
+        out, plain = program(*inputs), compute(*inputs)
         torch.testing.assert_close(out, plain)
         torch.testing.assert_close(
             torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(plain.sum(), inputs), rtol=1e-10, atol=1e-10
@@ -216,7 +225,7 @@ def test_mlp_mix_takes_three_by_three_only():
 class OnGpu:
     """What `usable` looks at, of a map that is said to be on a GPU."""
 
-    is_cuda = True
+    is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True) -> None:
@@ -241,6 +250,18 @@ def test_usable_says_where_the_kernels_run(monkeypatch):
     assert not kernels.usable(torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last), 11)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
     assert not kernels.usable(OnGpu(), 11)
+
+
+def test_usable_on_the_cpu_while_something_compiles(monkeypatch):
+    x = torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(compiled, "usable", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.usable(x, 11)
+    assert not kernels.usable(x.half(), 11)
+    assert not kernels.usable(x.contiguous(), 11)
+    assert not kernels.usable(x, 33)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
+    assert not kernels.usable(x, 11)
 
 
 @pytest.mark.parametrize(
