@@ -198,6 +198,17 @@ def test_checkpointing_computes_the_operators_again():
     torch.testing.assert_close(torch.autograd.grad(out.sum(), (a, weight)), expected)
 
 
+def test_two_processes_average_the_gradients_of_every_way():
+    """With DistributedDataParallel, gloo, and on the GPU's way the operators' CPU side."""
+    script = str(Path(__file__).with_name("data_parallel.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert out.returncode == 0, out.stderr[-3000:]
+    differences = json.loads(out.stdout.splitlines()[-1])
+    assert set(differences) == {"eager", "compiled", "operators"}
+    assert max(differences.values()) < 1e-10, differences
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,51 @@
+"""Gradients of two processes by every way through a block, against the plain formula's: `torchrun data_parallel.py`.
+
+A program of its own, since it is what torchrun starts. Process 0 writes a line of JSON: for each way the largest
+relative difference of a gradient.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from conv2former.models import fused, kernels
+from conv2former.models.backbone import Conv2Former
+
+
+def gradients(is_fused: bool, compiled: bool = False) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    options = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "kernel_size": 5, "head_hidden_size": 16}
+    network = Conv2Former(num_classes=3, ls_init_value=0.1, fused=is_fused, dtype=torch.float64, **options)
+    module = DistributedDataParallel(network)
+    images = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=images)
+    F.cross_entropy((torch.compile(module, backend="aot_eager") if compiled else module)(x), torch.arange(3)).backward()
+    return [p.grad for p in network.parameters()]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    exact = gradients(False)
+    ways = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
+    fused._way = lambda middle, x, dtype: fused._ON_GPU[middle]  # the operators; on a GPU they are Triton's
+    calls, operator = [], kernels.modulate_backward
+    kernels.modulate_backward = lambda *args: (calls.append(1), operator(*args))[1]
+    ways["operators"] = gradients(True)
+    assert len(calls) == 5  # blocks
+    if dist.get_rank() == 0:
+        differences = {
+            way: max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True))
+            for way, grads in ways.items()
+        }
+        print(json.dumps(differences), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
