@@ -13,7 +13,7 @@ quickstart: $(READY) ## train on real digits with two processes, then evaluate t
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ format: $(READY)
 bench: $(READY) ## compare networks on this CPU, about five minutes on two cores, and write docs/benchmarks.md
 	$(BIN)/python scripts/benchmark.py models conv2former_t conv2former_t:fused=false \
 		convnext_tiny $(PEERS) conv2former_n convnext_nano \
-		--train --inference --precision fp32 bf16 --memory-format nchw channels_last --batch-size 8 --rounds 4 \
+		--train --inference --precision native --memory-format nchw channels_last --batch-size 8 --rounds 4 \
 		--baseline convnext_tiny --markdown docs/benchmarks.md --chart docs/benchmarks.png
 
 growth: $(READY) ## measure time and memory from 224 to 1024 pixels, minutes, and write them to docs/benchmarks.md

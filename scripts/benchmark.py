@@ -86,7 +86,10 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--train", action="store_true", help="training steps: forward, loss, backward, AdamW")
     parser.add_argument("--inference", action="store_true", help="inference (the default, unless --train is given)")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="bf16, fp16: autocast")
+    parser.add_argument(
+        "--precision", nargs="+", choices=[*PRECISIONS, "native"], default=["fp32"],
+        help="bf16, fp16: autocast; native: fp32, and bf16 where the processor has arithmetic for it",
+    )  # fmt: skip
     parser.add_argument("--memory-format", nargs="+", choices=["nchw", "channels_last"], default=["nchw"])
     parser.add_argument("--execution", nargs="+", choices=["eager", "compile", "cudagraph"], default=["eager"])
     parser.add_argument("--compile-mode", metavar="MODE", help="torch.compile's, such as max-autotune")
@@ -139,6 +142,7 @@ def finish(report: Report) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
+    from conv2former.tools.benchmark_machine import native_precisions
     from conv2former.tools.benchmark_models import Baseline, Plan, measure
     from conv2former.tools.benchmark_networks import parse_networks
     from conv2former.tools.benchmark_report import (
@@ -151,11 +155,13 @@ def run_models(args: argparse.Namespace) -> None:
 
     outputs = (args.json, args.chart, args.markdown)
     check_outputs(*outputs)
+    device = torch.device(args.device)
+    native = native_precisions(device)
     plan = Plan(
         networks=parse_networks(args.networks),
-        device=torch.device(args.device),
+        device=device,
         modes=["training"] * args.train + ["inference"] * (args.inference or not args.train),
-        precisions=unique(args.precision),
+        precisions=unique(p for name in args.precision for p in (native if name == "native" else [name])),
         memory_formats=unique(args.memory_format),
         executions=unique(args.execution),
         sizes=unique(args.size),

@@ -18,11 +18,18 @@ FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
 TINY_YAML = "dims: [8, 16, 24, 32]\ndepths: [1, 1, 2, 1]\nkernel_size: 7\n"
 
+# Files that take minutes, which begin first: at the end one of them would leave the other cores idle.
+LONG = ("test_scripts.py", "test_processes.py", "test_kernels.py", "test_slurm.py", "test_packaging.py")
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 _cache = tempfile.TemporaryDirectory(prefix="conv2former-tests-")  # removed at exit
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # the networks are tiny, and threads that wait for each other on a busy machine crawl
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 class Fixture:

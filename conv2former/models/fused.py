@@ -499,13 +499,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def channels_last(x: Tensor) -> Tensor:
     """Returns images in the memory format that the fast ways are for, or as they are where there is none."""
-    if type(x) is not Tensor or x.dim() != 4 or torch.jit.is_tracing():
-        return x
-    if not torch.compiler.is_compiling() and _transformed(x):
+    compiling = torch.compiler.is_compiling()
+    if type(x) is not Tensor or x.dim() != 4 or kernels.is_exporting() or (not compiling and _transformed(x)):
         return x
     y = x.contiguous(memory_format=torch.channels_last)
-    eager_cpu = x.is_cpu and not torch.compiler.is_compiling()
-    return y if eager_cpu or kernels.usable(y, 3) else x
+    return y if (x.is_cpu and not compiling) or kernels.usable(y, 3) else x
 
 
 def stem_applies(stem: Any, x: Tensor) -> bool:

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from . import compiled
 
-__all__ = ["MAX_KERNEL_SIZE", "MIN_TRITON", "mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward", "usable"]
+__all__ = [
+    "MAX_KERNEL_SIZE",
+    "MIN_TRITON",
+    "is_exporting",
+    "mlp_mix",
+    "mlp_mix_backward",
+    "modulate",
+    "modulate_backward",
+    "usable",
+]
 
 MAX_KERNEL_SIZE = 31
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +56,7 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
         NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work,
         float32, bfloat16 or float64 on a CPU for which `compiled.py` has functions.
     """
-    if _is_exporting() or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
+    if is_exporting() or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
         return False
     if x.is_cpu:
         runs = torch.compiler.is_compiling() and _runs_compiled(x.dtype)
@@ -56,7 +65,8 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
     return runs and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Says whether a program is taken down to run elsewhere."""
     exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # since torch 2.7
     return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 

@@ -20,7 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from ..models import compiled, cpu_ops
 
-__all__ = ["OperatorTraffic", "command_line", "copy_probe", "describe_machine", "machine_lines", "matmul_probe"]
+__all__ = [
+    "OperatorTraffic",
+    "command_line",
+    "copy_probe",
+    "describe_machine",
+    "machine_lines",
+    "matmul_probe",
+    "native_precisions",
+]
 
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far more than caches hold
@@ -40,6 +48,11 @@ def matmul_probe(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
         torch.mm(a, b, out=out)
 
     return multiply, side**3
+
+
+def native_precisions(device: torch.device) -> list[str]:
+    """Returns `fp32`, and `bf16` where a GPU is at work or the CPU has arithmetic for it."""
+    return ["fp32", "bf16"] if device.type == "cuda" or cpu_ops.multiplies(torch.bfloat16) else ["fp32"]
 
 
 def copy_probe(device: torch.device) -> tuple[Callable[[], None], int]:
@@ -123,6 +136,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
         "compiled_functions": compiled.usable(torch.float32) if device.type == "cpu" else None,
+        "bf16_arithmetic": cpu_ops.multiplies(torch.bfloat16) if device.type == "cpu" else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cuda":
@@ -145,6 +159,8 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     lines = [f"{cpu}, {machine['threads']} threads{load}", f"Python {machine['python']}, {versions}"]
     if (compiled_functions := machine.get("compiled_functions")) is not None:
         lines.append(f"conv2former's compiled functions: {'yes' if compiled_functions else 'no'}")
+    if machine.get("bf16_arithmetic") is False:
+        lines.append("no bf16 arithmetic: PyTorch takes some ten times fp32's time, conv2former computes in fp32")
     if "gpu" in machine:
         tf32 = "with" if machine["cudnn_allow_tf32"] else "without"
         lines.insert(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
-from conv2former.models import compiled
+from conv2former.models import compiled, cpu_ops
 from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks
 from conv2former.tools.benchmark_machine import OperatorTraffic
 from conv2former.tools.benchmark_models import Baseline, Group, Plan, Report, Result, Setting, Spread, measure, spread
@@ -244,6 +244,22 @@ def test_all_settings_with_every_figure():
     assert content["groups"][0]["results"][0]["setting"]["precision"] == "bf16"
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert "Training step, bf16, eager, 32 x 32 pixels, batch 2" in models_text(report)
+
+
+def test_processors_without_16_bits(monkeypatch):
+    """Nothing there is as fast as a product of float32, and `native` is that alone."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has_them in (True, False):
+        monkeypatch.setattr(cpu_ops, "multiplies", lambda dtype, has_them=has_them: has_them)
+        assert benchmark_machine.native_precisions(cpu) == (["fp32", "bf16"] if has_them else ["fp32"])
+        assert benchmark_machine.native_precisions(cuda) == ["fp32", "bf16"]
+        machine = benchmark_machine.describe_machine(cpu)
+        assert any("no bf16 arithmetic" in line for line in benchmark_machine.machine_lines(machine)) != has_them
+        made = []
+        monkeypatch.setattr(benchmark_machine, "MATMUL_SIDE", {"cpu": 4})
+        monkeypatch.setattr(torch, "mm", lambda a, b, out, made=made: made.append(a.dtype))
+        benchmark_machine.matmul_probe(cpu, torch.bfloat16)[0]()
+        assert made == [torch.bfloat16 if has_them else torch.float32]
 
 
 def test_warming_up_lasts_until_fp16_takes_a_step():
