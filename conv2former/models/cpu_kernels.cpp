@@ -453,7 +453,7 @@ template <class T> struct MixBackward {
     std::vector<Lanes> convs = std::vector<Lanes>(s.w);
 
     // Row y of the convolution's result, and its gradient.
-    void convolve(Place p, Index y, const Lanes* w, Lanes b, Lanes* dw, Lanes& dconv_sum) {
+    void conv_row(Place p, Index y, const Lanes* w, Lanes b, Lanes* dw, Lanes& dconv_sum) {
         convolve3_row(gelus, s.w, y, w, convs.data());
         const Lanes *row = gelus.row(y), *conv = convs.data();
         Lanes* dconv = dconvs.row(y);
@@ -488,7 +488,7 @@ template <class T> struct MixBackward {
         std::fill_n(dconvs.row(-1), s.w, Lanes{});
         for (Index y = 0; y <= s.h; y++) {
             fill(p, y + 1);
-            if (y < s.h) convolve(p, y, w, b, dw, dconv_sum);
+            if (y < s.h) conv_row(p, y, w, b, dw, dconv_sum);
             else std::fill_n(dconvs.row(y), s.w, Lanes{});
             if (y == 0) continue;
             convolve3_row(dconvs, s.w, y - 1, turned, convs.data());
