@@ -113,7 +113,10 @@ def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "build_model", other_start)
     lines: list[str] = []
-    assert kill_and_compare(configure(raw_config), tmp_path / "runs", 1, 1, [0], seed=0, say=lines.append) == 1
+    different = kill_and_compare(configure(raw_config), tmp_path / "runs", 1, 1, [0], seed=0, say=lines.append)
+    # on a machine of changing speed a run may end before it is killed
+    assert lines[-1] == f"1 kills, {different} finished runs, {different} different"
+    assert different > 0
     assert "DIFFERENT in step_00000020.pt.model." in lines[-2]
 
 
