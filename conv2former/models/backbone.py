@@ -5,7 +5,7 @@ Architecture after the authors' code, github.com/HVision-NKU/Conv2Former (Apache
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +57,26 @@ class Stem(nn.Module):
         return self.conv3(x)
 
 
-class Downsample(nn.Module):
+class Convolves(nn.Module):
+    """What has a convolution `conv` outside of the blocks, which is computed in a type that the processor has."""
+
+    fused: bool = True  # for pickles that have no such attribute
+    if TYPE_CHECKING:  # TorchScript would take it for an attribute that is no module
+        conv: nn.Conv2d
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
+            if self.fused:
+                return fused.convolve(self.conv, x)
+        return self.conv(x)
+
+
+class Downsample(Convolves):
     """LayerNorm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
 
     With `dilation` the stride is 1 and the kernel dilated, for a network with a smaller output stride. The padding is
     then at the end only, which keeps the kernel on the pixels that it would see with stride 2.
     """
-
-    fused: bool = True  # for pickles that have no such attribute
 
     def __init__(self, in_dim: int, dim: int, dilation: int | None = None, fused: bool = True, **dd: Any) -> None:
         super().__init__()
@@ -74,11 +86,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=1 if dilation else 2, dilation=dilation or 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._pad(self._norm(x))
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
-            if self.fused:
-                return fused.convolve(self.conv, x)
-        return self.conv(x)
+        return self._convolve(self._pad(self._norm(x)))
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
@@ -106,10 +114,8 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-class HeadConv(nn.Module):
+class HeadConv(Convolves):
     """What comes before the pooling: a 1x1 convolution, GELU and LayerNorm, (N, C, H, W) to (N, dim, H, W)."""
-
-    fused: bool = True
 
     def __init__(self, in_dim: int, dim: int, fused: bool = True, **dd: Any) -> None:
         super().__init__()
@@ -119,13 +125,7 @@ class HeadConv(nn.Module):
         self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.act(self._conv(x)))
-
-    def _conv(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
-            if self.fused:
-                return fused.convolve(self.conv, x)
-        return self.conv(x)
+        return self.norm(self.act(self._convolve(x)))
 
 
 def _init_weights(module: nn.Module, name: str, head_init_scale: float = 1.0) -> None:

@@ -255,7 +255,7 @@ inline void correlate_row(const Lanes* grad, const Lanes* row, Index w, Index k,
 }
 
 // A row of a 3 x 3 convolution. It is a loop of its own, as are those of GELU and of the weight's gradient, because each
-// needs nearly all registers.
+// needs nearly all registers. `convolve_row` would do it, too, with nine readings for each result and in 1.1 times the time.
 template <class Lanes> inline void convolve3_row(Ring<Lanes>& ring, Index w, Index y, const Lanes* weight, Lanes* sums) {
     const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
     for (Index x = 0; x < w; x++, above++, here++, below++)
@@ -264,7 +264,7 @@ template <class Lanes> inline void convolve3_row(Ring<Lanes>& ring, Index w, Ind
                   below[2] * weight[8];
 }
 
-// What a row adds to the gradient of its weight.
+// What a row adds to the gradient of its weight: all nine sums at once, since three alone would wait for each other.
 template <class Lanes> inline void correlate3_row(const Lanes* grad, Ring<Lanes>& ring, Index w, Index y, Lanes* total) {
     const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
     Lanes sums[9] = {};

@@ -43,10 +43,14 @@ def multiplies(dtype: torch.dtype) -> bool:
 
     PyTorch computes them anyway. For 16 bits it then takes about ten times as long as for float32.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
+    return dtype.itemsize > 2 or (bool(torch.backends.mkldnn.enabled) and _has_products(dtype))
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    # Not public, as what `_has_pointwise` tries: where it is gone, take them as given.
     supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return bool(torch.backends.mkldnn.enabled) and (not hasattr(mkldnn, supported) or getattr(mkldnn, supported)())
+    return not hasattr(mkldnn, supported) or bool(getattr(mkldnn, supported)())
 
 
 @functools.cache

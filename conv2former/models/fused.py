@@ -324,8 +324,9 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
         else:
             us = [half.middle.linear(h, w, b) for w, b in _pairs(ins)]
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
-            maps = [*us, *dear] if half.recompute else [*us, *dear, h]
-            kept += [*(t.to(half.kept) for t in maps), *([] if half.recompute else stats)]
+            kept += [t.to(half.kept) for t in (*us, *dear)]
+            if not half.recompute:
+                kept += [h.to(half.kept), *stats]
         y = half.middle.linear(s, out_w, out_b)
         _add_scaled(xs[part], y, gamma, None if mask is None else mask[part], out[part])
     return _nchw(out)
