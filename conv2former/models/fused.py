@@ -18,6 +18,7 @@ layers, TorchScript, torch.compile, torch.export, torch.func and the like the pl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -198,12 +199,12 @@ def _is_conv_dw(layer: Any, dtype: torch.dtype | None) -> bool:
 
 def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
     """Computes the block, (N, C, H, W) to (N, C, H, W) in channels_last memory. `applies` must hold."""
-    attn, mlp = block.attn, block.mlp
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = _autocast_dtype(x) or x.dtype
+    layers: Any = block._modules
     with _without_autocast(x):  # the types are chosen here
-        x = _half(_Modulation, block, x, dtype, attn.norm, (attn.a, attn.v), attn.conv_dw, attn.proj, block.ls1)
-        return _half(_Mixing, block, x, dtype, mlp.norm, (mlp.fc1,), mlp.conv_dw, mlp.fc2, block.ls2)
+        x = _half(_Modulation, block, x, dtype, layers["attn"]._modules, ("a", "v"), "proj", layers["ls1"])
+        return _half(_Mixing, block, x, dtype, layers["mlp"]._modules, ("fc1",), "fc2", layers["ls2"])
 
 
 def _half(
@@ -211,21 +212,28 @@ def _half(
     block: Conv2FormerBlock,
     x: Tensor,
     dtype: torch.dtype,
-    norm: Any,
-    ins: tuple[Any, ...],
-    conv_dw: Any,
-    out: Any,
+    layers: Any,
+    ins: tuple[str, ...],
+    out: str,
     scale: nn.Module,
 ) -> Tensor:
-    inner = _computes_in(x, dtype)
-    half = _Half(_way(middle, x, inner), norm.eps, block.recompute, inner, dtype)
-    gamma = getattr(scale, "gamma", None)
-    params: tuple = (norm.weight, norm.bias, conv_dw.weight, conv_dw.bias, _matrix(out), out.bias, gamma)
-    params += tuple(p for layer in ins for p in (_matrix(layer), layer.bias))
-    mask = _drop_mask(block.drop_path, x, _out_dtype(half, x, gamma))
+    inner, norm = _computes_in(x, dtype), layers["norm"]
+    step = _images_at_a_time(x, layers[out].in_channels)
+    half = _Half(_way(middle, x, inner), norm.eps, block.recompute, inner, dtype, step)
+    gamma = scale._parameters.get("gamma")
+    params: tuple = (*_own(norm), *_own(layers["conv_dw"]), *_own(layers[out]), gamma)
+    for name in ins:
+        params += _own(layers[name])
+    mask = _drop_mask(block._modules["drop_path"], x, half, gamma)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
         return _Step.apply(half, x, mask, *params)
-    return _run(half, x, mask, params, None, _images_at_a_time(x, out.in_channels))
+    return _run(half, x, mask, params, None)
+
+
+def _own(layer: Any) -> tuple[Tensor, Tensor]:
+    """Returns what `weights` does, of a layer whose parameters are its own, in a fifth of the time."""
+    parameters = layer._parameters
+    return parameters["weight"], parameters["bias"]
 
 
 def _way(middle: Any, x: Tensor, dtype: torch.dtype) -> Any:
@@ -235,15 +243,11 @@ def _way(middle: Any, x: Tensor, dtype: torch.dtype) -> Any:
     return _COMPILED[middle] if compiled.usable(dtype) else middle
 
 
-def _matrix(conv: Any) -> Tensor:
-    return conv.weight.flatten(1)
-
-
-def _drop_mask(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _drop_mask(drop_path: Any, x: Tensor, half: _Half, gamma: Tensor | None) -> Tensor | None:
     """Draws what `DropPath` multiplies each image with, (N, 1, 1, 1), as it draws it; None for nothing."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
         return None
-    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype))
+    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=_out_dtype(half, x, gamma)))
 
 
 @dataclass(slots=True)
@@ -256,6 +260,7 @@ class _Half:
         recompute: compute again in the backward pass what is cheap, instead of keeping it.
         dtype: that the linears, and what lies between them, are computed with.
         kept: that of the maps that are kept for the backward pass, and of the result where nothing else decides.
+        step: how many images go through it together.
     """
 
     middle: Any
@@ -263,6 +268,7 @@ class _Half:
     recompute: bool
     dtype: torch.dtype
     kept: torch.dtype
+    step: int
 
 
 def _out_dtype(half: _Half, x: Tensor, gamma: Tensor | None) -> torch.dtype:
@@ -273,8 +279,9 @@ def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tens
     """What a half computes, (N, C, H, W) to (N, C, H, W), in plain PyTorch: for a second derivative."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     h = F.layer_norm(_nhwc(x).to(norm_w.dtype), norm_w.shape, norm_w, norm_b, half.eps).to(half.dtype)
-    us = [F.linear(h, *_cast(half, w, b)) for w, b in _pairs(ins)]
-    y = F.linear(half.middle.formula(us, *_cast(half, conv_w, conv_b)), *_cast(half, out_w, out_b))
+    us = [F.linear(h, w, b) for w, b in _linears(half, ins)]
+    ((out_w, out_b),) = _linears(half, (out_w, out_b))
+    y = F.linear(half.middle.formula(us, *_cast(half, conv_w, conv_b)), out_w, out_b)
     y = _nchw(y if gamma is None else y * gamma)
     return (x + (y if mask is None else y * mask)).to(_out_dtype(half, x, gamma))
 
@@ -285,6 +292,16 @@ def _pairs(flat: Any) -> Any:
 
 def _cast(half: _Half, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(half.dtype) for tensor in tensors]
+
+
+def _matrix(half: _Half, weight: Tensor) -> Tensor:
+    """Returns a 1x1 convolution's weight as a matrix (out, in) in the half's type."""
+    return weight.to(half.dtype).flatten(1)
+
+
+def _linears(half: _Half, params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns what `F.linear` takes, for weights and biases of 1x1 convolutions in turns."""
+    return [(_matrix(half, w), b.to(half.dtype)) for w, b in _pairs(params)]
 
 
 def _as_they_are(half: _Half, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -298,12 +315,16 @@ def _images_at_a_time(x: Tensor, hidden: int) -> int:
     return max(1, CHUNK // max(1, h * w * hidden) if x.is_cpu else n)
 
 
-def _parts(x: Tensor, step: int) -> list[slice]:
-    return [slice(first, first + step) for first in range(0, len(x), step)]
+def _in_parts(step: int, x: Tensor, *others: Tensor | None) -> list[tuple]:
+    """Returns `step` images of each tensor at a time; None of those that are None."""
+    if x.shape[0] <= step:
+        return [(x, *others)]
+    parts = x.split(step)
+    return list(zip(parts, *(itertools.repeat(None) if t is None else t.split(step) for t in others), strict=False))
 
 
-def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None, step: int) -> Tensor:
-    """Computes a half, (N, C, H, W) to (N, C, H, W), `step` images at a time.
+def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
+    """Computes a half, (N, C, H, W) to (N, C, H, W), a few images at a time.
 
     What the backward pass needs is added to `kept`, if there is such a list.
     """
@@ -312,48 +333,49 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     if kept is None and half.middle.infer_from is not None and dtype == norm_w.dtype:
         x = x.to(dtype)  # which it would be in the sum, too
         if compiled.takes_pixels(_nhwc(x), dtype, half.dtype):
-            return _infer(half, x, mask, params, step)
+            return _infer(half, x, mask, params)
     xs = _nhwc(x)
-    out = xs.new_empty(xs.shape, dtype=dtype)
+    out = torch.empty_like(xs, dtype=dtype)
     conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
-    out_w, out_b, *ins = _cast(half, out_w, out_b, *ins)
-    for part in _parts(xs, step):
-        h, *stats = _norm(half, xs[part], norm_w, norm_b, kept is not None)
+    (out_w, out_b), *linears = _linears(half, (out_w, out_b, *ins))
+    for images, m, result in _in_parts(half.step, xs, mask, out):
+        h, *stats = _norm(half, images, norm_w, norm_b, kept is not None)
         if kept is None:
-            s = half.middle.infer(h, ins, conv_w, conv_b)
+            s = half.middle.infer(h, linears, conv_w, conv_b)
         else:
-            us = [half.middle.linear(h, w, b) for w, b in _pairs(ins)]
+            us = [half.middle.linear(h, w, b) for w, b in linears]
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
             kept += [t.to(half.kept) for t in (*us, *dear)]
             if not half.recompute:
                 kept += [h.to(half.kept), *stats]
         y = half.middle.linear(s, out_w, out_b)
-        _add_scaled(xs[part], y, gamma, None if mask is None else mask[part], out[part])
+        _add_scaled(images, y, gamma, m, result)
     return _nchw(out)
 
 
-def _infer(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, step: int) -> Tensor:
+def _infer(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor:
     """Does what `_run` does, with compiled functions and nothing kept; x is in the result's type.
 
     They add the biases of the linears, and all parts are computed in the same memory.
     """
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    wo, *ws = _cast(half, out_w, *ins[::2])
-    wo, *ws = [w.t() for w in (wo, *ws)]
+    wo, *ws = [_matrix(half, w).t() for w in (out_w, *ins[::2])]
     xs = _nhwc(x)
-    out, first = torch.empty_like(xs), xs[:step]
+    out, first = torch.empty_like(xs), xs[: half.step]
     h = torch.empty_like(first, dtype=half.dtype)
-    us = [h.new_empty(*first.shape[:-1], w.shape[1]) for w in ws]
-    for part in _parts(xs, step):
-        images = xs[part]
-        if len(images) < len(h):
-            h, us = h[: len(images)], [u[: len(images)] for u in us]
+    n, height, width, _ = first.shape
+    us = [h.new_empty((n, height, width, w.shape[1])) for w in ws]
+    for images, m, result in _in_parts(half.step, xs, mask, out):
+        if images.shape[0] < n:  # the last ones
+            n = images.shape[0]
+            h, us = h[:n], [u[:n] for u in us]
         compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+        rows = _rows(h)
         for u, w in zip(us, ws, strict=True):
-            torch.mm(h.view(-1, h.shape[-1]), w, out=u.view(-1, u.shape[-1]))
+            torch.mm(rows, w, out=_rows(u))
         s = half.middle.infer_from(us, ins[1::2], conv_w, conv_b)
-        torch.mm(s.view(-1, s.shape[-1]), wo, out=h.view(-1, h.shape[-1]))
-        compiled.add_scaled(images, h, gamma, None if mask is None else mask[part], out[part], out_b)
+        torch.mm(_rows(s), wo, out=rows)
+        compiled.add_scaled(images, h, gamma, m, result, out_b)
     return _nchw(out)
 
 
@@ -396,8 +418,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Any) -> Tensor:
         kept: list[Tensor] = []
-        ctx.step = _images_at_a_time(x, params[4].shape[1])
-        y = _run(half, x, mask, params, kept, ctx.step)
+        y = _run(half, x, mask, params, kept)
         ctx.half, ctx.num_params = half, len(params)
         ctx.save_for_backward(x, mask, *params, *kept)
         return y
@@ -410,7 +431,7 @@ class _Step(torch.autograd.Function):
             if torch.is_grad_enabled() or _is_batched(grad):
                 return _gradient_of_formula(ctx, grad, x, mask, params)
             learns = any(ctx.needs_input_grad[3:])
-            return None, *_gradient(ctx.half, grad, x, mask, params, kept, ctx.step, learns)
+            return None, *_gradient(ctx.half, grad, x, mask, params, kept, learns)
 
 
 def _is_batched(grad: Tensor) -> bool:
@@ -431,71 +452,80 @@ def _gradient_of_formula(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None,
 
 
 def _gradient(
-    half: _Half, grad: Tensor, x: Tensor, mask: Tensor | None, params: list, kept: list, step: int, learns: bool
+    half: _Half, grad: Tensor, x: Tensor, mask: Tensor | None, params: list, kept: list, learns: bool
 ) -> tuple:
     """Returns the gradients of x, mask (none) and the parameters, of the latter only if the half `learns`."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    # in float32 at least: sums over many parts would come to a standstill in 16 bits
-    wide = torch.promote_types(norm_w.dtype, torch.float32)
-    sums: list[Any] = [torch.zeros_like(p, dtype=wide) if learns and p is not None else None for p in params]
-    norm_w_sum, norm_b_sum, conv_w_sum, conv_b_sum, out_w_sum, out_b_sum, _, *in_sums = sums
+    wide = torch.promote_types(norm_w.dtype, torch.float32)  # for sums, which would come to a standstill in 16 bits
+    sums: list[Any] = [None] * (len(params) - 1)
     conv_w, conv_b = half.middle.conv_weights(half, conv_w, conv_b)
-    wo, *ws = _cast(half, out_w, *ins[::2])
+    wo, *ws = [_matrix(half, w) for w in (out_w, *ins[::2])]
     xs, grads = _nhwc(x), _nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     scale = gamma  # of the last linear's gradient, or of its weights where these are the fewer numbers
     if gamma is not None and wo.numel() < xs.numel() and half.dtype != torch.float16:  # whose range ends too early
-        (wo,), scale = _cast(half, out_w * gamma[:, None]), None
-    parts = _parts(xs, step)
-    for number, part in enumerate(parts):
-        mine = kept[number * len(kept) // len(parts) : (number + 1) * len(kept) // len(parts)]
-        mine = [t.contiguous() for t in mine]  # hooks on saved tensors may have changed that
+        wo, scale = _matrix(half, out_w * gamma.view(-1, 1, 1, 1)), None
+    parts = _in_parts(half.step, xs, grads, mask, dx)
+    each = len(kept) // len(parts)
+    for number, (images, dout, m, result) in enumerate(parts):
+        mine = [t.contiguous() for t in kept[number * each :][:each]]  # hooks on saved tensors may have changed that
         if half.recompute:
-            h, *stats = _norm(half, xs[part], norm_w, norm_b)
+            h, *stats = _norm(half, images, norm_w, norm_b)
         else:
             *mine, h, mean, rstd = mine
             h, stats = h.to(half.dtype), [mean, rstd]
         us, dear = _cast(half, *mine[: len(ws)]), _cast(half, *mine[len(ws) :])
         if half.recompute:
             dear = half.middle.again(us, dear, conv_w, conv_b)
-        dy = grads[part] if mask is None else grads[part] * mask[part]
+        dy = dout if m is None else dout * m
         ds = (dy if scale is None else dy * scale).to(half.dtype) @ wo
         s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
         dh = dus[0] @ ws[0]
         for du, w in zip(dus[1:], ws[1:], strict=True):
-            dh.view(-1, dh.shape[-1]).addmm_(_rows(du), w)
+            _rows(dh).addmm_(_rows(du), w)
+        dnorm = _norm_gradient(dh, images, stats, norm_w, norm_b, dout, result)
         if learns:
-            _add_product(out_w_sum, dy.to(half.dtype), s)
-            out_b_sum += dy.sum((0, 1, 2), dtype=wide)
-            conv_w_sum += dconv_w
-            conv_b_sum += dconv_b
             du_sums = du_sums or [du.sum((0, 1, 2), dtype=wide) for du in dus]
-            for du, du_sum, (w_sum, b_sum) in zip(dus, du_sums, _pairs(in_sums), strict=True):
-                _add_product(w_sum, du, h)
-                b_sum += du_sum
-        dnorm_w, dnorm_b = _norm_gradient(dh, xs[part], stats, norm_w, norm_b, grads[part], dx[part])
-        if learns:
-            norm_w_sum += dnorm_w
-            norm_b_sum += dnorm_b
-    if learns and gamma is not None:  # so far the sums are those of gamma * out_w and gamma * out_b
-        sums[6] = torch.einsum("cd,cd->c", out_w_sum, out_w.to(wide)) + out_b_sum * out_b
+            found = [*dnorm, dconv_w, dconv_b, (dy.to(half.dtype), s), dy.sum((0, 1, 2), dtype=wide)]
+            for du, du_sum in zip(dus, du_sums, strict=True):
+                found += [(du, h), du_sum]
+            sums = [_plus(total, more, wide) for total, more in zip(sums, found, strict=True)]
+    if not learns:
+        return _nchw(dx), None, *(None for _ in params)
+    dgamma = None
+    if gamma is not None:  # so far the sums are those of gamma * out_w and gamma * out_b
+        out_w_sum, out_b_sum = sums[4:6]
+        dgamma = torch.linalg.vecdot(out_w_sum, out_w.flatten(1).to(wide)) + out_b_sum * out_b
         out_w_sum *= gamma[:, None]
         out_b_sum *= gamma
-    return _nchw(dx), None, *(s if s is None else s.to(norm_w.dtype) for s in sums)
+    sums.insert(6, dgamma)
+    return (
+        _nchw(dx),
+        None,
+        *(s if s is None else s.to(norm_w.dtype).view(p.shape) for s, p in zip(sums, params, strict=True)),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.view(-1, x.shape[-1])
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds the product over all pixels, (N, H, W, C) and (N, H, W, D) to (C, D)."""
-    if a.dtype == torch.float16:  # whose range such sums exceed
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    if total.dtype == a.dtype:
-        total.addmm_(_rows(a).t(), _rows(b))
-    else:
-        total += _rows(a).t() @ _rows(b)
+def _plus(total: Tensor | None, more: Any, wide: torch.dtype) -> Tensor:
+    """Adds to `total`, if there is one, a tensor of `wide`, or of two maps the product over all pixels.
+
+    Args:
+        total: what there is so far, of type `wide`, to be overwritten; None for nothing.
+        more: the tensor, or a pair (N, H, W, C), (N, H, W, D) whose product is (C, D).
+        wide: the type of the sum.
+    """
+    if isinstance(more, tuple):
+        a, b = (_rows(t) for t in more)
+        if a.dtype == torch.float16:  # whose range such sums exceed
+            a, b = a.to(wide), b.to(wide)
+        if total is not None and a.dtype == wide:
+            return total.addmm_(a.t(), b)
+        more = a.t() @ b
+    return more.to(wide) if total is None else total.add_(more)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -677,9 +707,9 @@ class _Modulation:
         return cpu_ops.conv_dw(F.gelu(a), weight, bias) * v
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        a, a_bias, v, v_bias = ins
-        return cpu_ops.conv_dw(cpu_ops.linear_gelu(h, a, a_bias), weight, bias).mul_(cpu_ops.linear(h, v, v_bias))
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        a, v = linears
+        return cpu_ops.conv_dw(cpu_ops.linear_gelu(h, *a), weight, bias).mul_(cpu_ops.linear(h, *v))
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
@@ -719,8 +749,8 @@ class _Mixing:
         return g + F.gelu(cpu_ops.conv_dw(g, weight, bias))
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        g = cpu_ops.linear_gelu(h, *ins)
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        g = cpu_ops.linear_gelu(h, *linears[0])
         return g.add_(cpu_ops.conv_dw_gelu(g, weight, bias))
 
     @staticmethod
@@ -754,8 +784,8 @@ class _ModulationCompiled(_Modulation):
     conv_weights: Any = staticmethod(_as_they_are)
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        a, v = (cpu_ops.linear(h, w, b) for w, b in _pairs(ins))
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        a, v = (cpu_ops.linear(h, w, b) for w, b in linears)
         return compiled.modulate(a, v, weight, bias, out=v)
 
     @staticmethod
@@ -786,8 +816,8 @@ class _MixingCompiled(_Mixing):
     conv_weights: Any = staticmethod(_as_they_are)
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        u = cpu_ops.linear(h, *ins)
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        u = cpu_ops.linear(h, *linears[0])
         return compiled.mix(u, weight, bias, out=u)
 
     @staticmethod
@@ -816,8 +846,8 @@ class _ModulationOnGPU(_Modulation):
     linear: Any = staticmethod(F.linear)
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        return _ModulationOnGPU.forward([F.linear(h, w, b) for w, b in _pairs(ins)], weight, bias, True)[0]
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        return _ModulationOnGPU.forward([F.linear(h, w, b) for w, b in linears], weight, bias, True)[0]
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
@@ -844,8 +874,8 @@ class _MixingOnGPU(_Mixing):
     linear: Any = staticmethod(F.linear)
 
     @staticmethod
-    def infer(h: Tensor, ins: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        return _MixingOnGPU.again([F.linear(h, *ins)], [], weight, bias)[0]
+    def infer(h: Tensor, linears: list, weight: Tensor, bias: Tensor) -> Tensor:
+        return _MixingOnGPU.again([F.linear(h, *linears[0])], [], weight, bias)[0]
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
