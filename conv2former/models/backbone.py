@@ -21,7 +21,7 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices  # not exported by timm.models
 from torch import nn
 
-from . import fused
+from . import fused_stem
 from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
 from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
@@ -49,9 +49,9 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
             if self.fused:
-                if fused.stem_applies(self, x):
-                    return fused.forward_stem(self, x)
-                x = fused.channels_last(x)
+                if fused_stem.stem_applies(self, x):
+                    return fused_stem.forward_stem(self, x)
+                x = fused_stem.channels_last(x)
         x = self.norm1(self.act1(self.conv1(x)))
         x = self.norm2(self.act2(self.conv2(x)))
         return self.conv3(x)
@@ -67,7 +67,7 @@ class Convolves(nn.Module):
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
             if self.fused:
-                return fused.convolve(self.conv, x)
+                return fused_stem.convolve(self.conv, x)
         return self.conv(x)
 
 
@@ -90,8 +90,8 @@ class Downsample(Convolves):
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
-            if self.fused and fused.norm_applies(self, x):
-                return fused.forward_norm(self, x)
+            if self.fused and fused_stem.norm_applies(self, x):
+                return fused_stem.forward_norm(self, x)
         return self.norm(x)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:

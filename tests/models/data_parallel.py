@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     exact = gradients(False)
     ways = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
-    fused._way = lambda middle, x, dtype: fused._ON_GPU[middle]  # the operators; on a GPU they are Triton's
+    fused._way = lambda middle, x, dtype: fused.ON_GPU[middle]  # the operators; on a GPU they are Triton's
     calls, operator = [], kernels.modulate_backward
     kernels.modulate_backward = lambda *args: (calls.append(1), operator(*args))[1]
     ways["operators"] = gradients(True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conv2former import Conv2FormerBlock
-from conv2former.models import compiled, cpu_ops, fused, kernels
+from conv2former.models import compiled, cpu_ops, fused, fused_stem, kernels
 from conv2former.tools.benchmark_memory import bytes_held
 
 DIM = 12
@@ -70,9 +70,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 def calls(monkeypatch) -> list[str]:
     """What went the fast way."""
     made: list[str] = []
-    for name in ("forward", "forward_stem"):
-        real = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, real=real, name=name: (made.append(name), real(*a))[1])
+    for module, name in ((fused, "forward"), (fused_stem, "forward_stem")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (made.append(name), real(*a))[1])
     return made
 
 
@@ -475,7 +475,7 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Takes the GPU's way on the CPU, where the kernels' operators are plain PyTorch."""
-    monkeypatch.setattr(fused, "_way", lambda middle, x, dtype: fused._ON_GPU[middle])
+    monkeypatch.setattr(fused, "_way", lambda middle, x, dtype: fused.ON_GPU[middle])
     monkeypatch.setattr(fused, "_images_at_a_time", lambda x, hidden: len(x))
 
 
