@@ -34,6 +34,7 @@ __all__ = [
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Returns autocast's type where `x` is, or None without autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -75,6 +76,7 @@ def is_anyone_looking() -> bool:
 
 
 def is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
+    """Says whether a block consists of the layers that it was made with, their weights of that type, and no hooks."""
     from .block import ConvMlp, ConvMod  # which import this file
 
     attn, mlp = block.attn, block.mlp
@@ -104,6 +106,7 @@ def is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:
 
 
 def is_watched(layer: Any) -> bool:
+    """Says whether a layer has hooks, or an attribute in the place of one of its methods."""
     own = layer.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own or "fuse" in own or "_conv_forward" in own
@@ -130,6 +133,7 @@ def _is_linear(layer: Any, dtype: torch.dtype | None) -> bool:
 
 
 def is_depthwise(layer: Any, dtype: torch.dtype | None) -> bool:
+    """Says whether a layer is a plain 'same' padded depthwise convolution, square, odd and not dilated."""
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or not is_plain(layer, dtype):
         return False
     k = layer.kernel_size[0]
@@ -139,8 +143,10 @@ def is_depthwise(layer: Any, dtype: torch.dtype | None) -> bool:
 
 
 def nchw(x: Tensor) -> Tensor:
+    """Returns a view (N, C, H, W) of (N, H, W, C)."""
     return x.permute(0, 3, 1, 2)
 
 
 def nhwc(x: Tensor) -> Tensor:
+    """Returns a view (N, H, W, C) of (N, C, H, W)."""
     return x.permute(0, 2, 3, 1)
