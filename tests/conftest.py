@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,14 @@ from safetensors import safe_open
 
 _store = tempfile.TemporaryDirectory(prefix="conv2former-tests-store-")
 os.environ["CONV2FORMER_HOME"] = _store.name  # before the import: what a developer has installed changes no test
+# Compiled functions come from the store of the process that started xdist's workers.
+_compiled = Path(os.environ.setdefault("CONV2FORMER_TESTS_COMPILED", os.path.join(_store.name, "compiled")))
+if _compiled.parent != Path(_store.name):
+    Path(_store.name, "compiled").symlink_to(_compiled, target_is_directory=True)
 
 import conv2former  # noqa: E402
+from conv2former.data import pixels  # noqa: E402
+from conv2former.models import compiled  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
@@ -26,6 +33,13 @@ _cache = tempfile.TemporaryDirectory(prefix="conv2former-tests-")  # removed at 
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # the networks are tiny, and threads that wait for each other on a busy machine crawl
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles, before xdist's workers start, what each of them would begin with at the same time."""
+    if config.getoption("numprocesses", None):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda load: load(), (pixels._library, lambda: compiled.usable(torch.float32))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,7 +31,7 @@ def run(*command, **kwargs) -> str:
 def empty_environment(tmp_path_factory):
     """An environment that sees torch and timm, but not this project: a .pth line does not process other .pth files."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder / "env", with_pip=True)
+    venv.create(folder / "env")
     python = folder / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     site_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     with open(f"{site_packages}/dependencies.pth", "w") as file:
@@ -64,7 +64,7 @@ def test_source_checkout_then_wheel(empty_environment, wheel, monkeypatch):
     python, folder = empty_environment
     monkeypatch.delenv("PYTHONPATH", raising=False)
     check(run(python, "-c", CREATE_ALL, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}), ROOT)
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     check(run(python, "-c", CREATE_ALL, cwd=folder), folder)
 
 

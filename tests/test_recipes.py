@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
@@ -12,6 +13,7 @@ import pytest
 import conv2former
 from conv2former.config import Config, load_config
 from conv2former.engine import dry_run
+from conv2former.models import variants
 from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table, run_name
 
 from .conftest import ROOT
@@ -19,8 +21,8 @@ from .conftest import ROOT
 CONFIGS = ROOT / "configs"
 RECIPES = find_recipes(CONFIGS)
 NAMES = [str(path.relative_to(CONFIGS)) for path in RECIPES]
-# The recipe's step, but cheap: two small images, two being what a dry run takes on a CPU anyway, and no weight file.
-# Contiguous tensors are no other computation, and twice as fast here.
+# The recipe's step, but cheap: two small images, two being what a dry run takes on a CPU anyway, and no weight file;
+# `shallow` networks besides. Contiguous tensors are no other computation, and twice as fast here.
 CHEAP = [
     "data.img_size=32",
     "train.batch_size=2",
@@ -36,6 +38,13 @@ def recipe(request):
     return read_recipe(request.param)
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Leaves every variant one block in each stage."""
+    for name, variant in variants._variants.items():
+        monkeypatch.setitem(variants._variants, name, dataclasses.replace(variant, depths=(1, 1, 1, 1)))
+
+
 def step(config: Config) -> list[str]:
     """Trains one step. Recipes that differ in nothing that the step sees share it: folder and hf, 224 and 384."""
     raw = config.to_dict()
@@ -48,7 +57,7 @@ def step(config: Config) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_trains_a_step(path):
+def test_trains_a_step(path, shallow):
     whole = load_config(path)
     found = whole.data.num_classes
     network = ["model.name=conv2former_n"] if whole.model.name == "auto" else []  # there is no file to tell it
@@ -95,7 +104,7 @@ def test_header(recipe):
     words += ["x", str(recipe.devices), "devices" if recipe.devices > 1 else "device"]
     assert f"Global batch {plan.global_batch_size} = {' '.join(words)}, learning rate " in header
     assert float(re.search(r"learning rate ([\de.-]+?)\.? ", f"{header} ")[1]) == pytest.approx(plan.lr)
-    if recipe.path.name != "quickstart.yaml":  # a test runs that one to its end
+    if recipe.path.name != "quickstart.yaml":  # which was run to its end
         assert "Unverified: " in header
         assert "Training time and memory are not measured." in header
     if recipe.published != "none":

@@ -121,14 +121,16 @@ class RunLog:
     def picture(self, name: str, figure: Figure, step: int) -> Path:
         """Writes a picture to `NAME.png` and to TensorBoard."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.image import imsave
 
         canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())
         path = self.folder / f"{name}.png"
         with writing(self.folder):
-            figure.savefig(path)
+            imsave(path, pixels)
             if self._writer:
-                canvas.draw()
-                self._writer.add_image(name, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+                self._writer.add_image(name, pixels[..., :3], step, dataformats="HWC")
         return path
 
     def close(self) -> None:

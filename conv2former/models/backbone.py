@@ -129,7 +129,7 @@ class HeadConv(Convolves):
 
 
 def _init_weights(module: nn.Module, name: str, head_init_scale: float = 1.0) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:  # which has no values, but takes time
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conv2former.config import Config, check_config
+from conv2former.engine import logging, pictures
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,20 @@ SHAPE = {"dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
 
 
 @pytest.fixture
+def with_pictures():
+    """For tests that want a run to draw its pictures."""
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """Spares the other tests a third of the time of a run as small as theirs."""
+    if "with_pictures" not in request.fixturenames:
+        for name in ("batch_figure", "curves_figure", "confusion_figure"):
+            monkeypatch.setattr(pictures, name, lambda *_: None)
+        monkeypatch.setattr(logging.RunLog, "picture", lambda log, name, *_: log.folder / f"{name}.png")
+
+
+@pytest.fixture
 def raw_config(small_data) -> dict:
     """Everything that draws random numbers or keeps state is on."""
     return {
@@ -55,5 +70,5 @@ def raw_config(small_data) -> dict:
         "train": {"batch_size": 4, "accum_steps": 2, "eval_batch_size": 5},
         "optim": {"base_lr": 1e-3, "base_batch_size": 8, "clip_grad": 5.0, "layer_decay": 0.9},
         "ema": {"decay": 0.9},
-        "log": {"every_steps": 2},
+        "log": {"every_steps": 2, "tensorboard": False},
     }

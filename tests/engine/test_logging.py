@@ -67,7 +67,9 @@ def test_the_report_says_how_long_images_were_waited_for(raw_config, tmp_path, c
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_picture_of_the_first_batch_leaves_it_as_it_was(raw_config, tmp_path, monkeypatch, channels_last):
+def test_the_picture_of_the_first_batch_leaves_it_as_it_was(
+    raw_config, tmp_path, monkeypatch, channels_last, with_pictures
+):
     """Mixup works in place: a batch that was mixed for the picture would be mixed twice in the step."""
     raw_config["train"]["channels_last"] = channels_last
     drawn = []

@@ -36,7 +36,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_and_what_it_leaves(raw_config, tmp_path):
+def test_a_run_and_what_it_leaves(raw_config, tmp_path, with_pictures):
     report = train(configure(raw_config, log__tensorboard=True), tmp_path / "run")
     assert report["n"] == 7
     assert report["steps"] == 20  # 44 images / 8 per step = 5 steps, 4 epochs with the cool-down
