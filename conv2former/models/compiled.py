@@ -20,6 +20,7 @@ from .. import compiling
 
 __all__ = [
     "add_scaled",
+    "conv_weight_grad",
     "gelu_affine",
     "gelu_norm",
     "gelu_norm_backward",
@@ -29,6 +30,7 @@ __all__ = [
     "modulate_backward",
     "norm",
     "norm_backward",
+    "takes_conv_weight_grad",
     "takes_gelu_affine",
     "takes_pixels",
     "usable",
@@ -42,6 +44,8 @@ PAIRS = {
     (torch.float32, torch.bfloat16): "float32_bfloat16",
     (torch.float64, torch.float64): "float64_float64",
 }
+MOST_WEIGHTS = 2**16  # whose sums a second-level cache holds, in `conv_weight_grad`
+STRIPS = 4  # of an image, that threads can share in it
 _functions: dict[str, Any] = {}  # that were called before
 watchers: list[Callable[[tuple], None]] = []  # called with the arguments of every call, by who counts memory traffic
 
@@ -64,6 +68,18 @@ def _lanes(dtype: torch.dtype) -> int:
 def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
     """Says whether `gelu_affine` and `gelu_norm` are there, for maps of so many channels and that type."""
     return channels >= _lanes(dtype) and usable(dtype)
+
+
+def takes_conv_weight_grad(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Any, dilation: Any) -> bool:
+    """Says whether `conv_weight_grad` is there and the faster way, for a map (N, H, W, C) and a convolution without groups.
+
+    With AVX-512 oneDNN is fast, too.
+    """
+    outs, _, *kernel = weight.shape
+    square = len({*kernel}) == len({*stride}) == len({*padding}) == 1 and tuple(dilation) == (1, 1)
+    fits = square and x.dtype == torch.float32 and outs >= _lanes(x.dtype)
+    small = weight.numel() <= MOST_WEIGHTS
+    return fits and small and torch.backends.cpu.get_cpu_capability() == "AVX2" and usable(x.dtype)
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
@@ -329,3 +345,21 @@ def gelu_norm_backward(
     dx = torch.empty_like(x)
     _call(f"gelu_affine_backward_{DTYPES[x.dtype]}", pixels, c, threads, dout, x, scale, by_gelu, shift, dx)
     return dx, dweight, dbias
+
+
+def conv_weight_grad(dout: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """The gradient of a dense convolution's weight, for square kernels without dilation.
+
+    Args:
+        dout: gradient of the result, (N, H', W', D), float32; D is a vector's length at least.
+        x: the map that was convolved, (N, H, W, C), float32.
+        kernel_size, stride, padding: of the convolution, k, and the others as many for rows as for columns.
+
+    Returns:
+        (D, C, k, k).
+    """
+    (n, h, w, c), (_, out_h, out_w, outs) = x.shape, dout.shape
+    sums = x.new_empty(n * STRIPS, kernel_size, kernel_size, c, outs)
+    sizes = n, h, w, c, out_h, out_w, outs, kernel_size, stride, padding, STRIPS, torch.get_num_threads()
+    _call("conv_weight_grad_float32", *sizes, x, dout, sums)
+    return sums.sum(0).permute(3, 2, 0, 1)

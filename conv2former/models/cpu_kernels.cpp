@@ -677,7 +677,87 @@ void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberF
         });
 }
 
+// The gradient of the stem's dense convolutions.
+
+// Pixels of a row, in two maps whose neighbours are so many numbers apart.
+struct Pixels {
+    Index count, x_step, dout_step;
+};
+
+// sums[i][o] += sum over pixels of x[i] * dout[o], of INS channels of x and OUTS vectors of dout's, for which there are
+// registers.
+template <int INS, int OUTS>
+inline void add_products(const float* x, const float* dout, Pixels pixels, const Index* starts, Index vectors, Floats* sums) {
+    Floats total[INS * OUTS] = {};
+    for (Index p = 0; p < pixels.count; p++, x += pixels.x_step, dout += pixels.dout_step) {
+        Floats d[OUTS];
+        #pragma GCC unroll 3
+        for (int o = 0; o < OUTS; o++) d[o] = load_all(dout + starts[o]);
+        #pragma GCC unroll 12
+        for (int i = 0; i < INS; i++)
+            #pragma GCC unroll 3
+            for (int o = 0; o < OUTS; o++) total[i * OUTS + o] += d[o] * x[i];
+    }
+    for (int i = 0; i < INS; i++)
+        for (int o = 0; o < OUTS; o++) sums[i * vectors + o] += total[i * OUTS + o];
+}
+
+// The same for all c channels of x.
+template <int OUTS>
+inline void add_products(const float* x, const float* dout, Pixels pixels, Index c, const Index* starts, Index vectors,
+                         Floats* sums) {
+    Index i = 0;
+    constexpr int most = 12 / OUTS;
+    for (; c - i >= most; i += most) add_products<most, OUTS>(x + i, dout, pixels, starts, vectors, sums + i * vectors);
+    for (; c - i >= 2; i += 2) add_products<2, OUTS>(x + i, dout, pixels, starts, vectors, sums + i * vectors);
+    if (i < c) add_products<1, OUTS>(x + i, dout, pixels, starts, vectors, sums + i * vectors);
+}
+
+// The weight's gradient (k, k, c, outs), a part of it from each of so many strips of an image's rows. x is (n, h, w, c) and
+// dout (n, out_h, out_w, outs), with a vector's channels at least.
+void conv_weight_grad(Index n, Index h, Index w, Index c, Index out_h, Index out_w, Index outs, Index k, Index stride,
+                      Index padding, Index strips, Index threads, const float* x, const float* dout, float* dweight) {
+    Index vectors = (outs + LANES<Floats> - 1) / LANES<Floats>, size = k * k * c;
+    std::vector<Index> starts(vectors);  // the last vector may have channels of the one before, too
+    for (Index v = 0; v < vectors; v++) starts[v] = std::min(v * LANES<Floats>, outs - LANES<Floats>);
+    #pragma omp parallel num_threads(int(threads))
+    {
+        std::vector<Floats> sums(size * vectors);
+        #pragma omp for schedule(static)
+        for (Index part = 0; part < n * strips; part++) {
+            std::fill(sums.begin(), sums.end(), Floats{});
+            Index image = part / strips, strip = part % strips;
+            for (Index y = out_h * strip / strips; y < out_h * (strip + 1) / strips; y++)
+                for (Index ky = 0; ky < k; ky++)
+                    for (Index kx = 0; kx < k; kx++) {
+                        Index row = y * stride + ky - padding, left = kx - padding;  // in x, of the first column
+                        Index first = left < 0 ? (-left + stride - 1) / stride : 0;
+                        Index end = w > left ? std::min(out_w, (w - 1 - left) / stride + 1) : 0;
+                        if (row < 0 || row >= h || first >= end) continue;
+                        const float* from = x + ((image * h + row) * w + first * stride + left) * c;
+                        const float* d = dout + ((image * out_h + y) * out_w + first) * outs;
+                        Pixels pixels{end - first, stride * c, outs};
+                        Floats* to = &sums[(ky * k + kx) * c * vectors];
+                        Index v = 0;
+                        for (; vectors - v >= 3 && vectors - v != 4; v += 3)
+                            add_products<3>(from, d, pixels, c, &starts[v], vectors, to + v);
+                        for (; vectors - v >= 2; v += 2) add_products<2>(from, d, pixels, c, &starts[v], vectors, to + v);
+                        if (v < vectors) add_products<1>(from, d, pixels, c, &starts[v], vectors, to + v);
+                    }
+            for (Index i = 0; i < size; i++)
+                for (Index v = 0; v < vectors; v++)
+                    store_all(dweight + (part * size + i) * outs + starts[v], sums[i * vectors + v]);
+        }
+    }
+}
+
 }  // namespace
+
+extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Index out_h, Index out_w, Index outs, Index k,
+                                         Index stride, Index padding, Index strips, Index threads, const float* x,
+                                         const float* dout, float* dweight) {
+    conv_weight_grad(n, h, w, c, out_h, out_w, outs, k, stride, padding, strips, threads, x, dout, dweight);
+}
 
 // What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.
 #define FUNCTIONS(T, NAME)                                                                                             \

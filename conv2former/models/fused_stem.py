@@ -171,9 +171,14 @@ class _NormedConv(torch.autograd.Function):
                 z = F.gelu(x)
                 y = torch.addcmul(_per_channel(shift), z, _per_channel(scale)).to(x.dtype)
             geometry = ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation
+            grad, weight = grad.to(x.dtype), conv_w.to(x.dtype)
+            own = is_compiled and compiled.takes_conv_weight_grad(nhwc(x), weight, *geometry)
             dy, dconv_w, _ = aten.convolution_backward(
-                grad.to(x.dtype), y, conv_w.to(x.dtype), None, *geometry, False, [0, 0], 1, [True, True, False]
+                grad, y, weight, None, *geometry, False, [0, 0], 1, [True, not own, False]
             )
+            if own:
+                side, stride, padding = weight.shape[-1], ctx.conv.stride[0], ctx.conv.padding[0]
+                dconv_w = compiled.conv_weight_grad(nhwc(grad).contiguous(), nhwc(y), side, stride, padding)
             dconv_w = dconv_w.to(conv_w.dtype)
             if is_compiled:
                 dx, dw, db = compiled.gelu_norm_backward(nhwc(dy).contiguous(), nhwc(x), w, mean, rstd)

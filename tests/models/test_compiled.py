@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conv2former.models import compiled
+from conv2former.models import compiled, cpu_ops
 from conv2former.models.backbone import Downsample, Stem
 
 needs_compiler = pytest.mark.skipif(not compiled.usable(torch.float32), reason="no C++ compiler")
@@ -170,13 +170,48 @@ def test_gelu_and_batch_norm(channels, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("outs", [16, 17, 32, 36, 48, 72])
+@pytest.mark.parametrize(
+    ("channels", "size", "side", "stride", "padding"),
+    [(36, (9, 14), 3, 1, 1), (13, (8, 7), 2, 2, 0), (3, (11, 12), 3, 2, 1), (4, (1, 2), 5, 1, 2), (2, (9, 3), 3, 3, 4)],
+)
+def test_weight_gradient_of_a_dense_convolution(channels, size, side, stride, padding, outs):
+    x = random(0, 2, channels, *size, dtype=torch.float32)
+    weight = random(1, outs, channels, side, side).requires_grad_()
+    out = F.conv2d(x.double(), weight, stride=stride, padding=padding)
+    dout = random(2, *out.shape, dtype=torch.float32)
+    (exact,) = torch.autograd.grad(out, weight, dout.double())
+    maps = [t.permute(0, 2, 3, 1).contiguous() for t in (dout, x)]
+    check([compiled.conv_weight_grad(*maps, side, stride, padding)], [exact], torch.float32)
+
+
+@needs_compiler
+def test_dense_convolutions_that_are_left_to_onednn(monkeypatch):
+    """With AVX-512, of several strides, with many weights, few channels, or in another type."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    x, weight = torch.zeros(1, 8, 8, 36), torch.zeros(36, 36, 3, 3)
+    geometry = (1, 1), (1, 1), (1, 1)
+    assert compiled.takes_conv_weight_grad(x, weight, *geometry)
+    assert not compiled.takes_conv_weight_grad(x.double(), weight, *geometry)
+    for other in ((36, 36, 3, 2), (8, 36, 3, 3), (288, 144, 2, 2)):
+        assert not compiled.takes_conv_weight_grad(x, torch.zeros(other), *geometry)
+    for number in range(3):
+        other = [*geometry[:number], (1, 2), *geometry[number + 1 :]]
+        assert not compiled.takes_conv_weight_grad(x, weight, *other)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not compiled.takes_conv_weight_grad(x, weight, *geometry)
+
+
+@needs_compiler
 @pytest.mark.parametrize(("autocast", "bound"), [(False, 1e-5), (True, 2e-2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_stem(dtype, autocast, bound, monkeypatch):
     if autocast and dtype == torch.float64:
         pytest.skip("autocast is not for float64")
     used = []
-    for name in ("gelu_norm", "gelu_norm_backward", "gelu_affine"):
+    compiled.usable(dtype)  # which asks for the processor, too
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for name in ("gelu_norm", "gelu_norm_backward", "gelu_affine", "conv_weight_grad"):
         real = getattr(compiled, name)
         monkeypatch.setattr(compiled, name, lambda *a, real=real, name=name, **k: (used.append(name), real(*a, **k))[1])
     torch.manual_seed(0)
@@ -194,7 +229,9 @@ def test_the_stem(dtype, autocast, bound, monkeypatch):
                 inferred = module.eval()(x)
         grads = [p.grad for p in module.parameters()]
         results.append([y, x.grad, inferred, *grads, *module.buffers()])
-    assert used == [*["gelu_norm", "gelu_affine"] * 2, *["gelu_affine", "gelu_norm_backward"] * 2, *["gelu_affine"] * 2]
+    single = dtype == torch.float32 and not (autocast and cpu_ops.multiplies(torch.bfloat16))
+    backward = ["gelu_affine", *(["conv_weight_grad"] if single else []), "gelu_norm_backward"]
+    assert used == [*["gelu_norm", "gelu_affine"] * 2, *backward * 2, *["gelu_affine"] * 2]
     for ours, theirs, truth in zip(*results, strict=True):
         error, usual = ((t.double() - truth).norm() / truth.double().norm() for t in (ours, theirs))
         assert error <= max(1.5 * usual, bound / 10 if dtype == torch.float32 else 1e-12)
