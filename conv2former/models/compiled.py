@@ -70,10 +70,12 @@ def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
     return channels >= _lanes(dtype) and usable(dtype)
 
 
-def takes_conv_weight_grad(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Any, dilation: Any) -> bool:
-    """Says whether `conv_weight_grad` is there and the faster way, for a map (N, H, W, C) and a convolution without groups.
+def takes_conv_weight_grad(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Says whether `conv_weight_grad` is there and faster than oneDNN, for a map (N, H, W, C) and a dense convolution.
 
-    With AVX-512 oneDNN is fast, too.
+    That is so with AVX2; for AVX-512 oneDNN has a way that is fast, too.
     """
     outs, _, *kernel = weight.shape
     square = len({*kernel}) == len({*stride}) == len({*padding}) == 1 and tuple(dilation) == (1, 1)

@@ -34,6 +34,7 @@ from conv2former.tools.transfer import (
 )
 
 from ..conftest import ROOT, TINY_YAML
+from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
 
 CONFIGS = ROOT / "configs" / "finetune"
 PAGE = ROOT / "docs" / "finetune.md"
