@@ -248,7 +248,7 @@ def test_threads_change_no_bit():
             torch.set_num_threads(threads)
             *first, sums = compiled.modulate_backward(maps[0].clone(), *maps[1:], weight)
             *second, more = compiled.mix_backward(maps[0].clone(), maps[1], weight[..., :3, :3].contiguous(), bias)
-            results.append([*first, *sums, *second, *more])
+            results.append([*first, *sums, *second, *more, compiled.conv_weight_grad(maps[0], maps[1], 3, 1, 1)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
