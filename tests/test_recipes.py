@@ -104,7 +104,7 @@ def test_header(recipe):
     words += ["x", str(recipe.devices), "devices" if recipe.devices > 1 else "device"]
     assert f"Global batch {plan.global_batch_size} = {' '.join(words)}, learning rate " in header
     assert float(re.search(r"learning rate ([\de.-]+?)\.? ", f"{header} ")[1]) == pytest.approx(plan.lr)
-    if recipe.path.name != "quickstart.yaml":  # which was run to its end
+    if recipe.path.name != "quickstart.yaml":  # a test runs that one to its end
         assert "Unverified: " in header
         assert "Training time and memory are not measured." in header
     if recipe.published != "none":

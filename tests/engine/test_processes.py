@@ -96,10 +96,10 @@ def test_killed_at_random(raw_config, tmp_path, count):
     """
     config = configure(raw_config, checkpoint__every_steps=2, log__every_steps=1)
     lines: list[str] = []
-    different = kill_and_compare(config, tmp_path / "runs", 5, count, [0, 2], seed=count, say=lines.append)
+    different = kill_and_compare(config, tmp_path / "runs", 8, count, [0, 2], seed=count, say=lines.append)
     print("\n".join(lines))
     assert different == 0
-    assert re.fullmatch(r"5 kills, \d+ finished runs, 0 different", lines[-1])
+    assert re.fullmatch(r"8 kills, \d+ finished runs, 0 different", lines[-1])
 
 
 def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):

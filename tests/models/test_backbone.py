@@ -74,15 +74,16 @@ def test_default_cfg_is_true(name):
         pre_logits = model.forward_head(features, pre_logits=True)
         assert features.shape == (1, model.num_features, *cfg["pool_size"])
         assert pre_logits.shape == (1, model.head_hidden_size) == (1, 1280)
-        assert model.forward_head(features).shape == (1, cfg["num_classes"])
+        assert model(x).shape == (1, cfg["num_classes"])
         names = model.state_dict()
         assert f"{cfg['first_conv']}.weight" in names
         assert f"{cfg['classifier']}.weight" in names
         assert model.get_classifier() is model.get_submodule(cfg["classifier"])
 
 
-def test_heads():
-    name, x = "conv2former_n", images(96, device="meta")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_heads(name):
+    x = images(96, device="meta")
     model = meta(name).eval()
     model.reset_classifier(0)
     assert model.num_classes == 0
@@ -310,6 +311,12 @@ def test_torchscript_and_fx(model):
     assert torch.allclose(extractor(x)["c4"], model.forward_intermediates(x)[1][2], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fx_traces_every_variant(name):
+    model = meta(name).eval()
+    assert torch.fx.symbolic_trace(model)(images(64, device="meta")).shape == (1, 1000)
+
+
 def test_export_with_dynamic_shapes(model):
     dim = torch.export.Dim
     dynamic = {"x": {0: dim("n", max=64), 2: dim("h", min=64, max=512), 3: dim("w", min=64, max=512)}}
@@ -338,7 +345,8 @@ def test_constructor_dtype_and_device(dtype, tiny):
     assert {p.device.type for p in timm.create_model(tiny, device="meta").parameters()} == {"meta"}
 
 
-def test_every_parameter_gets_a_gradient(tiny):
-    model = timm.create_model(tiny, num_classes=4, drop_path_rate=0.2).train()
-    model(images(64, batch_size=2)).sum().backward()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_gets_a_gradient(name):
+    model = meta(name, num_classes=4, drop_path_rate=0.2).train()
+    model(images(64, batch_size=2, device="meta")).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
