@@ -71,17 +71,17 @@ def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
 
 
 def takes_conv_weight_grad(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """Says whether `conv_weight_grad` is there and faster than oneDNN, for a map (N, H, W, C) and a dense convolution.
+    """Says whether `conv_weight_grad` is there and faster than oneDNN, for a dense convolution in its weight's type.
 
     That is so with AVX2; for AVX-512 oneDNN has a way that is fast, too.
     """
     outs, _, *kernel = weight.shape
     square = len({*kernel}) == len({*stride}) == len({*padding}) == 1 and tuple(dilation) == (1, 1)
-    fits = square and x.dtype == torch.float32 and outs >= _lanes(x.dtype)
+    fits = square and weight.dtype == torch.float32 and outs >= _lanes(weight.dtype)
     small = weight.numel() <= MOST_WEIGHTS
-    return fits and small and torch.backends.cpu.get_cpu_capability() == "AVX2" and usable(x.dtype)
+    return fits and small and torch.backends.cpu.get_cpu_capability() == "AVX2" and usable(weight.dtype)
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:

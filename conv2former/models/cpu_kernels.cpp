@@ -714,13 +714,16 @@ inline void add_products(const float* x, const float* dout, Pixels pixels, Index
     if (i < c) add_products<1, OUTS>(x + i, dout, pixels, starts, vectors, sums + i * vectors);
 }
 
+}  // namespace
+
 // The weight's gradient (k, k, c, outs), a part of it from each of so many strips of an image's rows. x is (n, h, w, c) and
 // dout (n, out_h, out_w, outs), with a vector's channels at least.
-void conv_weight_grad(Index n, Index h, Index w, Index c, Index out_h, Index out_w, Index outs, Index k, Index stride,
-                      Index padding, Index strips, Index threads, const float* x, const float* dout, float* dweight) {
-    Index vectors = (outs + LANES<Floats> - 1) / LANES<Floats>, size = k * k * c;
-    std::vector<Index> starts(vectors);  // the last vector may have channels of the one before, too
-    for (Index v = 0; v < vectors; v++) starts[v] = std::min(v * LANES<Floats>, outs - LANES<Floats>);
+extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Index out_h, Index out_w, Index outs, Index k,
+                                         Index stride, Index padding, Index strips, Index threads, const float* x,
+                                         const float* dout, float* dweight) {
+    std::vector<Index> starts;  // of the vectors of dout's channels
+    Channels<Floats>(outs).each([&](Index i, Floats) { starts.push_back(i); });
+    Index vectors = starts.size(), size = k * k * c;
     #pragma omp parallel num_threads(int(threads))
     {
         std::vector<Floats> sums(size * vectors);
@@ -729,12 +732,14 @@ void conv_weight_grad(Index n, Index h, Index w, Index c, Index out_h, Index out
             std::fill(sums.begin(), sums.end(), Floats{});
             Index image = part / strips, strip = part % strips;
             for (Index y = out_h * strip / strips; y < out_h * (strip + 1) / strips; y++)
-                for (Index ky = 0; ky < k; ky++)
+                for (Index ky = 0; ky < k; ky++) {
+                    Index row = y * stride + ky - padding;
+                    if (row < 0 || row >= h) continue;
                     for (Index kx = 0; kx < k; kx++) {
-                        Index row = y * stride + ky - padding, left = kx - padding;  // in x, of the first column
+                        Index left = kx - padding;  // in x, of the first column
                         Index first = left < 0 ? (-left + stride - 1) / stride : 0;
                         Index end = w > left ? std::min(out_w, (w - 1 - left) / stride + 1) : 0;
-                        if (row < 0 || row >= h || first >= end) continue;
+                        if (first >= end) continue;
                         const float* from = x + ((image * h + row) * w + first * stride + left) * c;
                         const float* d = dout + ((image * out_h + y) * out_w + first) * outs;
                         Pixels pixels{end - first, stride * c, outs};
@@ -745,19 +750,12 @@ void conv_weight_grad(Index n, Index h, Index w, Index c, Index out_h, Index out
                         for (; vectors - v >= 2; v += 2) add_products<2>(from, d, pixels, c, &starts[v], vectors, to + v);
                         if (v < vectors) add_products<1>(from, d, pixels, c, &starts[v], vectors, to + v);
                     }
+                }
             for (Index i = 0; i < size; i++)
                 for (Index v = 0; v < vectors; v++)
                     store_all(dweight + (part * size + i) * outs + starts[v], sums[i * vectors + v]);
         }
     }
-}
-
-}  // namespace
-
-extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Index out_h, Index out_w, Index outs, Index k,
-                                         Index stride, Index padding, Index strips, Index threads, const float* x,
-                                         const float* dout, float* dweight) {
-    conv_weight_grad(n, h, w, c, out_h, out_w, outs, k, stride, padding, strips, threads, x, dout, dweight);
 }
 
 // What `compiled.py` calls, for each type. `out` may be v in modulate and u in mix; da and du may be dout.

@@ -172,7 +172,7 @@ class _NormedConv(torch.autograd.Function):
                 y = torch.addcmul(_per_channel(shift), z, _per_channel(scale)).to(x.dtype)
             geometry = ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation
             grad, weight = grad.to(x.dtype), conv_w.to(x.dtype)
-            own = is_compiled and compiled.takes_conv_weight_grad(nhwc(x), weight, *geometry)
+            own = is_compiled and compiled.takes_conv_weight_grad(weight, *geometry)
             dy, dconv_w, _ = aten.convolution_backward(
                 grad, y, weight, None, *geometry, False, [0, 0], 1, [True, not own, False]
             )
