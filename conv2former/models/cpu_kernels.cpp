@@ -6,11 +6,11 @@
 // `compiled.py` calls the functions at this file's end. It takes a C++17 compiler that knows the vector types of GCC and
 // Clang, and nothing else.
 //
-// Maps are (N, H, W, C), weights (C, k, k). A task is one image and as many channels as fit into LANE_BYTES, which are
-// called lanes. It goes down the rows and holds the few that a convolution needs in a `Ring`, small enough for a cache:
-// each map is read once and written once. A result may take the place of an argument where the functions at the end say
-// so. Gradients of parameters are written for each image and summed up by the caller: the number of threads has no
-// influence on a result.
+// Maps are (N, H, W, C), weights (C, k, k). A task is one image and as many channels as fit into a vector of LANE_BYTES,
+// which are called lanes, or into a few. It goes down the rows and holds those that a convolution needs in a `Ring`, small
+// enough for a cache: each map is read once and written once. A result may take the place of an argument where the
+// functions at the end say so. Gradients of parameters are written for each image and summed up by the caller: the number
+// of threads has no influence on a result.
 
 #include <algorithm>
 #include <cmath>
@@ -35,6 +35,29 @@ template <> struct Compute<double> { using Number = double; using Lanes = Double
 template <class T> using NumberFor = typename Compute<T>::Number;
 template <class T> using LanesFor = typename Compute<T>::Lanes;
 template <class Lanes> constexpr int LANES = sizeof(Lanes) / sizeof(Lanes{}[0]);
+template <class T> constexpr int IN_A_LINE = 64 / int(sizeof(T)) / LANES<LanesFor<T>>;  // vectors of a map in a cache line
+
+// --------------------------------------------------------------------------------------------- single instructions
+
+// For what compilers find them for only in part, in GCC's and Clang's vector types: the larger and the smaller of two
+// numbers, or NaN if the second is; 16 bits in 32; the sum of all lanes, halves first.
+#if LANE_BYTES == 64
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+inline Bits widen(UpperBits x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); }
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+inline double sum_of(Doubles x) { return _mm512_reduce_add_pd((__m512d)x); }
+#else
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+inline Bits widen(UpperBits x) { return (Bits)_mm256_cvtepu16_epi32((__m128i)x); }
+inline float sum_of(Floats x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline double sum_of(Doubles x) { return x[0] + x[2] + (x[1] + x[3]); }
+#endif
 
 // ---------------------------------------------------------------------------------------------- loading and storing
 
@@ -47,7 +70,7 @@ template <class T> inline LanesFor<T> load_all(const T* from) {
 inline Floats load_all(const Bfloat16* from) {
     UpperBits upper;
     std::memcpy(&upper, from, sizeof upper);
-    return (Floats)(__builtin_convertvector(upper, Bits) << 16);
+    return (Floats)(widen(upper) << 16);
 }
 
 template <class T> inline void store_all(T* to, LanesFor<T> x) { std::memcpy(to, &x, sizeof x); }
@@ -104,15 +127,6 @@ template <class Lanes, class Number> inline void store_weights(Number* to, Index
 }
 
 // ------------------------------------------------------------------------------------------------------------- GELU
-
-// The larger and the smaller of two numbers, or NaN if the second is.
-#if LANE_BYTES == 64
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
-inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
-#else
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
-inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
-#endif
 
 // 2^y for y <= 0, within 1.3e-7 of the value; below -100 it stays 2^-100, since processors are slow with still less.
 inline Floats exp2(Floats y) {
@@ -188,13 +202,14 @@ template <class T> inline Doubles gelu(Doubles x) { return gelu_and_slope(x).val
 
 constexpr int TILE = 14;  // results of a convolution that are computed together, in registers
 
-// The last k rows of a map, with k / 2 columns of zeros on both sides; row y takes the place of row y - k.
-template <class Lanes> struct Ring {
+// The last k rows of a map, with k / 2 columns of zeros on both sides; row y takes the place of row y - k. A column may have
+// several vectors, one beside the other.
+template <class Lanes, int VECTORS = 1> struct Ring {
     Index k, columns;
     std::vector<Lanes> rows;
-    Ring(Index k, Index w) : k(k), columns(w + k - 1 + TILE), rows(k * columns) {}
-    Lanes* with_border(Index y) { return &rows[(y + k) % k * columns]; }  // from column -(k / 2)
-    Lanes* row(Index y) { return with_border(y) + k / 2; }                // from column 0
+    Ring(Index k, Index w) : k(k), columns(w + k - 1 + TILE), rows(k * columns * VECTORS) {}
+    Lanes* with_border(Index y) { return &rows[(y + k) % k * columns * VECTORS]; }  // from column -(k / 2)
+    Lanes* row(Index y) { return with_border(y) + k / 2 * VECTORS; }                // from column 0
 };
 
 // Keeps the compiler from holding what was read from there for the next round of a loop. AVX2's 16 registers are needed for
@@ -254,28 +269,35 @@ inline void correlate_row(const Lanes* grad, const Lanes* row, Index w, Index k,
     for (; k >= 1; k -= 1, row += 1, total += 1) correlate<1>(grad, row, w, total);
 }
 
-// A row of a 3 x 3 convolution. It is a loop of its own, as are those of GELU and of the weight's gradient, because each
-// needs nearly all registers. `convolve_row` would do it, too, with nine readings for each result and in 1.1 times the time.
-template <class Lanes> inline void convolve3_row(Ring<Lanes>& ring, Index w, Index y, const Lanes* weight, Lanes* sums) {
-    const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
-    for (Index x = 0; x < w; x++, above++, here++, below++)
-        sums[x] = above[0] * weight[0] + above[1] * weight[1] + above[2] * weight[2] + here[0] * weight[3] +
-                  here[1] * weight[4] + here[2] * weight[5] + below[0] * weight[6] + below[1] * weight[7] +
-                  below[2] * weight[8];
+// A row of a 3 x 3 convolution, of each column's vector of that number. It is a loop of its own, as are those of GELU and of
+// the weight's gradient, because each needs nearly all registers. `convolve_row` would do it, too, with nine readings for
+// each result and in 1.1 times the time.
+template <class Lanes, int N>
+inline void convolve3_row(Ring<Lanes, N>& ring, int number, Index w, Index y, const Lanes* weight, Lanes* sums) {
+    const Lanes *above = ring.with_border(y - 1) + number, *here = ring.with_border(y) + number,
+                *below = ring.with_border(y + 1) + number, w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3],
+                w4 = weight[4], w5 = weight[5], w6 = weight[6], w7 = weight[7], w8 = weight[8];
+    sums += number;
+    for (Index x = 0; x < w; x++, above += N, here += N, below += N, sums += N)
+        *sums = above[0] * w0 + above[N] * w1 + above[2 * N] * w2 + here[0] * w3 + here[N] * w4 + here[2 * N] * w5 +
+                below[0] * w6 + below[N] * w7 + below[2 * N] * w8;
 }
 
 // What a row adds to the gradient of its weight: all nine sums at once, since three alone would wait for each other.
-template <class Lanes> inline void correlate3_row(const Lanes* grad, Ring<Lanes>& ring, Index w, Index y, Lanes* total) {
-    const Lanes *above = ring.with_border(y - 1), *here = ring.with_border(y), *below = ring.with_border(y + 1);
+template <class Lanes, int N>
+inline void correlate3_row(const Lanes* grad, Ring<Lanes, N>& ring, int number, Index w, Index y, Lanes* total) {
+    const Lanes *above = ring.with_border(y - 1) + number, *here = ring.with_border(y) + number,
+                *below = ring.with_border(y + 1) + number;
+    grad += number;
     Lanes sums[9] = {};
-    for (Index x = 0; x < w; x++, above++, here++, below++) {
+    for (Index x = 0; x < w; x++, above += N, here += N, below += N, grad += N) {
         read_anew(above), read_anew(here), read_anew(below);
-        Lanes d = grad[x];
+        Lanes d = *grad;
         #pragma GCC unroll 3
         for (int i = 0; i < 3; i++) {
-            sums[i] += d * above[i];
-            sums[3 + i] += d * here[i];
-            sums[6 + i] += d * below[i];
+            sums[i] += d * above[i * N];
+            sums[3 + i] += d * here[i * N];
+            sums[6 + i] += d * below[i * N];
         }
     }
     for (int i = 0; i < 9; i++) total[i] += sums[i];
@@ -291,7 +313,8 @@ struct Shape {
 struct Place {
     Shape shape;
     Index image, channel;
-    int count;  // of channels
+    int count;  // of channels in a vector; if there are several vectors, all lanes
+    Place vector(int number) const { return {shape, image, channel + number * count, count}; }
     Index at(Index y, Index x) const { return ((image * shape.h + y) * shape.w + x) * shape.c + channel; }
 };
 
@@ -305,16 +328,19 @@ template <class Lanes, class Number> inline Lanes load_or_0(const Number* from, 
 template <class... T> inline void fetch(Index at, const T*... maps) { (__builtin_prefetch(maps + at), ...); }
 template <class... T> inline void prepare(Index at, T*... maps) { (__builtin_prefetch(maps + at, 1), ...); }
 
-// Calls task(place) for all places, on some threads. Each has its own task, made by make().
-template <class Lanes, class Make> void for_all(Shape shape, Index threads, Make make) {
-    Index blocks = (shape.c + LANES<Lanes> - 1) / LANES<Lanes>;
+// Calls task(place) for all images and the channels from `first` on, `width` at a time, on some threads. Each has its own
+// task, made by make().
+template <class Lanes, class Make>
+void for_all(Shape shape, Index first, Index end, int width, Index threads, Make make) {
+    Index tasks = (end - first + width - 1) / width;
+    if (tasks == 0) return;
     #pragma omp parallel num_threads(int(threads))
     {
         auto task = make();
         #pragma omp for schedule(static)
-        for (Index i = 0; i < shape.n * blocks; i++) {
-            Index channel = i % blocks * LANES<Lanes>;
-            task(Place{shape, i / blocks, channel, int(std::min<Index>(LANES<Lanes>, shape.c - channel))});
+        for (Index i = 0; i < shape.n * tasks; i++) {
+            Index channel = first + i % tasks * width;
+            task(Place{shape, i / tasks, channel, int(std::min<Index>(LANES<Lanes>, end - channel))});
         }
     }
 }
@@ -409,122 +435,189 @@ template <class T> struct ModulateBackward {
     }
 };
 
-template <class T> struct Mix {
+// Where there are as many channels, a task has the N vectors of them that share cache lines: else half of what a processor
+// fetches would have been pushed out when its other half's turn comes, since pixels of many channels, the more so of a power
+// of two, compete for a few places in a cache.
+template <class T, int N> struct Mix {
     using Lanes = LanesFor<T>;
     using Number = NumberFor<T>;
     Shape s;
     const T* u;
-    const Number *u_bias, *weight, *bias;  // u_bias: what u still lacks, or null
+    const Number* u_bias;  // what u still lacks, or null
+    const Lanes* weights;  // of all channels, see `in_lanes`
+    const Number* bias;
     T* out;
-    Ring<Lanes> gelus{3, s.w};
-    std::vector<Lanes> convs = std::vector<Lanes>(s.w);
+    Ring<Lanes, N> gelus{3, s.w};
+    std::vector<Lanes> convs = std::vector<Lanes>(s.w * N);
 
     void fill(Place p, Index y) {
-        Lanes to_u = load_or_0<Lanes>(u_bias, p), *row = gelus.row(y);
-        for (Index x = 0; x < s.w; x++) {
+        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        Lanes *row = gelus.row(y), to_u[N];
+        if (y < 0 || y >= s.h) {
+            std::fill_n(row, s.w * N, Lanes{});
+            return;
+        }
+        for (int i = 0; i < N; i++) to_u[i] = load_or_0<Lanes>(u_bias, p.vector(i));
+        for (Index x = 0; x < s.w; x++, row += N) {
             fetch(p.at(y + 1, x), u);
-            row[x] = y < 0 || y >= s.h ? Lanes{} : gelu<T>(load(u + p.at(y, x), p.count) + to_u);
+            prepare(p.at(y, x), out);
+            #pragma GCC unroll 4
+            for (int i = 0; i < N; i++) row[i] = gelu<T>(load(u + p.at(y, x) + i * lanes, count) + to_u[i]);
         }
     }
 
     void operator()(Place p) {
-        Lanes w[9], b = load(bias + p.channel, p.count);
-        load_weights(weight + p.channel * 9, 9, p.count, w);
+        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        const Lanes* w = weights + p.channel / lanes * 9;
+        Lanes b[N];
+        for (int i = 0; i < N; i++) b[i] = load_or_0<Lanes>(bias, p.vector(i));
         fill(p, -1);
         fill(p, 0);
         for (Index y = 0; y < s.h; y++) {
             fill(p, y + 1);
-            convolve3_row(gelus, s.w, y, w, convs.data());
+            for (int i = 0; i < N; i++) convolve3_row(gelus, i, s.w, y, w + i * 9, convs.data());
             const Lanes *row = gelus.row(y), *conv = convs.data();
-            for (Index x = 0; x < s.w; x++) store(out + p.at(y, x), row[x] + gelu<T>(conv[x] + b), p.count);
+            for (Index x = 0; x < s.w; x++, row += N, conv += N) {
+                #pragma GCC unroll 4
+                for (int i = 0; i < N; i++)
+                    store(out + p.at(y, x) + i * lanes, row[i] + gelu<T>(conv[i] + b[i]), count);
+            }
         }
     }
 };
 
-template <class T> struct MixBackward {
+template <class T, int N> struct MixBackward {
     using Lanes = LanesFor<T>;
     using Number = NumberFor<T>;
     Shape s;
     const T *dout, *u;
-    const Number *weight, *bias;
+    const Lanes* weights;  // of all channels, see `in_lanes`
+    const Number* bias;
     T *du, *out;
     Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result and of u
-    Ring<Lanes> gelus{3, s.w}, slopes{3, s.w}, dconvs{3, s.w};
-    std::vector<Lanes> convs = std::vector<Lanes>(s.w);
+    Ring<Lanes, N> gelus{3, s.w}, slopes{3, s.w}, dconvs{3, s.w};
+    std::vector<Lanes> convs = std::vector<Lanes>(s.w * N);
 
     // Row y of the convolution's result, and its gradient.
-    void conv_row(Place p, Index y, const Lanes* w, Lanes b, Lanes* dw, Lanes& dconv_sum) {
-        convolve3_row(gelus, s.w, y, w, convs.data());
+    void conv_row(Place p, Index y, const Lanes* w, const Lanes* b, Lanes* dw, Lanes* dconv_sum) {
+        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        for (int i = 0; i < N; i++) convolve3_row(gelus, i, s.w, y, w + i * 9, convs.data());
         const Lanes *row = gelus.row(y), *conv = convs.data();
-        Lanes* dconv = dconvs.row(y);
-        for (Index x = 0; x < s.w; x++) {
+        Lanes *dconv = dconvs.row(y), sum[N] = {};
+        for (Index x = 0; x < s.w; x++, row += N, conv += N, dconv += N) {
             fetch(p.at(y + 1, x), dout);
             prepare(p.at(y + 1, x), out);
-            Gelu<Lanes> g = gelu_and_slope(conv[x] + b);
-            store(out + p.at(y, x), row[x] + g.value, p.count);
-            Lanes d = load(dout + p.at(y, x), p.count) * g.slope;
-            dconv[x] = d;
-            dconv_sum += d;
+            #pragma GCC unroll 4
+            for (int i = 0; i < N; i++) {
+                Gelu<Lanes> g = gelu_and_slope(conv[i] + b[i]);
+                store(out + p.at(y, x) + i * lanes, row[i] + g.value, count);
+                Lanes d = load(dout + p.at(y, x) + i * lanes, count) * g.slope;
+                dconv[i] = d;
+                sum[i] += d;
+            }
         }
-        correlate3_row(dconv, gelus, s.w, y, dw);
+        for (int i = 0; i < N; i++) {
+            dconv_sum[i] += sum[i];
+            correlate3_row(dconvs.row(y), gelus, i, s.w, y, dw + i * 9);
+        }
     }
 
     void fill(Place p, Index y) {
+        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
         Lanes *row = gelus.row(y), *slope = slopes.row(y);
-        for (Index x = 0; x < s.w; x++) {
+        if (y < 0 || y >= s.h) {
+            std::fill_n(row, s.w * N, Lanes{});
+            return;
+        }
+        for (Index x = 0; x < s.w; x++, row += N, slope += N) {
             fetch(p.at(y + 1, x), u);
-            Gelu<Lanes> g = y < 0 || y >= s.h ? Gelu<Lanes>{} : gelu_and_slope(load(u + p.at(y, x), p.count));
-            row[x] = g.value;
-            slope[x] = g.slope;
+            #pragma GCC unroll 4
+            for (int i = 0; i < N; i++) {
+                Gelu<Lanes> g = gelu_and_slope(load(u + p.at(y, x) + i * lanes, count));
+                row[i] = g.value;
+                slope[i] = g.slope;
+            }
         }
     }
 
     void operator()(Place p) {
-        Lanes w[9], turned[9], dw[9] = {}, dconv_sum{}, du_sum{}, b = load(bias + p.channel, p.count);
-        load_weights(weight + p.channel * 9, 9, p.count, w);
-        std::reverse_copy(w, w + 9, turned);
+        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        const Lanes* w = weights + p.channel / lanes * 9;
+        Lanes turned[N * 9], dw[N * 9] = {}, dconv_sum[N] = {}, du_sum[N] = {}, b[N];
+        for (int i = 0; i < N; i++) {
+            std::reverse_copy(w + i * 9, w + (i + 1) * 9, turned + i * 9);
+            b[i] = load_or_0<Lanes>(bias, p.vector(i));
+        }
         fill(p, -1);
         fill(p, 0);
-        std::fill_n(dconvs.row(-1), s.w, Lanes{});
+        std::fill_n(dconvs.row(-1), s.w * N, Lanes{});
         for (Index y = 0; y <= s.h; y++) {
             fill(p, y + 1);
             if (y < s.h) conv_row(p, y, w, b, dw, dconv_sum);
-            else std::fill_n(dconvs.row(y), s.w, Lanes{});
+            else std::fill_n(dconvs.row(y), s.w * N, Lanes{});
             if (y == 0) continue;
-            convolve3_row(dconvs, s.w, y - 1, turned, convs.data());
+            for (int i = 0; i < N; i++) convolve3_row(dconvs, i, s.w, y - 1, turned + i * 9, convs.data());
             const Lanes *slope = slopes.row(y - 1), *conv = convs.data();
-            for (Index x = 0; x < s.w; x++) {  // row y - 1 of the gradient
-                Lanes d = (load(dout + p.at(y - 1, x), p.count) + conv[x]) * slope[x];
-                du_sum += d;
-                store(du + p.at(y - 1, x), d, p.count);
+            for (Index x = 0; x < s.w; x++, slope += N, conv += N) {  // row y - 1 of the gradient
+                #pragma GCC unroll 4
+                for (int i = 0; i < N; i++) {
+                    Lanes d = (load(dout + p.at(y - 1, x) + i * lanes, count) + conv[i]) * slope[i];
+                    du_sum[i] += d;
+                    store(du + p.at(y - 1, x) + i * lanes, d, count);
+                }
             }
         }
-        store_weights(dweight + (p.image * s.c + p.channel) * 9, 9, p.count, dw);
-        store(sums + p.image * 2 * s.c + p.channel, dconv_sum, p.count);
-        store(sums + (p.image * 2 + 1) * s.c + p.channel, du_sum, p.count);
+        for (int i = 0; i < N; i++) {
+            Index channel = p.vector(i).channel;
+            store_weights(dweight + (p.image * s.c + channel) * 9, 9, count, dw + i * 9);
+            store(sums + p.image * 2 * s.c + channel, dconv_sum[i], count);
+            store(sums + (p.image * 2 + 1) * s.c + channel, du_sum[i], count);
+        }
     }
 };
 
+// Calls for_all for as many vectors at a time as fill cache lines, and for the vectors that are left over. The tasks are
+// Task<T, N>, made of a shape and further arguments.
+template <class T, template <class, int> class Task, class... Arguments>
+void for_lines(Shape shape, Index threads, Arguments... arguments) {
+    constexpr int n = IN_A_LINE<T>, lanes = LANES<LanesFor<T>>;
+    Index full = shape.c / (n * lanes) * (n * lanes);
+    for_all<LanesFor<T>>(shape, 0, full, n * lanes, threads, [&] { return Task<T, n>{shape, arguments...}; });
+    for_all<LanesFor<T>>(shape, full, shape.c, lanes, threads, [&] { return Task<T, 1>{shape, arguments...}; });
+}
+
 // ------------------------------------------------------------------------------------ around the two: pixel by pixel
 
-template <class Lanes> inline auto sum_of(Lanes x) {
-    for (int half = LANES<Lanes> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+// Calls task(i) for i below `count`, on some threads. Each has its own copy of the task, whose variables can stay in
+// registers: of shared ones a compiler must assume that what the task writes may change them.
+template <class Task> void in_threads(Index count, Index threads, Task task) {
+    #pragma omp parallel for schedule(static) num_threads(int(threads)) firstprivate(task)
+    for (Index i = 0; i < count; i++) task(i);
 }
 
 // Calls task(channel, is_new) for the channels of a pixel, of which there are at least as many as lanes. If their number
 // is no multiple of the lanes, the last call begins among those that the call before had: is_new is 0 there, otherwise 1.
 template <class Lanes> struct Channels {
     Index c;
-    Lanes one = Lanes{} + 1, is_new = one;
+    Lanes is_new = Lanes{} + 1;  // in the last call
     explicit Channels(Index c) : c(c) {
         for (Index lane = 0; lane < (LANES<Lanes> - c % LANES<Lanes>) % LANES<Lanes>; lane++) is_new[lane] = 0;
     }
     template <class Task> inline void each(Task task) const {
         Index channel = 0;
-        for (; channel + LANES<Lanes> <= c; channel += LANES<Lanes>) task(channel, one);
+        for (; channel + LANES<Lanes> <= c; channel += LANES<Lanes>) task(channel, Lanes{} + 1);
         if (channel < c) task(c - LANES<Lanes>, is_new);
+    }
+    // The sum of term(channel) over all channels. Each of four sums waits for its last addition only.
+    template <class Term> inline auto sum(Term term) const {
+        Lanes sums[4] = {};
+        Index channel = 0;
+        for (; channel + 4 * LANES<Lanes> <= c; channel += 4 * LANES<Lanes>)
+            #pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sums[i] += term(channel + i * LANES<Lanes>);
+        for (; channel + LANES<Lanes> <= c; channel += LANES<Lanes>) sums[0] += term(channel);
+        if (channel < c) sums[1] += term(c - LANES<Lanes>) * is_new;
+        return sum_of(sums[0] + sums[1] + (sums[2] + sums[3]));
     }
 };
 
@@ -534,23 +627,20 @@ void norm(Index pixels, Index c, Index threads, const X* x, const X* weight, con
           X* rstd) {
     using Lanes = LanesFor<X>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index p = 0; p < pixels; p++) {
+    in_threads(pixels, threads, [=](Index p) {
         const X* from = x + p * c;
-        Lanes sum{}, squares{};
-        channels.each([&](Index i, Lanes is_new) { sum += load_all(from + i) * is_new; });
-        X m = sum_of(sum) / c;
-        channels.each([&](Index i, Lanes is_new) {
-            Lanes d = (load_all(from + i) - m) * is_new;
-            squares += d * d;
-        });
-        X r = 1 / std::sqrt(sum_of(squares) / c + X(eps));
+        X m = channels.sum([&](Index i) { return load_all(from + i); }) / c;
+        X var = channels.sum([&](Index i) {
+            Lanes d = load_all(from + i) - m;
+            return d * d;
+        }) / c;
+        X r = 1 / std::sqrt(var + X(eps));
         channels.each([&](Index i, Lanes) {
             Lanes normed = (load_all(from + i) - m) * r;
             store_all(out + p * c + i, normed * load_all(weight + i) + load_all(bias + i));
         });
         if (mean) mean[p] = m, rstd[p] = r;
-    }
+    });
 }
 
 // The gradient of x, added to that of the residual connection. sums: (rows, 2, c), of the gradients of weight and bias
@@ -560,8 +650,7 @@ void norm_backward(Index rows, Index w, Index c, Index threads, const T* dout, c
                    const X* mean, const X* rstd, const X* residual, X* dx, X* sums) {
     using Lanes = LanesFor<X>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index row = 0; row < rows; row++) {
+    in_threads(rows, threads, [=](Index row) {
         X *dweight = sums + row * 2 * c, *dbias = dweight + c;
         std::fill(dweight, dbias + c, X(0));
         for (Index p = row * w; p < (row + 1) * w; p++) {
@@ -582,7 +671,7 @@ void norm_backward(Index rows, Index w, Index c, Index threads, const T* dout, c
                 store_all(dx + p * c + i, load_all(residual + p * c + i) + d * r);
             });
         }
-    }
+    });
 }
 
 // x + (y + bias) * scale * mask; bias and scale are one for each channel and the mask one for each image, or they are null.
@@ -591,14 +680,13 @@ void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const
                 const X* mask, X* out) {
     using Lanes = LanesFor<X>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index p = 0; p < n * pixels; p++) {
+    in_threads(n * pixels, threads, [=](Index p) {
         X m = mask ? mask[p / pixels] : X(1);
         channels.each([&](Index i, Lanes) {
-            Lanes factor = scale ? load_all(scale + i) * m : channels.one * m, shift = bias ? load_all(bias + i) : Lanes{};
+            Lanes factor = scale ? load_all(scale + i) * m : Lanes{} + m, shift = bias ? load_all(bias + i) : Lanes{};
             store_all(out + p * c + i, load_all(x + p * c + i) + (load_all(y + p * c + i) + shift) * factor);
         });
-    }
+    });
 }
 
 // The stem's GELU and batch norm. Sums over pixels are made row by row, (rows, 2, c).
@@ -609,26 +697,21 @@ void gelu_moments(Index rows, Index w, Index c, Index threads, const T* x, Numbe
     using Lanes = LanesFor<T>;
     using Number = NumberFor<T>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel num_threads(int(threads))
-    {
-        std::vector<Number> gelus(w * c);
-        #pragma omp for schedule(static)
-        for (Index row = 0; row < rows; row++) {
-            Number *sum = sums + row * 2 * c, *squares = sum + c;
-            std::fill(sum, squares + c, Number(0));
-            for (Index p = 0; p < w; p++)
-                channels.each([&](Index i, Lanes is_new) {
-                    Lanes g = gelu<Number>(load_all(x + (row * w + p) * c + i));
-                    store_all(&gelus[p * c + i], g);
-                    store_all(sum + i, load_all(sum + i) + g * is_new);
-                });
-            for (Index p = 0; p < w; p++)
-                channels.each([&](Index i, Lanes is_new) {
-                    Lanes d = (load_all(&gelus[p * c + i]) - load_all(sum + i) / Number(w)) * is_new;
-                    store_all(squares + i, load_all(squares + i) + d * d);
-                });
-        }
-    }
+    in_threads(rows, threads, [=, gelus = std::vector<Number>(w * c)](Index row) mutable {
+        Number *sum = sums + row * 2 * c, *squares = sum + c;
+        std::fill(sum, squares + c, Number(0));
+        for (Index p = 0; p < w; p++)
+            channels.each([&](Index i, Lanes is_new) {
+                Lanes g = gelu<Number>(load_all(x + (row * w + p) * c + i));
+                store_all(&gelus[p * c + i], g);
+                store_all(sum + i, load_all(sum + i) + g * is_new);
+            });
+        for (Index p = 0; p < w; p++)
+            channels.each([&](Index i, Lanes is_new) {
+                Lanes d = (load_all(&gelus[p * c + i]) - load_all(sum + i) / Number(w)) * is_new;
+                store_all(squares + i, load_all(squares + i) + d * d);
+            });
+    });
 }
 
 // Sums of dout and of dout * gelu(x) over each row's pixels.
@@ -636,8 +719,7 @@ template <class T>
 void gelu_products(Index rows, Index w, Index c, Index threads, const T* dout, const T* x, NumberFor<T>* sums) {
     using Lanes = LanesFor<T>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index row = 0; row < rows; row++) {
+    in_threads(rows, threads, [=](Index row) {
         NumberFor<T> *sum = sums + row * 2 * c, *products = sum + c;
         std::fill(sum, products + c, NumberFor<T>(0));
         for (Index p = row * w; p < (row + 1) * w; p++)
@@ -646,7 +728,7 @@ void gelu_products(Index rows, Index w, Index c, Index threads, const T* dout, c
                 store_all(sum + i, load_all(sum + i) + d);
                 store_all(products + i, load_all(products + i) + d * gelu<NumberFor<T>>(load_all(x + p * c + i)));
             });
-    }
+    });
 }
 
 // (dout * by_dout + gelu(x) * by_gelu + shift) * gelu'(x), with three numbers for each channel.
@@ -655,13 +737,13 @@ void gelu_affine_backward(Index pixels, Index c, Index threads, const T* dout, c
                           const NumberFor<T>* by_gelu, const NumberFor<T>* shift, T* dx) {
     using Lanes = LanesFor<T>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index p = 0; p < pixels; p++)
+    in_threads(pixels, threads, [=](Index p) {
         channels.each([&](Index i, Lanes) {
             Gelu<Lanes> g = gelu_and_slope(load_all(x + p * c + i));
             Lanes d = load_all(dout + p * c + i) * load_all(by_dout + i) + g.value * load_all(by_gelu + i);
             store_all(dx + p * c + i, (d + load_all(shift + i)) * g.slope);
         });
+    });
 }
 
 // gelu(x) * scale + shift, with two numbers for each channel.
@@ -670,11 +752,11 @@ void gelu_affine(Index pixels, Index c, Index threads, const T* x, const NumberF
                  T* out) {
     using Lanes = LanesFor<T>;
     const Channels<Lanes> channels(c);
-    #pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Index p = 0; p < pixels; p++)
+    in_threads(pixels, threads, [=](Index p) {
         channels.each([&](Index i, Lanes) {
             store_all(out + p * c + i, gelu<T>(load_all(x + p * c + i)) * load_all(scale + i) + load_all(shift + i));
         });
+    });
 }
 
 // The gradient of the weight of a dense convolution with few channels and a large map, as in the stem. oneDNN takes two to
@@ -765,7 +847,7 @@ extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Ind
                                     const NumberFor<T>* weight, const NumberFor<T>* bias, T* context, T* out) {        \
         Shape s{n, h, w, c};                                                                                           \
         auto weights = in_lanes<LanesFor<T>>(weight, k * k, c);                                                        \
-        for_all<LanesFor<T>>(s, threads, [&] {                                                                         \
+        for_all<LanesFor<T>>(s, 0, c, LANES<LanesFor<T>>, threads, [&] {                                               \
             return Modulate<T>{s, k, a, v, a_bias, v_bias, weights.data(), bias, context, out};                        \
         });                                                                                                            \
     }                                                                                                                  \
@@ -774,22 +856,21 @@ extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Ind
                                              T* da, T* dv, T* out, NumberFor<T>* dweight, NumberFor<T>* sums) {        \
         Shape s{n, h, w, c};                                                                                           \
         auto weights = in_lanes<LanesFor<T>>(weight, k * k, c);                                                        \
-        for_all<LanesFor<T>>(s, threads, [&] {                                                                         \
+        for_all<LanesFor<T>>(s, 0, c, LANES<LanesFor<T>>, threads, [&] {                                               \
             return ModulateBackward<T>{s, k, dout, a, v, context, weights.data(), da, dv, out, dweight, sums};         \
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void mix_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* u,                            \
                                const NumberFor<T>* u_bias, const NumberFor<T>* weight, const NumberFor<T>* bias,       \
                                T* out) {                                                                               \
-        Shape s{n, h, w, c};                                                                                           \
-        for_all<LanesFor<T>>(s, threads, [&] { return Mix<T>{s, u, u_bias, weight, bias, out}; });                     \
+        const auto weights = in_lanes<LanesFor<T>>(weight, 9, c);                                                      \
+        for_lines<T, Mix>(Shape{n, h, w, c}, threads, u, u_bias, weights.data(), bias, out);                           \
     }                                                                                                                  \
     extern "C" void mix_backward_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* dout, const T* u,    \
                                         const NumberFor<T>* weight, const NumberFor<T>* bias, T* du, T* out,           \
                                         NumberFor<T>* dweight, NumberFor<T>* sums) {                                   \
-        Shape s{n, h, w, c};                                                                                           \
-        for_all<LanesFor<T>>(s, threads,                                                                               \
-                             [&] { return MixBackward<T>{s, dout, u, weight, bias, du, out, dweight, sums}; });        \
+        const auto weights = in_lanes<LanesFor<T>>(weight, 9, c);                                                      \
+        for_lines<T, MixBackward>(Shape{n, h, w, c}, threads, dout, u, weights.data(), bias, du, out, dweight, sums);  \
     }                                                                                                                  \
     extern "C" void gelu_affine_##NAME(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale,    \
                                        const NumberFor<T>* shift, T* out) {                                            \
