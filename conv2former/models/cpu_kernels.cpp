@@ -318,6 +318,9 @@ struct Place {
     Index at(Index y, Index x) const { return ((image * shape.h + y) * shape.w + x) * shape.c + channel; }
 };
 
+// p.count for a task with N vectors; of several a compiler then knows that it is all lanes.
+template <class Lanes, int N> inline int channels_each(Place p) { return N > 1 ? LANES<Lanes> : p.count; }
+
 // A number for each of the place's channels, or zeros if there are none.
 template <class Lanes, class Number> inline Lanes load_or_0(const Number* from, Place p) {
     return from ? load(from + p.channel, p.count) : Lanes{};
@@ -451,7 +454,7 @@ template <class T, int N> struct Mix {
     std::vector<Lanes> convs = std::vector<Lanes>(s.w * N);
 
     void fill(Place p, Index y) {
-        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        const int count = channels_each<Lanes, N>(p);
         Lanes *row = gelus.row(y), to_u[N];
         if (y < 0 || y >= s.h) {
             std::fill_n(row, s.w * N, Lanes{});
@@ -462,13 +465,13 @@ template <class T, int N> struct Mix {
             fetch(p.at(y + 1, x), u);
             prepare(p.at(y, x), out);
             #pragma GCC unroll 4
-            for (int i = 0; i < N; i++) row[i] = gelu<T>(load(u + p.at(y, x) + i * lanes, count) + to_u[i]);
+            for (int i = 0; i < N; i++) row[i] = gelu<T>(load(u + p.at(y, x) + i * count, count) + to_u[i]);
         }
     }
 
     void operator()(Place p) {
-        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
-        const Lanes* w = weights + p.channel / lanes * 9;
+        const int count = channels_each<Lanes, N>(p);
+        const Lanes* w = weights + p.channel / LANES<Lanes> * 9;
         Lanes b[N];
         for (int i = 0; i < N; i++) b[i] = load_or_0<Lanes>(bias, p.vector(i));
         fill(p, -1);
@@ -480,7 +483,7 @@ template <class T, int N> struct Mix {
             for (Index x = 0; x < s.w; x++, row += N, conv += N) {
                 #pragma GCC unroll 4
                 for (int i = 0; i < N; i++)
-                    store(out + p.at(y, x) + i * lanes, row[i] + gelu<T>(conv[i] + b[i]), count);
+                    store(out + p.at(y, x) + i * count, row[i] + gelu<T>(conv[i] + b[i]), count);
             }
         }
     }
@@ -500,7 +503,7 @@ template <class T, int N> struct MixBackward {
 
     // Row y of the convolution's result, and its gradient.
     void conv_row(Place p, Index y, const Lanes* w, const Lanes* b, Lanes* dw, Lanes* dconv_sum) {
-        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        const int count = channels_each<Lanes, N>(p);
         for (int i = 0; i < N; i++) convolve3_row(gelus, i, s.w, y, w + i * 9, convs.data());
         const Lanes *row = gelus.row(y), *conv = convs.data();
         Lanes *dconv = dconvs.row(y), sum[N] = {};
@@ -510,8 +513,8 @@ template <class T, int N> struct MixBackward {
             #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
                 Gelu<Lanes> g = gelu_and_slope(conv[i] + b[i]);
-                store(out + p.at(y, x) + i * lanes, row[i] + g.value, count);
-                Lanes d = load(dout + p.at(y, x) + i * lanes, count) * g.slope;
+                store(out + p.at(y, x) + i * count, row[i] + g.value, count);
+                Lanes d = load(dout + p.at(y, x) + i * count, count) * g.slope;
                 dconv[i] = d;
                 sum[i] += d;
             }
@@ -523,7 +526,7 @@ template <class T, int N> struct MixBackward {
     }
 
     void fill(Place p, Index y) {
-        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
+        const int count = channels_each<Lanes, N>(p);
         Lanes *row = gelus.row(y), *slope = slopes.row(y);
         if (y < 0 || y >= s.h) {
             std::fill_n(row, s.w * N, Lanes{});
@@ -533,7 +536,7 @@ template <class T, int N> struct MixBackward {
             fetch(p.at(y + 1, x), u);
             #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
-                Gelu<Lanes> g = gelu_and_slope(load(u + p.at(y, x) + i * lanes, count));
+                Gelu<Lanes> g = gelu_and_slope(load(u + p.at(y, x) + i * count, count));
                 row[i] = g.value;
                 slope[i] = g.slope;
             }
@@ -541,8 +544,8 @@ template <class T, int N> struct MixBackward {
     }
 
     void operator()(Place p) {
-        const int lanes = LANES<Lanes>, count = N > 1 ? lanes : p.count;
-        const Lanes* w = weights + p.channel / lanes * 9;
+        const int count = channels_each<Lanes, N>(p);
+        const Lanes* w = weights + p.channel / LANES<Lanes> * 9;
         Lanes turned[N * 9], dw[N * 9] = {}, dconv_sum[N] = {}, du_sum[N] = {}, b[N];
         for (int i = 0; i < N; i++) {
             std::reverse_copy(w + i * 9, w + (i + 1) * 9, turned + i * 9);
@@ -561,9 +564,9 @@ template <class T, int N> struct MixBackward {
             for (Index x = 0; x < s.w; x++, slope += N, conv += N) {  // row y - 1 of the gradient
                 #pragma GCC unroll 4
                 for (int i = 0; i < N; i++) {
-                    Lanes d = (load(dout + p.at(y - 1, x) + i * lanes, count) + conv[i]) * slope[i];
+                    Lanes d = (load(dout + p.at(y - 1, x) + i * count, count) + conv[i]) * slope[i];
                     du_sum[i] += d;
-                    store(du + p.at(y - 1, x) + i * lanes, d, count);
+                    store(du + p.at(y - 1, x) + i * count, d, count);
                 }
             }
         }
