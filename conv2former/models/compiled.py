@@ -147,14 +147,14 @@ def modulate(
 
 
 def modulate_backward(
-    dout: Tensor, a: Tensor, v: Tensor, context: Tensor, weight: Tensor
+    dout: Tensor, a: Tensor, v: Tensor, context: Tensor, weight: Tensor, biases: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients of `modulate`. That of `a` takes the place of `dout`.
 
     Args:
         dout: gradient of the result, (N, H, W, C); it is overwritten.
         a, v, context: maps as in `modulate`.
-        weight: as in `modulate`.
+        weight, biases: as in `modulate`.
 
     Returns:
         The result of `modulate`, the gradients of a and v, that of the weight (C, 1, k, k), and the sums over all
@@ -165,7 +165,8 @@ def modulate_backward(
     dv, out = torch.empty_like(a), torch.empty_like(a)
     dweight, sums = wide.new_empty(n, c, 1, k, k), wide.new_empty(n, 3, c)
     name, threads = f"modulate_backward_{DTYPES[a.dtype]}", torch.get_num_threads()
-    _call(name, *a.shape, k, threads, dout, a, v, context, wide, dout, dv, out, dweight, sums)
+    a_bias, v_bias = (_wide(b, a) for b in biases) if biases else (None, None)
+    _call(name, *a.shape, k, threads, dout, a, v, a_bias, v_bias, context, wide, dout, dv, out, dweight, sums)
     return out, dout, dv, dweight.sum(0), list(sums.sum(0))
 
 
@@ -188,12 +189,14 @@ def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bi
     return out
 
 
-def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def mix_backward(
+    dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients of `mix`. That of `u` takes the place of `dout`.
 
     Args:
         dout: gradient of the result, (N, H, W, C); it is overwritten.
-        u, weight, bias: as in `mix`.
+        u, weight, bias, u_bias: as in `mix`.
 
     Returns:
         The result of `mix`, the gradient of u, that of the weight (C, 1, 3, 3), and the sums over all pixels of the
@@ -204,7 +207,8 @@ def mix_backward(dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple
     out, wide = torch.empty_like(u), _wide(weight, u)
     dweight, sums = wide.new_empty(n, c, 1, 3, 3), wide.new_empty(n, 2, c)
     name, threads = f"mix_backward_{DTYPES[u.dtype]}", torch.get_num_threads()
-    _call(name, *u.shape, threads, dout, u, wide, _wide(bias, u), dout, out, dweight, sums)
+    u_bias = None if u_bias is None else _wide(u_bias, u)
+    _call(name, *u.shape, threads, dout, u, u_bias, wide, _wide(bias, u), dout, out, dweight, sums)
     return out, dout, dweight.sum(0), list(sums.sum(0))
 
 

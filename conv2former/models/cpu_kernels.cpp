@@ -390,7 +390,9 @@ template <class T> struct ModulateBackward {
     using Number = NumberFor<T>;
     Shape s;
     Index k;
-    const T *dout, *a, *v, *context;
+    const T *dout, *a, *v;
+    const Number *a_bias, *v_bias;  // what a and v still lack, or null
+    const T* context;
     const Lanes* weights;  // of all channels, see `in_lanes`
     T *da, *dv, *out;
     Number *dweight, *sums;  // sums over an image's pixels: of the gradients of the convolution's result, a and v
@@ -401,6 +403,7 @@ template <class T> struct ModulateBackward {
         const Lanes* w = weights + p.channel / LANES<Lanes> * k * k;
         std::reverse_copy(w, w + k * k, turned.begin());
         std::fill(dw.begin(), dw.end(), Lanes{});
+        Lanes to_a = load_or_0<Lanes>(a_bias, p), to_v = load_or_0<Lanes>(v_bias, p);
         Lanes dcontext_sum{}, da_sum{}, dv_sum{};
         Index loaded = 0;
         for (Index y = 0; y < s.h; y++) {
@@ -410,9 +413,9 @@ template <class T> struct ModulateBackward {
                     fetch(p.at(loaded + 1, x), dout, a, v, context);
                     prepare(p.at(loaded + 1, x), dv, out);
                     Index at = p.at(loaded, x);
-                    Lanes d = load(dout + at, p.count), value = load(v + at, p.count);
+                    Lanes d = load(dout + at, p.count), value = load(v + at, p.count) + to_v;
                     Lanes sum = load(context + at, p.count);
-                    row[x] = gelu<T>(load(a + at, p.count));
+                    row[x] = gelu<T>(load(a + at, p.count) + to_a);
                     dcontext[x] = d * value;
                     dcontext_sum += d * value;
                     dv_sum += d * sum;
@@ -425,7 +428,7 @@ template <class T> struct ModulateBackward {
             convolve_row(dcontexts, s.h, s.w, y, turned.data(), das.data());
             const Lanes* dgelu = das.data();
             for (Index x = 0; x < s.w; x++) {
-                Lanes d = dgelu[x] * gelu_and_slope(load(a + p.at(y, x), p.count)).slope;
+                Lanes d = dgelu[x] * gelu_and_slope(load(a + p.at(y, x), p.count) + to_a).slope;
                 da_sum += d;
                 store(da + p.at(y, x), d, p.count);
             }
@@ -494,6 +497,7 @@ template <class T, int N> struct MixBackward {
     using Number = NumberFor<T>;
     Shape s;
     const T *dout, *u;
+    const Number* u_bias;  // what u still lacks, or null
     const Lanes* weights;  // of all channels, see `in_lanes`
     const Number* bias;
     T *du, *out;
@@ -527,16 +531,17 @@ template <class T, int N> struct MixBackward {
 
     void fill(Place p, Index y) {
         const int count = channels_each<Lanes, N>(p);
-        Lanes *row = gelus.row(y), *slope = slopes.row(y);
+        Lanes *row = gelus.row(y), *slope = slopes.row(y), to_u[N];
         if (y < 0 || y >= s.h) {
             std::fill_n(row, s.w * N, Lanes{});
             return;
         }
+        for (int i = 0; i < N; i++) to_u[i] = load_or_0<Lanes>(u_bias, p.vector(i));
         for (Index x = 0; x < s.w; x++, row += N, slope += N) {
             fetch(p.at(y + 1, x), u);
             #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
-                Gelu<Lanes> g = gelu_and_slope(load(u + p.at(y, x) + i * count, count));
+                Gelu<Lanes> g = gelu_and_slope(load(u + p.at(y, x) + i * count, count) + to_u[i]);
                 row[i] = g.value;
                 slope[i] = g.slope;
             }
@@ -855,12 +860,15 @@ extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Ind
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void modulate_backward_##NAME(Index n, Index h, Index w, Index c, Index k, Index threads, const T* dout,  \
-                                             const T* a, const T* v, const T* context, const NumberFor<T>* weight,     \
-                                             T* da, T* dv, T* out, NumberFor<T>* dweight, NumberFor<T>* sums) {        \
+                                             const T* a, const T* v, const NumberFor<T>* a_bias,                       \
+                                             const NumberFor<T>* v_bias, const T* context,                             \
+                                             const NumberFor<T>* weight, T* da, T* dv, T* out, NumberFor<T>* dweight,  \
+                                             NumberFor<T>* sums) {                                                     \
         Shape s{n, h, w, c};                                                                                           \
         auto weights = in_lanes<LanesFor<T>>(weight, k * k, c);                                                        \
         for_all<LanesFor<T>>(s, 0, c, LANES<LanesFor<T>>, threads, [&] {                                               \
-            return ModulateBackward<T>{s, k, dout, a, v, context, weights.data(), da, dv, out, dweight, sums};         \
+            return ModulateBackward<T>{s, k, dout, a, v, a_bias, v_bias, context, weights.data(), da, dv, out,         \
+                                       dweight, sums};                                                                 \
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void mix_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* u,                            \
@@ -870,10 +878,12 @@ extern "C" void conv_weight_grad_float32(Index n, Index h, Index w, Index c, Ind
         for_lines<T, Mix>(Shape{n, h, w, c}, threads, u, u_bias, weights.data(), bias, out);                           \
     }                                                                                                                  \
     extern "C" void mix_backward_##NAME(Index n, Index h, Index w, Index c, Index threads, const T* dout, const T* u,    \
-                                        const NumberFor<T>* weight, const NumberFor<T>* bias, T* du, T* out,           \
-                                        NumberFor<T>* dweight, NumberFor<T>* sums) {                                   \
+                                        const NumberFor<T>* u_bias, const NumberFor<T>* weight,                        \
+                                        const NumberFor<T>* bias, T* du, T* out, NumberFor<T>* dweight,                \
+                                        NumberFor<T>* sums) {                                                          \
         const auto weights = in_lanes<LanesFor<T>>(weight, 9, c);                                                      \
-        for_lines<T, MixBackward>(Shape{n, h, w, c}, threads, dout, u, weights.data(), bias, du, out, dweight, sums);  \
+        for_lines<T, MixBackward>(Shape{n, h, w, c}, threads, dout, u, u_bias, weights.data(), bias, du, out, dweight, \
+                                  sums);                                                                               \
     }                                                                                                                  \
     extern "C" void gelu_affine_##NAME(Index pixels, Index c, Index threads, const T* x, const NumberFor<T>* scale,    \
                                        const NumberFor<T>* shift, T* out) {                                            \

@@ -10,7 +10,7 @@ kernels of `kernels.py`. Three things save memory and time:
   product are computed again.
 - The last linear's result is not kept for the gradient of layer scale, which follows from that of the weights.
 - On a CPU a few images at a time go through all of a half, so that much of what one operation writes is still in the
-  cache when the next one reads it.
+  cache when the next one reads it. With compiled functions nothing else is left than these and matrix products.
 
 `applies` says when a block can take this way: it is the standard one, and nobody looks inside. With hooks, exchanged
 layers, TorchScript, torch.compile, torch.export, torch.func and the like the plain formula runs, in `block.py`.
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from . import compiled, kernels
 from .fused_common import (
+    as_type,
     autocast_dtype,
     computes_in,
     is_anyone_looking,
@@ -123,16 +124,21 @@ def _half(
         scale: the layer scale, or an identity.
     """
     inner, norm = computes_in(x, dtype), layers["norm"]
-    step = _images_at_a_time(x, layers[out].in_channels)
-    half = _Half(_way(middle, x, inner), norm.eps, block.recompute, inner, dtype, step)
     gamma = scale._parameters.get("gamma")
     params: tuple = (*_own(norm), *_own(layers["conv_dw"]), *_own(layers[out]), gamma)
     for name in ins:
         params += _own(layers[name])
-    mask = _drop_mask(block._modules["drop_path"], x, half, gamma)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params)):
-        return _Step.apply(half, x, mask, *params)
-    return _run(half, x, mask, params, None)
+    learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params))
+    result = torch.promote_types(x.dtype, dtype if gamma is None else gamma.dtype)
+    way, is_lean = _way(middle, x, inner), False
+    if way is COMPILED[middle] and (block.recompute or not learns):
+        if not learns and result is params[0].dtype:
+            x = as_type(x, result)  # which it would be in the sum, too
+        is_lean = x.dtype is result and compiled.takes_pixels(nhwc(x), params[0].dtype, inner)
+    step = _images_at_a_time(x, layers[out].in_channels)
+    half = _Half(way, norm.eps, block.recompute, inner, dtype, result, step, is_lean)
+    mask = _drop_mask(block._modules["drop_path"], x, result)
+    return _Step.apply(half, x, mask, *params) if learns else _run(half, x, mask, params, None)
 
 
 def _own(layer: Any) -> tuple[Tensor, Tensor]:
@@ -148,11 +154,11 @@ def _way(middle: Any, x: Tensor, dtype: torch.dtype) -> Any:
     return COMPILED[middle] if compiled.usable(dtype) else middle
 
 
-def _drop_mask(drop_path: Any, x: Tensor, half: _Half, gamma: Tensor | None) -> Tensor | None:
+def _drop_mask(drop_path: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Draws what `DropPath` multiplies each image with, (N, 1, 1, 1), as it draws it; None for nothing."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
         return None
-    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=_out_dtype(half, x, gamma)))
+    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype))
 
 
 @dataclass(slots=True)
@@ -164,8 +170,10 @@ class _Half:
         eps: of the norm.
         recompute: compute again in the backward pass what is cheap, instead of keeping it.
         dtype: that the linears, and what lies between them, are computed with.
-        kept: that of the maps that are kept for the backward pass, and of the result where nothing else decides.
+        kept: that of the maps that are kept for the backward pass.
+        result: that of the result.
         step: how many images go through it together.
+        is_lean: compiled functions do all but the matrix products, and add the biases of these.
     """
 
     middle: Any
@@ -173,11 +181,9 @@ class _Half:
     recompute: bool
     dtype: torch.dtype
     kept: torch.dtype
+    result: torch.dtype
     step: int
-
-
-def _out_dtype(half: _Half, x: Tensor, gamma: Tensor | None) -> torch.dtype:
-    return torch.promote_types(x.dtype, half.kept if gamma is None else gamma.dtype)
+    is_lean: bool
 
 
 def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor:
@@ -188,7 +194,7 @@ def _formula(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tens
     ((out_w, out_b),) = _linears(half, (out_w, out_b))
     y = F.linear(half.middle.formula(us, *cast(half.dtype, conv_w, conv_b)), out_w, out_b)
     y = nchw(y if gamma is None else y * gamma)
-    return (x + (y if mask is None else y * mask)).to(_out_dtype(half, x, gamma))
+    return (x + (y if mask is None else y * mask)).to(half.result)
 
 
 def _pairs(flat: Any) -> Any:
@@ -197,12 +203,12 @@ def _pairs(flat: Any) -> Any:
 
 def _matrix(half: _Half, weight: Tensor) -> Tensor:
     """Returns a 1x1 convolution's weight as a matrix (out, in) in the half's type."""
-    return weight.to(half.dtype).flatten(1)
+    return as_type(weight, half.dtype).flatten(1)
 
 
 def _linears(half: _Half, params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Returns what `F.linear` takes, for weights and biases of 1x1 convolutions in turns."""
-    return [(_matrix(half, w), b.to(half.dtype)) for w, b in _pairs(params)]
+    return [(_matrix(half, w), as_type(b, half.dtype)) for w, b in _pairs(params)]
 
 
 def _images_at_a_time(x: Tensor, hidden: int) -> int:
@@ -224,14 +230,11 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
 
     What the backward pass needs is added to `kept`, if there is such a list.
     """
+    if half.is_lean:
+        return _run_lean(half, x, mask, params, kept)
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    dtype = _out_dtype(half, x, gamma)
-    if kept is None and half.middle.infer_from is not None and dtype == norm_w.dtype:
-        x = x.to(dtype)  # which it would be in the sum, too
-        if compiled.takes_pixels(nhwc(x), dtype, half.dtype):
-            return _infer(half, x, mask, params)
     xs = nhwc(x)
-    out = torch.empty_like(xs, dtype=dtype)
+    out = torch.empty_like(xs, dtype=half.result)
     conv_w, conv_b = half.middle.conv_weights(half.dtype, conv_w, conv_b)
     (out_w, out_b), *linears = _linears(half, (out_w, out_b, *ins))
     for images, m, result in _in_parts(half.step, xs, mask, out):
@@ -241,7 +244,7 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
         else:
             us = [half.middle.linear(h, w, b) for w, b in linears]
             s, *dear = half.middle.forward(us, conv_w, conv_b, half.recompute)
-            kept += [t.to(half.kept) for t in (*us, *dear)]
+            kept += cast(half.kept, *us, *dear)
             if not half.recompute:
                 kept += [h.to(half.kept), *stats]
         y = half.middle.linear(s, out_w, out_b)
@@ -249,27 +252,27 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     return nchw(out)
 
 
-def _infer(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor:
-    """Does what `_run` does, with compiled functions and nothing kept; x is in the result's type.
-
-    They add the biases of the linears, and all parts are computed in the same memory.
-    """
+def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
+    """Does what `_run` does in a lean half, where all parts are computed in the same memory but for what is kept."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     wo, *ws = [_matrix(half, w).t() for w in (out_w, *ins[::2])]
-    xs = nhwc(x)
-    out, first = torch.empty_like(xs), xs[: half.step]
-    h = torch.empty_like(first, dtype=half.dtype)
-    n, height, width, _ = first.shape
-    us = [h.new_empty((n, height, width, w.shape[1])) for w in ws]
+    xs, biases = nhwc(x), ins[1::2]
+    out, h, us = torch.empty_like(xs), None, None
     for images, m, result in _in_parts(half.step, xs, mask, out):
-        if images.shape[0] < n:  # the last ones
-            n = images.shape[0]
-            h, us = h[:n], [u[:n] for u in us]
+        if h is None or len(images) < len(h):  # the first ones, or the last
+            h, us = torch.empty_like(images, dtype=half.dtype), None
+            rows, s = _rows(h), None
+        if us is None:
+            us = [h.new_empty((*h.shape[:-1], w.shape[1])) for w in ws]
+        if s is None:
+            s = us[-1] if kept is None else torch.empty_like(us[-1])
         compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
-        rows = _rows(h)
         for u, w in zip(us, ws, strict=True):
             torch.mm(rows, w, out=_rows(u))
-        s = half.middle.infer_from(us, ins[1::2], conv_w, conv_b)
+        dear = half.middle.write(s, us, biases, conv_w, conv_b, kept is not None)
+        if kept is not None:
+            kept += cast(half.kept, *us, *dear)
+            us = None
         torch.mm(_rows(s), wo, out=rows)
         compiled.add_scaled(images, h, gamma, m, result, out_b)
     return nchw(out)
@@ -277,17 +280,24 @@ def _infer(half: _Half, x: Tensor, mask: Tensor | None, params: tuple) -> Tensor
 
 def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor, stats: bool = True) -> tuple[Any, ...]:
     """Returns the layer norm of x in the half's type, and with `stats` each pixel's mean and reciprocal deviation."""
-    if compiled.takes_pixels(x, weight.dtype, half.dtype):
+    if half.is_lean or compiled.takes_pixels(x, weight.dtype, half.dtype):
         return compiled.norm(x, weight, bias, half.eps, half.dtype, stats)
     h, mean, rstd = aten.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, half.eps)
     return h.to(half.dtype), mean, rstd
 
 
 def _norm_gradient(
-    dh: Tensor, x: Tensor, stats: Sequence[Tensor], weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
+    half: _Half,
+    dh: Tensor,
+    x: Tensor,
+    stats: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of `_norm`'s weight and bias. That of x is added to `residual` in `out`."""
-    if residual.dtype == x.dtype and compiled.takes_pixels(x, weight.dtype, dh.dtype):
+    if half.is_lean or (residual.dtype == x.dtype and compiled.takes_pixels(x, weight.dtype, dh.dtype)):
         return compiled.norm_backward(dh, x, stats[0], stats[1], weight, residual, out)
     x, mean, rstd = x.to(weight.dtype), *stats
     dx, dweight, dbias = aten.native_layer_norm_backward(
@@ -361,6 +371,7 @@ def _gradient(
     scale = gamma  # of the last linear's gradient, or of its weights where these are the fewer numbers
     if gamma is not None and wo.numel() < xs.numel() and half.dtype != torch.float16:  # whose range ends too early
         wo, scale = _matrix(half, out_w * gamma.view(-1, 1, 1, 1)), None
+    biases = ins[1::2] if half.is_lean else ()  # which us lack
     parts = _in_parts(half.step, xs, grads, mask, dx)
     each = len(kept) // len(parts)
     for number, (images, dout, m, result) in enumerate(parts):
@@ -369,20 +380,20 @@ def _gradient(
             h, *stats = _norm(half, images, norm_w, norm_b)
         else:
             *mine, h, mean, rstd = mine
-            h, stats = h.to(half.dtype), [mean, rstd]
+            h, stats = as_type(h, half.dtype), [mean, rstd]
         us, dear = cast(half.dtype, *mine[: len(ws)]), cast(half.dtype, *mine[len(ws) :])
         if half.recompute:
             dear = half.middle.again(us, dear, conv_w, conv_b)
         dy = dout if m is None else dout * m
-        ds = (dy if scale is None else dy * scale).to(half.dtype) @ wo
-        s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns)
-        dh = dus[0] @ ws[0]
+        ds = _product(as_type(dy if scale is None else dy * scale, half.dtype), wo)
+        s, dus, (dconv_w, dconv_b, *du_sums) = half.middle.backward(ds, us, dear, conv_w, conv_b, learns, *biases)
+        dh = _product(dus[0], ws[0])
         for du, w in zip(dus[1:], ws[1:], strict=True):
             _rows(dh).addmm_(_rows(du), w)
-        dnorm = _norm_gradient(dh, images, stats, norm_w, norm_b, dout, result)
+        dnorm = _norm_gradient(half, dh, images, stats, norm_w, norm_b, dout, result)
         if learns:
             du_sums = du_sums or [du.sum((0, 1, 2), dtype=wide) for du in dus]
-            found = [*dnorm, dconv_w, dconv_b, (dy.to(half.dtype), s), dy.sum((0, 1, 2), dtype=wide)]
+            found = [*dnorm, dconv_w, dconv_b, (as_type(dy, half.dtype), s), dy.sum((0, 1, 2), dtype=wide)]
             for du, du_sum in zip(dus, du_sums, strict=True):
                 found += [(du, h), du_sum]
             sums = [_plus(total, more, wide) for total, more in zip(sums, found, strict=True)]
@@ -398,12 +409,17 @@ def _gradient(
     return (
         nchw(dx),
         None,
-        *(s if s is None else s.to(norm_w.dtype).view(p.shape) for s, p in zip(sums, params, strict=True)),
+        *(s if s is None else as_type(s, norm_w.dtype).view(p.shape) for s, p in zip(sums, params, strict=True)),
     )
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``x @ weight``, (N, H, W, C) by (C, D), in one call instead of the three that `@` makes of it."""
+    return torch.mm(_rows(x), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 def _plus(total: Tensor | None, more: Any, wide: torch.dtype) -> Tensor:
@@ -421,4 +437,4 @@ def _plus(total: Tensor | None, more: Any, wide: torch.dtype) -> Tensor:
         if total is not None and a.dtype == wide:
             return total.addmm_(a.t(), b)
         more = a.t() @ b
-    return more.to(wide) if total is None else total.add_(more)
+    return as_type(more, wide) if total is None else total.add_(more)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .block import Conv2FormerBlock
 
 __all__ = [
+    "as_type",
     "autocast_dtype",
     "computes_in",
     "is_anyone_looking",
@@ -140,6 +141,11 @@ def is_depthwise(layer: Any, dtype: torch.dtype | None) -> bool:
     same = layer.kernel_size == (k, k) and k % 2 == 1 and layer.padding == (k // 2, k // 2)
     depthwise = layer.in_channels == layer.out_channels == layer.groups
     return same and depthwise and layer.stride == layer.dilation == (1, 1)
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what `Tensor.to` does, in a tenth of the time if there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def nchw(x: Tensor) -> Tensor:

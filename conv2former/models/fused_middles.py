@@ -5,13 +5,17 @@ functions of `compiled.py` on a CPU, and the Triton kernels of `kernels.py` on a
 
 - `formula`: the sentence in plain PyTorch, for second derivatives.
 - `infer`: from the first linears' input and their weights to the result, with nothing kept.
-- `infer_from`: the same from the results of the linears without their biases, which it may overwrite; None if there is
-  no such way.
 - `forward`: the result, and after it what `backward` needs besides `us`. That is what is dear to compute again if it
   shall be computed again, and else everything.
 - `again`: what `backward` needs, from what was dear.
 - `backward`: the result once more, the gradients of `us`, and those of the convolution's weight and bias (None if
   nothing `learns`); after them, if the way has them at hand, the sums over all pixels of the gradients of `us`.
+
+The compiled functions can add the first linears' biases themselves, which makes these plain matrix products:
+
+- `write`: writes the result for `us` without their biases to `out`, which may be the last of `us`, and returns what
+  `backward` needs besides `us` if that is to be kept, which is what is dear to compute again. `backward` then takes the
+  biases, too.
 
 `us` are the results of the first linears. Maps are (N, H, W, C), weights of depthwise convolutions (C, 1, k, k), biases
 (C,). `ds`, the result's gradient, may be overwritten. `conv_weights` is what the convolution's weight and bias go
@@ -28,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compiled, cpu_ops, kernels
-from .fused_common import nchw, nhwc
+from .fused_common import as_type, nchw, nhwc
 
 __all__ = ["COMPILED", "ON_GPU", "Mixing", "Modulation", "cast"]
 
@@ -37,7 +41,7 @@ aten = torch.ops.aten
 
 def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """Returns tensors in a type."""
-    return [tensor.to(dtype) for tensor in tensors]
+    return [as_type(tensor, dtype) for tensor in tensors]
 
 
 def _as_they_are(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -50,7 +54,6 @@ class Modulation:
 
     linear: Any = staticmethod(cpu_ops.linear)
     conv_weights: Any = staticmethod(cast)
-    infer_from: Any = None
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -92,7 +95,6 @@ class Mixing:
 
     linear: Any = staticmethod(cpu_ops.linear)
     conv_weights: Any = staticmethod(cast)
-    infer_from: Any = None
 
     @staticmethod
     def formula(us: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -140,9 +142,12 @@ class _ModulationCompiled(Modulation):
         return compiled.modulate(a, v, weight, bias, out=v)
 
     @staticmethod
-    def infer_from(us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        a, v = us
-        return compiled.modulate(a, v, weight, bias, out=v, biases=biases)
+    def write(
+        out: Tensor, us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor, keep: bool
+    ) -> list[Tensor]:
+        context = torch.empty_like(us[0]) if keep else None
+        compiled.modulate(us[0], us[1], weight, bias, context, out, biases)
+        return [] if context is None else [context]
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
@@ -155,9 +160,9 @@ class _ModulationCompiled(Modulation):
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+        ds: Tensor, us: list, dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool, *biases: Tensor
     ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
-        s, da, dv, dweight, (dbias, *sums) = compiled.modulate_backward(ds, us[0], us[1], dear[0], weight)
+        s, da, dv, dweight, (dbias, *sums) = compiled.modulate_backward(ds, us[0], us[1], dear[0], weight, biases)
         return s, [da, dv], (dweight, dbias, *sums)
 
 
@@ -172,8 +177,11 @@ class _MixingCompiled(Mixing):
         return compiled.mix(u, weight, bias, out=u)
 
     @staticmethod
-    def infer_from(us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        return compiled.mix(us[0], weight, bias, out=us[0], u_bias=biases[0])
+    def write(
+        out: Tensor, us: list[Tensor], biases: Sequence[Tensor], weight: Tensor, bias: Tensor, keep: bool
+    ) -> list[Tensor]:
+        compiled.mix(us[0], weight, bias, out, biases[0])
+        return []
 
     @staticmethod
     def forward(us: list[Tensor], weight: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, ...]:
@@ -185,9 +193,9 @@ class _MixingCompiled(Mixing):
 
     @staticmethod
     def backward(
-        ds: Tensor, us: list[Tensor], dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool
+        ds: Tensor, us: list, dear: Sequence[Tensor], weight: Tensor, bias: Tensor, learns: bool, *biases: Tensor
     ) -> tuple[Tensor, list[Tensor], Sequence[Any]]:
-        s, du, dweight, (dbias, *sums) = compiled.mix_backward(ds, us[0], weight, bias)
+        s, du, dweight, (dbias, *sums) = compiled.mix_backward(ds, us[0], weight, bias, *biases)
         return s, [du], (dweight, dbias, *sums)
 
 

@@ -58,9 +58,6 @@ def test_modulation(shape, kernel_size, dtype):
     values = v.clone()
     assert compiled.modulate(a, values, weight, bias, out=values) is values
     assert torch.equal(values, out)
-    a_bias, v_bias = random(5, shape[-1]), random(6, shape[-1])
-    shifted = conv_dw(F.gelu(a.double() + a_bias), exact[2], exact[3]) * (v.double() + v_bias)
-    check([compiled.modulate(a, v, weight, bias, biases=(a_bias, v_bias))], [shifted], dtype)
 
     overwritten = dout.clone()
     ours = compiled.modulate_backward(overwritten, a, v, context, weight)
@@ -71,26 +68,42 @@ def test_modulation(shape, kernel_size, dtype):
 @needs_compiler
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixing(shape, dtype):
+def test_modulation_of_maps_without_their_biases(shape, dtype):
+    a, v, dout = (random(i, *shape, dtype=dtype) for i in range(3))
+    weight, bias, a_bias, v_bias = (random(3 + i, shape[-1], *size) for i, size in enumerate([(1, 7, 7), (), (), ()]))
+    exact = wide(a, v, weight, bias)
+    exact_context = conv_dw(F.gelu(exact[0] + a_bias), exact[2], exact[3])
+    exact_out = exact_context * (exact[1] + v_bias)
+    da, dv, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
+
+    context = torch.empty_like(a)
+    out = compiled.modulate(a, v, weight, bias, context, biases=(a_bias, v_bias))
+    check([out, context], [exact_out, exact_context], dtype)
+    ours = compiled.modulate_backward(dout, a, v, context, weight, (a_bias, v_bias))
+    check([*ours[:4], *ours[4]], [exact_out, da, dv, dweight, dbias, pixels(da), pixels(dv)], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lacks_bias", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mixing(shape, dtype, lacks_bias):
     u, dout = (random(i, *shape, dtype=dtype) for i in range(2))
     weight, bias = random(2, shape[-1], 1, 3, 3, dtype=dtype) / 3, random(3, shape[-1], dtype=dtype)
     exact = wide(u, weight, bias)
-    g = F.gelu(exact[0])
+    u_bias = random(4, shape[-1]) if lacks_bias else None
+    g = F.gelu(exact[0] if u_bias is None else exact[0] + u_bias)
     exact_out = g + F.gelu(conv_dw(g, exact[1], exact[2]))
     du, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
 
-    out = compiled.mix(u, weight, bias)
+    out = compiled.mix(u, weight, bias, u_bias=u_bias)
     check([out], [exact_out], dtype)
     hidden = u.clone()
-    assert compiled.mix(hidden, weight, bias, out=hidden) is hidden
+    assert compiled.mix(hidden, weight, bias, out=hidden, u_bias=u_bias) is hidden
     assert torch.equal(hidden, out)
-    u_bias = random(4, shape[-1])
-    g = F.gelu(u.double() + u_bias)
-    shifted = g + F.gelu(conv_dw(g, exact[1], exact[2]))
-    check([compiled.mix(u, weight, bias, u_bias=u_bias)], [shifted], dtype)
 
     overwritten = dout.clone()
-    ours = compiled.mix_backward(overwritten, u, weight, bias)
+    ours = compiled.mix_backward(overwritten, u, weight, bias, u_bias)
     assert ours[1] is overwritten
     check([*ours[:3], *ours[3]], [exact_out, du, dweight, dbias, pixels(du)], dtype)
 

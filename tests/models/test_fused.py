@@ -14,7 +14,7 @@ from conv2former import Conv2FormerBlock
 from conv2former.models import compiled, cpu_ops, fused, fused_stem, kernels
 from conv2former.tools.benchmark_memory import bytes_held
 
-DIM = 12
+DIM = 20
 
 
 @pytest.fixture(autouse=True)
