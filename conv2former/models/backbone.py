@@ -21,7 +21,7 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices  # not exported by timm.models
 from torch import nn
 
-from . import fused_stem
+from . import fused, fused_stem
 from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
 from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
@@ -109,8 +109,11 @@ class Stage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.blocks, x)
+            if fused.row_applies(self.blocks, x):
+                return fused.forward(self.blocks, x)
         return self.blocks(x)
 
 

@@ -189,7 +189,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
         """Maps (N, C, H, W) to (N, C, H, W)."""
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.fused and fused.applies(self, x):
-                return fused.forward(self, x)
+                return fused.forward([self], x)
         x = x + self.drop_path(self.ls1(self.attn(x)))
         x = x + self.drop_path(self.ls2(self.mlp(x)))
         return x

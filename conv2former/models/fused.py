@@ -10,7 +10,8 @@ kernels of `kernels.py`. Three things save memory and time:
   product are computed again.
 - The last linear's result is not kept for the gradient of layer scale, which follows from that of the weights.
 - On a CPU a few images at a time go through all of a half, so that much of what one operation writes is still in the
-  cache when the next one reads it. With compiled functions nothing else is left than these and matrix products.
+  cache when the next one reads it. With compiled functions nothing else is left than these and matrix products, and
+  without gradients a stage's blocks are computed in the same memory.
 
 `applies` says when a block can take this way: it is the standard one, and nobody looks inside. With hooks, exchanged
 layers, TorchScript, torch.compile, torch.export, torch.func and the like the plain formula runs, in `block.py`.
@@ -19,9 +20,10 @@ layers, TorchScript, torch.compile, torch.export, torch.func and the like the pl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,17 +48,23 @@ from .fused_common import (
 from .fused_middles import COMPILED, ON_GPU, Mixing, Modulation, cast
 
 if TYPE_CHECKING:
-    from .block import Conv2FormerBlock, ConvMlp, ConvMod
+    from .block import ConvMlp, ConvMod
 
-__all__ = ["applies", "forward", "kernel_applies", "weights"]
+__all__ = ["applies", "forward", "kernel_applies", "row_applies", "weights"]
 
 # Hidden values that go through a half together on a CPU: some MB for each thread that there is at the import, the size
 # of a cache.
 CHUNK = 2**20 * torch.get_num_threads()
+LINE = 32  # numbers in a cache line, of the smallest type
 aten = torch.ops.aten
+# Of a block's halves: what lies in the middle, the module, the first linears in it, the last, and the layer scale.
+HALVES: Any = (
+    (Modulation, "attn", ("a", "v"), "proj", "ls1"),
+    (Mixing, "mlp", ("fc1",), "fc2", "ls2"),
+)
 
 
-def applies(block: Conv2FormerBlock, x: Tensor) -> bool:
+def applies(block: Any, x: Tensor) -> bool:
     """Says whether `forward` computes for `x` what the block's modules would, with nobody to notice the difference.
 
     On a GPU `x` must lie in channels_last memory, which is what the backbone gives to its blocks.
@@ -92,53 +100,98 @@ def weights(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.bias
 
 
-def forward(block: Conv2FormerBlock, x: Tensor) -> Tensor:
-    """Computes the block, (N, C, H, W) to (N, C, H, W) in channels_last memory. `applies` must hold."""
+def row_applies(blocks: Any, x: Tensor) -> bool:
+    """Says whether `forward` computes for `x` what a row of blocks would one after the other."""
+    if torch.compiler.is_compiling() or type(blocks) is not nn.Sequential or is_watched(blocks):
+        return False
+    row = blocks._modules.values()
+    return len(row) > 0 and all(_is_plain_block(block) for block in row) and all(applies(block, x) for block in row)
+
+
+def _is_plain_block(block: Any) -> bool:
+    from .block import Conv2FormerBlock  # which imports this file
+
+    return type(block) is Conv2FormerBlock and block.fused and not is_watched(block)
+
+
+def forward(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Computes blocks one after the other, (N, C, H, W) to (N, C, H, W) in channels_last memory.
+
+    `applies` must hold for each.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = autocast_dtype(x) or x.dtype
-    layers: Any = block._modules
     with without_autocast(x):  # the types are chosen here
-        x = _half(Modulation, block, x, dtype, layers["attn"]._modules, ("a", "v"), "proj", layers["ls1"])
-        return _half(Mixing, block, x, dtype, layers["mlp"]._modules, ("fc1",), "fc2", layers["ls2"])
+        if torch.is_grad_enabled():
+            for block in blocks:
+                for which in (0, 1):
+                    x = _run_by(_prepare(which, block, x, dtype), x)
+            return x
+        # All that is Python first: done piece by piece between products, which fill the caches, it takes up to ten times as
+        # long.
+        blocks = list(blocks)
+        x = as_type(x, _result(blocks[0]._modules[HALVES[0][-1]], x, dtype))  # which it would be in the sum, too
+        halves = [_prepare(which, block, x, dtype) for block in blocks for which in (0, 1)]
+        if all(each.half.is_lean for each in halves):
+            return _infer(halves, x)
+        for each in halves:
+            x = _run_by(each, x)
+        return x
 
 
-def _half(
-    middle: Any,
-    block: Conv2FormerBlock,
-    x: Tensor,
-    dtype: torch.dtype,
-    layers: Any,
-    ins: tuple[str, ...],
-    out: str,
-    scale: nn.Module,
-) -> Tensor:
-    """Computes a half of a block, (N, C, H, W) to (N, C, H, W).
+class _Prepared(NamedTuple):
+    """A half that only lacks its map.
+
+    Attributes:
+        half: its description.
+        mask: what drop path multiplies each image with, or None.
+        params: its parameters: norm, convolution, last linear (a weight and a bias each), layer scale, first linears.
+        learns: there will be gradients.
+    """
+
+    half: _Half
+    mask: Tensor | None
+    params: tuple
+    learns: bool
+
+
+def _prepare(which: int, block: Any, x: Tensor, dtype: torch.dtype) -> _Prepared:
+    """Does what must be done before a half of a block is computed.
 
     Args:
-        middle: `Modulation` or `Mixing`.
+        which: 0 for the modulation, 1 for the MLP.
         block: whose half it is.
-        x: the map.
+        x: the map, (N, C, H, W), or one like it.
         dtype: that autocast, or the map, asks for.
-        layers: the half's, by name. A module's attributes take ten times as long as these dictionaries.
-        ins, out: names of the first linears and of the last.
-        scale: the layer scale, or an identity.
     """
+    middle, name, ins, out, scale = HALVES[which]
+    modules: Any = block._modules  # a module's attributes take ten times as long as these dictionaries
+    layers = modules[name]._modules
     inner, norm = computes_in(x, dtype), layers["norm"]
-    gamma = scale._parameters.get("gamma")
+    gamma, result = modules[scale]._parameters.get("gamma"), _result(modules[scale], x, dtype)
     params: tuple = (*_own(norm), *_own(layers["conv_dw"]), *_own(layers[out]), gamma)
     for name in ins:
         params += _own(layers[name])
     learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *params))
-    result = torch.promote_types(x.dtype, dtype if gamma is None else gamma.dtype)
-    way, is_lean = _way(middle, x, inner), False
-    if way is COMPILED[middle] and (block.recompute or not learns):
-        if not learns and result is params[0].dtype:
-            x = as_type(x, result)  # which it would be in the sum, too
-        is_lean = x.dtype is result and compiled.takes_pixels(nhwc(x), params[0].dtype, inner)
+    way = _way(middle, x, inner)
+    is_lean = way is COMPILED[middle] and x.dtype is result and (block.recompute or not learns)
+    is_lean = is_lean and compiled.takes_pixels(nhwc(x), params[0].dtype, inner)
     step = _images_at_a_time(x, layers[out].in_channels)
     half = _Half(way, norm.eps, block.recompute, inner, dtype, result, step, is_lean)
-    mask = _drop_mask(block._modules["drop_path"], x, result)
-    return _Step.apply(half, x, mask, *params) if learns else _run(half, x, mask, params, None)
+    return _Prepared(half, _drop_mask(modules["drop_path"], x, result), params, learns)
+
+
+def _result(scale: Any, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the type of a half's result, for its layer scale, or identity, and what `_prepare` takes."""
+    gamma = scale._parameters.get("gamma")
+    return torch.promote_types(x.dtype, dtype if gamma is None else gamma.dtype)
+
+
+def _run_by(prepared: _Prepared, x: Tensor) -> Tensor:
+    half, mask, params, learns = prepared
+    if learns:
+        return _Step.apply(half, x, mask, *params)
+    return _infer([prepared], x) if half.is_lean else _run(half, x, mask, params, None)
 
 
 def _own(layer: Any) -> tuple[Tensor, Tensor]:
@@ -230,7 +283,7 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
 
     What the backward pass needs is added to `kept`, if there is such a list.
     """
-    if half.is_lean:
+    if kept is not None and half.is_lean:
         return _run_lean(half, x, mask, params, kept)
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     xs = nhwc(x)
@@ -252,30 +305,74 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
     return nchw(out)
 
 
-def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor] | None) -> Tensor:
+def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor]) -> Tensor:
     """Does what `_run` does in a lean half, where all parts are computed in the same memory but for what is kept."""
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     wo, *ws = [_matrix(half, w).t() for w in (out_w, *ins[::2])]
-    xs, biases = nhwc(x), ins[1::2]
-    out, h, us = torch.empty_like(xs), None, None
+    xs, h = nhwc(x), None
+    out = torch.empty_like(xs)
     for images, m, result in _in_parts(half.step, xs, mask, out):
         if h is None or len(images) < len(h):  # the first ones, or the last
-            h, us = torch.empty_like(images, dtype=half.dtype), None
-            rows, s = _rows(h), None
-        if us is None:
-            us = [h.new_empty((*h.shape[:-1], w.shape[1])) for w in ws]
-        if s is None:
-            s = us[-1] if kept is None else torch.empty_like(us[-1])
+            h = torch.empty_like(images, dtype=half.dtype)
+            s = _like(h, len(wo))
+        us = [_like(h, w.shape[1]) for w in ws]
         compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
         for u, w in zip(us, ws, strict=True):
-            torch.mm(rows, w, out=_rows(u))
-        dear = half.middle.write(s, us, biases, conv_w, conv_b, kept is not None)
-        if kept is not None:
-            kept += cast(half.kept, *us, *dear)
-            us = None
-        torch.mm(_rows(s), wo, out=rows)
+            torch.mm(_rows(h), w, out=_rows(u))
+        kept += cast(half.kept, *us, *half.middle.write(s, us, ins[1::2], conv_w, conv_b, True))
+        torch.mm(_rows(s), wo, out=_rows(h))
         compiled.add_scaled(images, h, gamma, m, result, out_b)
     return nchw(out)
+
+
+def _infer(halves: list[_Prepared], x: Tensor) -> Tensor:
+    """Computes lean halves one after the other, with nothing kept and in memory that they share."""
+    xs = nhwc(x)
+    n, height, width, c = xs.shape
+    outs = [torch.empty_like(xs) for _ in halves[:2]]
+    matrices = [[w.flatten(1).t() for w in (each.params[4], *each.params[7::2])] for each in halves]
+    channels = [(c, *(w.shape[1] for w in ws)) for _, *ws in matrices]
+    steps = [min(n, each.half.step) for each in halves]
+    room = max(_room(step * height * width, each) for step, each in zip(steps, channels, strict=True))
+    memory = xs.new_empty(room, dtype=halves[0].half.dtype)
+    maps: dict[tuple, list[Tensor]] = {}
+    for number, (half, mask, params, _) in enumerate(halves):
+        norm_w, norm_b, conv_w, conv_b, _, out_b, gamma, *ins = params
+        wo, *ws = cast(half.dtype, *matrices[number])
+        out = outs[number % 2]
+        for images, m, result in _in_parts(half.step, xs, mask, out):
+            size = len(images), channels[number]
+            if size not in maps:
+                maps[size] = _cut(memory, (len(images), height, width), channels[number])
+            h, *us = maps[size]
+            compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+            rows = _rows(h)
+            for u, w in zip(us, ws, strict=True):
+                torch.mm(rows, w, out=_rows(u))
+            half.middle.write(us[-1], us, ins[1::2], conv_w, conv_b, False)
+            torch.mm(_rows(us[-1]), wo, out=rows)
+            compiled.add_scaled(images, h, gamma, m, result, out_b)
+        xs = out
+    return nchw(out)
+
+
+def _room(pixels: int, channels: Sequence[int]) -> int:
+    """Returns how many numbers `_cut` needs."""
+    return sum(-(-pixels * c // LINE) * LINE for c in channels)
+
+
+def _cut(memory: Tensor, size: tuple[int, ...], channels: Sequence[int]) -> list[Tensor]:
+    """Returns maps (*size, channels) that lie in `memory` one behind the other, each from a cache line's beginning."""
+    pixels, start, maps = math.prod(size), 0, []
+    for c in channels:
+        maps.append(memory[start : start + pixels * c].view(*size, c))
+        start += _room(pixels, [c])
+    return maps
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """Returns memory for a map like x (N, H, W, C), of so many channels."""
+    return x.new_empty((*x.shape[:-1], channels))
 
 
 def _norm(half: _Half, x: Tensor, weight: Tensor, bias: Tensor, stats: bool = True) -> tuple[Any, ...]:

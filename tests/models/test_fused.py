@@ -163,7 +163,13 @@ def test_a_network_in_every_mode(tiny, options, calls):
     assert bool(calls) == (options.get("fused") is not False), "one option switches the fast way off"
     for a, b in zip(stem_statistics(model, x), stem_statistics(plain(model), x), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
-    assert torch.allclose(model.eval()(x), plain(model)(x), rtol=1e-10)
+    for mode in (True, False):
+        answers = []
+        for network in (model, plain(model)):
+            torch.manual_seed(5)  # of drop path
+            with torch.no_grad():
+                answers.append(network.train(mode)(x))
+        assert torch.allclose(*answers, rtol=1e-10, atol=1e-10)
 
 
 def stem_statistics(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -179,7 +185,7 @@ def test_plain_nchw_images_go_the_fast_way(tiny, calls):
     assert x.is_contiguous()
     features = model.train().forward_features(x)
     assert features.is_contiguous(memory_format=torch.channels_last)
-    assert calls == ["forward_stem", *["forward"] * 5]
+    assert calls == ["forward_stem", *["forward"] * 4], "once for each stage"
 
 
 def test_second_derivatives():
@@ -253,6 +259,35 @@ def test_hooks_are_called(part, register, options, calls):
     handle.remove()
     results(block, make_images())
     assert calls == ["forward"]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("part", ["", ".1"])
+def test_hooks_on_a_row_of_blocks_are_called(part, learns, tiny, calls):
+    model = timm.create_model(tiny)
+    x, seen = torch.randn(1, 3, 64, 64), []
+    handle = model.get_submodule(f"stages.2.blocks{part}").register_forward_hook(lambda *a: seen.append(part))
+    with torch.set_grad_enabled(learns):
+        model(x)
+        assert seen
+        assert calls.count("forward") == 5, "the blocks of that row go the fast way one by one"
+        handle.remove()
+        calls.clear()
+        model(x)
+    assert calls.count("forward") == 4
+
+
+def test_other_blocks_in_a_row_keep_their_meaning(tiny):
+    class Twice(Conv2FormerBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = timm.create_model(tiny).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model.stages[2](x_2 := model.stages[1](model.stages[0](model.stem(x))))
+        model.stages[2].blocks[1].__class__ = Twice
+        assert torch.allclose(model.stages[2](x_2), 2 * before)
 
 
 def exchange_act(block: Conv2FormerBlock) -> None:
