@@ -127,8 +127,7 @@ def forward(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
                 for which in (0, 1):
                     x = _run_by(_prepare(which, block, x, dtype), x)
             return x
-        # All that is Python first: done piece by piece between products, which fill the caches, it takes up to ten times as
-        # long.
+        # All that is Python first: between products, which fill the caches, each piece takes up to ten times as long.
         blocks = list(blocks)
         x = as_type(x, _result(blocks[0]._modules[HALVES[0][-1]], x, dtype))  # which it would be in the sum, too
         halves = [_prepare(which, block, x, dtype) for block in blocks for which in (0, 1)]
