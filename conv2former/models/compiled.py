@@ -116,6 +116,10 @@ def _wide(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter if parameter.dtype is dtype and parameter.is_contiguous() else parameter.to(dtype).contiguous()
 
 
+def _wide_or_none(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else _wide(parameter, x)
+
+
 def modulate(
     a: Tensor,
     v: Tensor,
@@ -141,7 +145,7 @@ def modulate(
     out = torch.empty_like(a) if out is None else out
     k, threads = weight.shape[-1], torch.get_num_threads()
     name = f"modulate_{DTYPES[a.dtype]}"
-    a_bias, v_bias = (_wide(b, a) for b in biases) if biases else (None, None)
+    a_bias, v_bias = (_wide_or_none(b, a) for b in biases or (None, None))
     _call(name, *a.shape, k, threads, a, v, a_bias, v_bias, _wide(weight, a), _wide(bias, a), context, out)
     return out
 
@@ -165,7 +169,7 @@ def modulate_backward(
     dv, out = torch.empty_like(a), torch.empty_like(a)
     dweight, sums = wide.new_empty(n, c, 1, k, k), wide.new_empty(n, 3, c)
     name, threads = f"modulate_backward_{DTYPES[a.dtype]}", torch.get_num_threads()
-    a_bias, v_bias = (_wide(b, a) for b in biases) if biases else (None, None)
+    a_bias, v_bias = (_wide_or_none(b, a) for b in biases or (None, None))
     _call(name, *a.shape, k, threads, dout, a, v, a_bias, v_bias, context, wide, dout, dv, out, dweight, sums)
     return out, dout, dv, dweight.sum(0), list(sums.sum(0))
 
@@ -184,8 +188,8 @@ def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bi
         The result, (N, H, W, C).
     """
     out = torch.empty_like(u) if out is None else out
-    u_bias = None if u_bias is None else _wide(u_bias, u)
-    _call(f"mix_{DTYPES[u.dtype]}", *u.shape, torch.get_num_threads(), u, u_bias, _wide(weight, u), _wide(bias, u), out)
+    name, threads = f"mix_{DTYPES[u.dtype]}", torch.get_num_threads()
+    _call(name, *u.shape, threads, u, _wide_or_none(u_bias, u), _wide(weight, u), _wide(bias, u), out)
     return out
 
 
@@ -207,8 +211,7 @@ def mix_backward(
     out, wide = torch.empty_like(u), _wide(weight, u)
     dweight, sums = wide.new_empty(n, c, 1, 3, 3), wide.new_empty(n, 2, c)
     name, threads = f"mix_backward_{DTYPES[u.dtype]}", torch.get_num_threads()
-    u_bias = None if u_bias is None else _wide(u_bias, u)
-    _call(name, *u.shape, threads, dout, u, u_bias, wide, _wide(bias, u), dout, out, dweight, sums)
+    _call(name, *u.shape, threads, dout, u, _wide_or_none(u_bias, u), wide, _wide(bias, u), dout, out, dweight, sums)
     return out, dout, dweight.sum(0), list(sums.sum(0))
 
 

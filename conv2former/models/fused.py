@@ -282,8 +282,6 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
 
     What the backward pass needs is added to `kept`, if there is such a list.
     """
-    if kept is not None and half.is_lean:
-        return _run_lean(half, x, mask, params, kept)
     norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
     xs = nhwc(x)
     out = torch.empty_like(xs, dtype=half.result)
@@ -306,8 +304,7 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
 
 def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor]) -> Tensor:
     """Does what `_run` does in a lean half, where all parts are computed in the same memory but for what is kept."""
-    norm_w, norm_b, conv_w, conv_b, out_w, out_b, gamma, *ins = params
-    wo, *ws = [_matrix(half, w).t() for w in (out_w, *ins[::2])]
+    wo, *ws = matrices = [_matrix(half, w).t() for w in (params[4], *params[7::2])]
     xs, h = nhwc(x), None
     out = torch.empty_like(xs)
     for images, m, result in _in_parts(half.step, xs, mask, out):
@@ -315,12 +312,7 @@ def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: 
             h = torch.empty_like(images, dtype=half.dtype)
             s = _like(h, len(wo))
         us = [_like(h, w.shape[1]) for w in ws]
-        compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
-        for u, w in zip(us, ws, strict=True):
-            torch.mm(_rows(h), w, out=_rows(u))
-        kept += cast(half.kept, *us, *half.middle.write(s, us, ins[1::2], conv_w, conv_b, True))
-        torch.mm(_rows(s), wo, out=_rows(h))
-        compiled.add_scaled(images, h, gamma, m, result, out_b)
+        kept += cast(half.kept, *us, *_lean_part(half, params, matrices, (images, m, result), (h, us, s), True))
     return nchw(out)
 
 
@@ -331,28 +323,43 @@ def _infer(halves: list[_Prepared], x: Tensor) -> Tensor:
     outs = [torch.empty_like(xs) for _ in halves[:2]]
     matrices = [[w.flatten(1).t() for w in (each.params[4], *each.params[7::2])] for each in halves]
     channels = [(c, *(w.shape[1] for w in ws)) for _, *ws in matrices]
-    steps = [min(n, each.half.step) for each in halves]
-    room = max(_room(step * height * width, each) for step, each in zip(steps, channels, strict=True))
-    memory = xs.new_empty(room, dtype=halves[0].half.dtype)
+    pixels = [min(n, each.half.step) * height * width for each in halves]
+    memory = xs.new_empty(max(map(_room, pixels, channels)), dtype=halves[0].half.dtype)
     maps: dict[tuple, list[Tensor]] = {}
     for number, (half, mask, params, _) in enumerate(halves):
-        norm_w, norm_b, conv_w, conv_b, _, out_b, gamma, *ins = params
-        wo, *ws = cast(half.dtype, *matrices[number])
-        out = outs[number % 2]
+        mine, out = cast(half.dtype, *matrices[number]), outs[number % 2]
         for images, m, result in _in_parts(half.step, xs, mask, out):
             size = len(images), channels[number]
             if size not in maps:
                 maps[size] = _cut(memory, (len(images), height, width), channels[number])
             h, *us = maps[size]
-            compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
-            rows = _rows(h)
-            for u, w in zip(us, ws, strict=True):
-                torch.mm(rows, w, out=_rows(u))
-            half.middle.write(us[-1], us, ins[1::2], conv_w, conv_b, False)
-            torch.mm(_rows(us[-1]), wo, out=rows)
-            compiled.add_scaled(images, h, gamma, m, result, out_b)
+            _lean_part(half, params, mine, (images, m, result), (h, us, us[-1]), False)
         xs = out
     return nchw(out)
+
+
+def _lean_part(
+    half: _Half, params: tuple, matrices: list[Tensor], part: tuple, maps: tuple, keep: bool
+) -> list[Tensor]:
+    """Computes a lean half for a few images.
+
+    Args:
+        half, params: as everywhere.
+        matrices: the weights of the last linear and the first ones, (in, out) in the half's type.
+        part: the images, their drop mask or None, and the map for the result.
+        maps: for the norm's result, those of the first linears, and that of the middle, which may be the one before.
+        keep: return what the backward pass needs besides the results of the first linears.
+    """
+    norm_w, norm_b, conv_w, conv_b, _, out_b, gamma, *ins = params
+    (images, mask, result), (h, us, s), (wo, *ws) = part, maps, matrices
+    compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+    rows = _rows(h)
+    for u, w in zip(us, ws, strict=True):
+        torch.mm(rows, w, out=_rows(u))
+    dear = half.middle.write(s, us, ins[1::2], conv_w, conv_b, keep)
+    torch.mm(_rows(s), wo, out=rows)
+    compiled.add_scaled(images, h, gamma, mask, result, out_b)
+    return dear
 
 
 def _room(pixels: int, channels: Sequence[int]) -> int:
@@ -420,7 +427,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half: _Half, x: Tensor, mask: Tensor | None, *params: Any) -> Tensor:
         kept: list[Tensor] = []
-        y = _run(half, x, mask, params, kept)
+        y = (_run_lean if half.is_lean else _run)(half, x, mask, params, kept)
         ctx.half, ctx.num_params = half, len(params)
         ctx.save_for_backward(x, mask, *params, *kept)
         return y

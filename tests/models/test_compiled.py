@@ -67,10 +67,13 @@ def test_modulation(shape, kernel_size, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 31])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_modulation_of_maps_without_their_biases(shape, dtype):
+def test_modulation_of_maps_without_their_biases(shape, kernel_size, dtype):
     a, v, dout = (random(i, *shape, dtype=dtype) for i in range(3))
-    weight, bias, a_bias, v_bias = (random(3 + i, shape[-1], *size) for i, size in enumerate([(1, 7, 7), (), (), ()]))
+    weight = random(3, shape[-1], 1, kernel_size, kernel_size, dtype=dtype) / kernel_size
+    bias = random(4, shape[-1], dtype=dtype)
+    a_bias, v_bias = random(5, shape[-1]), random(6, shape[-1])
     exact = wide(a, v, weight, bias)
     exact_context = conv_dw(F.gelu(exact[0] + a_bias), exact[2], exact[3])
     exact_out = exact_context * (exact[1] + v_bias)
