@@ -267,21 +267,30 @@ def norm_backward(
 
 
 def add_scaled(
-    x: Tensor, y: Tensor, scale: Tensor | None, mask: Tensor | None, out: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    bias: Tensor | None = None,
+    normed: tuple[Tensor, Tensor, float, Tensor] | None = None,
 ) -> None:
-    """Writes ``x + (y + bias) * scale * mask`` to `out`. `takes_pixels` must hold.
+    """Writes ``x + (y + bias) * scale * mask`` to `out`, and perhaps the layer norm of that. `takes_pixels` must hold.
 
     Args:
         x: a map (N, H, W, C).
         y: another, perhaps of a smaller type.
         scale: (C,) in x's type, or None for 1.
         mask: one number for each image, in x's type, or None for 1.
-        out: the map for the result, of x's type.
+        out: the map for the result, of x's type; it may be `x`.
         bias: (C,) in x's type, or None for 0.
+        normed: weight, bias and eps of the norm, as in `norm`, and the map for its result, of y's type; it may be `y`.
     """
     n, h, w, c = x.shape
     name = f"add_scaled_{PAIRS[x.dtype, y.dtype]}"
-    _call(name, n, h * w, c, torch.get_num_threads(), x, y, bias, scale, mask, out)
+    norm_w, norm_b, eps, result = normed or (None, None, 0.0, None)
+    threads = torch.get_num_threads()
+    _call(name, n, h * w, c, threads, x, y, bias, scale, mask, out, norm_w, norm_b, float(eps), result)
 
 
 def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, overwrite: bool = False) -> Tensor:

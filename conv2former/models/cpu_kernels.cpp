@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <immintrin.h>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -629,24 +630,31 @@ template <class Lanes> struct Channels {
     }
 };
 
-// Layer norm of x over the channels, as T. X is a type that is computed with. mean and rstd may be null.
+// Layer norm of a pixel x over its channels, as T. X is a type that is computed with. Returns mean and reciprocal deviation.
+template <class X, class T>
+inline std::pair<X, X> norm(const Channels<LanesFor<X>>& channels, const X* x, const X* weight, const X* bias, double eps,
+                            T* out) {
+    using Lanes = LanesFor<X>;
+    X mean = channels.sum([&](Index i) { return load_all(x + i); }) / channels.c;
+    X var = channels.sum([&](Index i) {
+        Lanes d = load_all(x + i) - mean;
+        return d * d;
+    }) / channels.c;
+    X rstd = 1 / std::sqrt(var + X(eps));
+    channels.each([&](Index i, Lanes) {
+        Lanes normed = (load_all(x + i) - mean) * rstd;
+        store_all(out + i, normed * load_all(weight + i) + load_all(bias + i));
+    });
+    return {mean, rstd};
+}
+
+// The same of all pixels of a map. mean and rstd may be null.
 template <class X, class T>
 void norm(Index pixels, Index c, Index threads, const X* x, const X* weight, const X* bias, double eps, T* out, X* mean,
           X* rstd) {
-    using Lanes = LanesFor<X>;
-    const Channels<Lanes> channels(c);
+    const Channels<LanesFor<X>> channels(c);
     in_threads(pixels, threads, [=](Index p) {
-        const X* from = x + p * c;
-        X m = channels.sum([&](Index i) { return load_all(from + i); }) / c;
-        X var = channels.sum([&](Index i) {
-            Lanes d = load_all(from + i) - m;
-            return d * d;
-        }) / c;
-        X r = 1 / std::sqrt(var + X(eps));
-        channels.each([&](Index i, Lanes) {
-            Lanes normed = (load_all(from + i) - m) * r;
-            store_all(out + p * c + i, normed * load_all(weight + i) + load_all(bias + i));
-        });
+        auto [m, r] = norm(channels, x + p * c, weight, bias, eps, out + p * c);
         if (mean) mean[p] = m, rstd[p] = r;
     });
 }
@@ -683,17 +691,21 @@ void norm_backward(Index rows, Index w, Index c, Index threads, const T* dout, c
 }
 
 // x + (y + bias) * scale * mask; bias and scale are one for each channel and the mask one for each image, or they are null.
+// The result may take the place of x. Its layer norm goes to `normed`, which may be y, if that is not null.
 template <class X, class T>
 void add_scaled(Index n, Index pixels, Index c, Index threads, const X* x, const T* y, const X* bias, const X* scale,
-                const X* mask, X* out) {
+                const X* mask, X* out, const X* norm_weight, const X* norm_bias, double eps, T* normed) {
     using Lanes = LanesFor<X>;
     const Channels<Lanes> channels(c);
     in_threads(n * pixels, threads, [=](Index p) {
-        X m = mask ? mask[p / pixels] : X(1);
-        channels.each([&](Index i, Lanes) {
+        const X m = mask ? mask[p / pixels] : X(1), *from = x + p * c;
+        X* to = out + p * c;
+        channels.each([&](Index i, Lanes is_new) {
             Lanes factor = scale ? load_all(scale + i) * m : Lanes{} + m, shift = bias ? load_all(bias + i) : Lanes{};
-            store_all(out + p * c + i, load_all(x + p * c + i) + (load_all(y + p * c + i) + shift) * factor);
+            Lanes sum = load_all(from + i) + (load_all(y + p * c + i) + shift) * factor;
+            store_all(to + i, is_new != 0 ? sum : load_all(to + i));
         });
+        if (normed) norm(channels, to, norm_weight, norm_bias, eps, normed + p * c);
     });
 }
 
@@ -919,8 +931,9 @@ FUNCTIONS(Bfloat16, bfloat16)
         norm_backward(rows, w, c, threads, dout, x, weight, mean, rstd, residual, dx, sums);                           \
     }                                                                                                                  \
     extern "C" void add_scaled_##NAME(Index n, Index pixels, Index c, Index threads, const X* x, const T* y,           \
-                                      const X* bias, const X* scale, const X* mask, X* out) {                          \
-        add_scaled(n, pixels, c, threads, x, y, bias, scale, mask, out);                                               \
+                                      const X* bias, const X* scale, const X* mask, X* out, const X* norm_weight,      \
+                                      const X* norm_bias, double eps, T* normed) {                                     \
+        add_scaled(n, pixels, c, threads, x, y, bias, scale, mask, out, norm_weight, norm_bias, eps, normed);          \
     }
 
 FUNCTIONS_AROUND(float, float, float32_float32)

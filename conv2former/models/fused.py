@@ -304,7 +304,8 @@ def _run(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[
 
 def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: list[Tensor]) -> Tensor:
     """Does what `_run` does in a lean half, where all parts are computed in the same memory but for what is kept."""
-    wo, *ws = matrices = [_matrix(half, w).t() for w in (params[4], *params[7::2])]
+    norm_w, norm_b, _, _, out_w, out_b, gamma, *ins = params
+    wo, *ws = matrices = [_matrix(half, w).t() for w in (out_w, *ins[::2])]
     xs, h = nhwc(x), None
     out = torch.empty_like(xs)
     for images, m, result in _in_parts(half.step, xs, mask, out):
@@ -312,53 +313,58 @@ def _run_lean(half: _Half, x: Tensor, mask: Tensor | None, params: tuple, kept: 
             h = torch.empty_like(images, dtype=half.dtype)
             s = _like(h, len(wo))
         us = [_like(h, w.shape[1]) for w in ws]
-        kept += cast(half.kept, *us, *_lean_part(half, params, matrices, (images, m, result), (h, us, s), True))
+        compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+        dear = _between(half, params, matrices, (h, us, s), True)
+        compiled.add_scaled(images, h, gamma, m, result, out_b)
+        kept += cast(half.kept, *us, *dear)
     return nchw(out)
 
 
 def _infer(halves: list[_Prepared], x: Tensor) -> Tensor:
-    """Computes lean halves one after the other, with nothing kept and in memory that they share."""
-    xs = nhwc(x)
-    n, height, width, c = xs.shape
-    outs = [torch.empty_like(xs) for _ in halves[:2]]
+    """Computes lean halves one after the other, with nothing kept and in memory that they share.
+
+    A residual sum and the norm behind it, which is the next half's, are computed together.
+    """
+    xs, dtype = nhwc(x), halves[0].half.dtype
+    n, height, width, _ = xs.shape
+    out, hs = torch.empty_like(xs), torch.empty_like(xs, dtype=dtype)
     matrices = [[w.flatten(1).t() for w in (each.params[4], *each.params[7::2])] for each in halves]
-    channels = [(c, *(w.shape[1] for w in ws)) for _, *ws in matrices]
+    channels = [tuple(w.shape[1] for w in ws) for _, *ws in matrices]
     pixels = [min(n, each.half.step) * height * width for each in halves]
-    memory = xs.new_empty(max(map(_room, pixels, channels)), dtype=halves[0].half.dtype)
+    memory = xs.new_empty(max(map(_room, pixels, channels)), dtype=dtype)
     maps: dict[tuple, list[Tensor]] = {}
+    (norm_w, norm_b, eps), *others = ((*each.params[:2], each.half.eps) for each in halves)
+    compiled.norm(xs, norm_w, norm_b, eps, dtype, stats=False, out=hs)
     for number, (half, mask, params, _) in enumerate(halves):
-        mine, out = cast(half.dtype, *matrices[number]), outs[number % 2]
-        for images, m, result in _in_parts(half.step, xs, mask, out):
+        mine, norm = cast(dtype, *matrices[number]), others[number] if number < len(others) else None
+        for images, m, result, h in _in_parts(half.step, xs, mask, out, hs):
             size = len(images), channels[number]
             if size not in maps:
                 maps[size] = _cut(memory, (len(images), height, width), channels[number])
-            h, *us = maps[size]
-            _lean_part(half, params, mine, (images, m, result), (h, us, us[-1]), False)
-        xs = out
+            us = maps[size]
+            _between(half, params, mine, (h, us, us[-1]), False)
+            compiled.add_scaled(images, h, params[6], m, result, params[5], norm and (*norm, h))
+        xs = out  # where the next sums take the place of these
     return nchw(out)
 
 
-def _lean_part(
-    half: _Half, params: tuple, matrices: list[Tensor], part: tuple, maps: tuple, keep: bool
-) -> list[Tensor]:
-    """Computes a lean half for a few images.
+def _between(half: _Half, params: tuple, matrices: list[Tensor], maps: tuple, keep: bool) -> list[Tensor]:
+    """Computes what a lean half has between its norm and the residual sum, for a few images.
 
     Args:
         half, params: as everywhere.
         matrices: the weights of the last linear and the first ones, (in, out) in the half's type.
-        part: the images, their drop mask or None, and the map for the result.
-        maps: for the norm's result, those of the first linears, and that of the middle, which may be the one before.
+        maps: the norm's result, in whose place comes the last linear's without its bias; memory for the results of the
+            first linears, and for that of the middle, which may be the last of these.
         keep: return what the backward pass needs besides the results of the first linears.
     """
-    norm_w, norm_b, conv_w, conv_b, _, out_b, gamma, *ins = params
-    (images, mask, result), (h, us, s), (wo, *ws) = part, maps, matrices
-    compiled.norm(images, norm_w, norm_b, half.eps, half.dtype, stats=False, out=h)
+    _, _, conv_w, conv_b, _, _, _, *ins = params
+    (h, us, s), (wo, *ws) = maps, matrices
     rows = _rows(h)
     for u, w in zip(us, ws, strict=True):
         torch.mm(rows, w, out=_rows(u))
     dear = half.middle.write(s, us, ins[1::2], conv_w, conv_b, keep)
     torch.mm(_rows(s), wo, out=rows)
-    compiled.add_scaled(images, h, gamma, mask, result, out_b)
     return dear
 
 

@@ -154,6 +154,13 @@ def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels
         compiled.add_scaled(x, y, scale, factor, ours, bias)
         product = (y.double() + bias) * (1 if scale is None else scale) * (1 if factor is None else factor)
         check([ours], [x.double() + product], dtype)
+        normed = compiled.norm(ours, weight, gamma, 1e-6, inner)[0]
+        for in_place in (False, True):  # the sum where x was, and its norm where y was
+            x_, y_ = x.clone(), y.clone()
+            total, h = (x_, y_) if in_place else (torch.empty_like(x), torch.empty_like(y))
+            compiled.add_scaled(x_, y_, scale, factor, total, bias, (weight, gamma, 1e-6, h))
+            assert torch.equal(total, ours)
+            assert torch.equal(h, normed)
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -178,7 +179,8 @@ def test_a_network_in_every_mode(tiny, options, calls):
     for a, b in zip(stem_statistics(model, x), stem_statistics(plain(model), x), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
     assert torch.allclose(model.eval()(x), plain(model)(x), rtol=1e-10)
-    for mode in (True, False):
+    for mode, checkpointing in itertools.product((True, False), (True, False)):  # with it block by block
+        model.set_grad_checkpointing(checkpointing)
         answers = []
         for network in (model, plain(model)):
             torch.manual_seed(5)  # of drop path
