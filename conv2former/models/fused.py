@@ -333,17 +333,17 @@ def _infer(halves: list[_Prepared], x: Tensor) -> Tensor:
     pixels = [min(n, each.half.step) * height * width for each in halves]
     memory = xs.new_empty(max(map(_room, pixels, channels)), dtype=dtype)
     maps: dict[tuple, list[Tensor]] = {}
-    (norm_w, norm_b, eps), *others = ((*each.params[:2], each.half.eps) for each in halves)
-    compiled.norm(xs, norm_w, norm_b, eps, dtype, stats=False, out=hs)
-    for number, (half, mask, params, _) in enumerate(halves):
-        mine, norm = cast(dtype, *matrices[number]), others[number] if number < len(others) else None
+    norms: list[tuple[Tensor, Tensor, float]] = [(*each.params[:2], each.half.eps) for each in halves]
+    compiled.norm(xs, *norms[0], dtype, stats=False, out=hs)
+    for (half, mask, params, _), mine, cs, norm in zip(halves, matrices, channels, [*norms[1:], None], strict=True):
+        mine, (out_b, gamma) = cast(dtype, *mine), params[5:7]
         for images, m, result, h in _in_parts(half.step, xs, mask, out, hs):
-            size = len(images), channels[number]
+            size = len(images), cs
             if size not in maps:
-                maps[size] = _cut(memory, (len(images), height, width), channels[number])
+                maps[size] = _cut(memory, (len(images), height, width), cs)
             us = maps[size]
             _between(half, params, mine, (h, us, us[-1]), False)
-            compiled.add_scaled(images, h, params[6], m, result, params[5], norm and (*norm, h))
+            compiled.add_scaled(images, h, gamma, m, result, out_b, norm and (*norm, h))
         xs = out  # where the next sums take the place of these
     return nchw(out)
 

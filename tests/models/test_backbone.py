@@ -26,11 +26,11 @@ SIZES = {
 }
 
 
+SHALLOW = {"depths": (1, 1, 1, 1)}  # for what all blocks but the first of a stage have nothing to do with
+
+
 def meta(name: str, **kwargs):
     return timm.create_model(name, device="meta", **kwargs)
-
-
-SHALLOW = {"depths": (1, 1, 1, 1)}  # for what all blocks but the first of a stage have nothing to do with
 
 
 def images(size: int, batch_size: int = 1, **kwargs) -> torch.Tensor:
