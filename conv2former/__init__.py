@@ -4,6 +4,7 @@ import conv2former, timm
 model = timm.create_model("conv2former_t")
 """
 
+from . import _clock  # noqa: F401 - first: it notes the time
 from .errors import CheckpointError, ConfigError, DataError, UserError
 from .models import (
     CheckpointInfo,

@@ -1,32 +1,9 @@
 """Prints the table of variants with measured parameters and multiply-accumulates, as in the README.
 
-python scripts/list_models.py
-python scripts/list_models.py --installed            # the weights that pretrained=True finds
-python scripts/list_models.py --installed --verify   # and whether their files are as they were installed
+The same as `conv2former models`; `python scripts/list_models.py --help` says more.
 """
 
-from __future__ import annotations
-
-import argparse
-
-from conv2former.errors import ConfigError
-from conv2former.models.installed import store_folder
-from conv2former.tools.cli import run_cli
-from conv2former.tools.table import installed_table, variants_table
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--installed", action="store_true", help="list the installed weights instead")
-    parser.add_argument("--verify", action="store_true", help="compare their checksums, which reads the files")
-    args = parser.parse_args()
-    if args.verify and not args.installed:
-        raise ConfigError("--verify: only with --installed")
-    if args.installed:
-        print(f"in {store_folder()}:\n{installed_table(args.verify)}")
-    else:
-        print(variants_table())
-
+from conv2former.commands.models import run
 
 if __name__ == "__main__":
-    run_cli(main)
+    run()

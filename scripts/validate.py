@@ -1,87 +1,9 @@
 """Evaluates checkpoints on a validation set, alone or under torchrun with the same result.
 
-python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
-python scripts/validate.py --checkpoint conv2former_t.pth.tar --data /data/imagenet --preprocessing both
-python scripts/validate.py --checkpoint a.pt b.safetensors --data photos/val --confusion --worst 20 --output results
-
-A checkpoint of this project brings its data section along; any key of it can be changed, data.val_split=test. The
-network and its preprocessing are read from the file. See docs/evaluate.md.
+The same as `conv2former validate`; `python scripts/validate.py --help` says more.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-import re
-from pathlib import Path
-
-from conv2former.tools.cli import run_cli
-from conv2former.tools.evaluation_files import summary
-from conv2former.tools.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
-
-MAX_WORST = 200  # in one picture
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any known layout, or local-dir:FOLDER")
-    add(
-        "--data",
-        metavar="PATH",
-        help="folder of classes, splits, tars or parquet files, a table, or a hub's OWNER/NAME",
-    )
-    add("--model", metavar="NAME", help="a variant, or its YAML file, that the network must be")
-    add("--config", type=Path, metavar="FILE", help="take the data section of this configuration")
-    add("--raw", action="store_true", help="evaluate the raw weights although a file has averaged ones")
-    add(
-        "--preprocessing",
-        choices=PREPROCESSINGS,
-        help="as the checkpoint says (default), or one or both candidates for the authors' files, in one pass",
-    )
-    add("--among", choices=AMONG, help="score among all the network's classes, or only those present in the data")
-    add("--real", action="store_true", help="also score by the ReaL labels of ImageNet's validation images")
-    add("--per-class", action="store_true", help="print the worst classes and write a table of all")
-    add("--confusion", action="store_true", help="draw the confusions")
-    add("--calibration", action="store_true", help="expected calibration error and reliability diagram")
-    add("--worst", type=_count, default=0, metavar="K", help="draw the K mistakes of the highest loss")
-    add(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help=f"for results.json, results.csv and pictures (default: none, or {DEFAULT_FOLDER} if there are pictures)",
-    )
-    args, overrides = parser.parse_known_args()
-    # `--checkpoint` takes all words up to the next option, overrides too
-    is_override = re.compile(r"\w+(\.\w+)+=").match
-    files = [word for word in args.checkpoint if not is_override(word) or os.path.exists(word)]
-    overrides = [word for word in args.checkpoint if word not in files] + overrides
-
-    extras = Extras(args.real, args.per_class, args.confusion, args.calibration, args.worst)
-    rows = validate_files(
-        files,
-        args.config,
-        overrides,
-        not args.raw,
-        model=args.model,
-        data=args.data,
-        preprocessing=args.preprocessing,
-        among=args.among,
-        extras=extras,
-        output=args.output,
-    )
-    if os.environ.get("RANK", "0") == "0":
-        folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
-        print("\n".join(summary(rows, folder)))
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= MAX_WORST:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_WORST}, found '{text}'")
-    return int(text)
-
+from conv2former.commands.validate import run
 
 if __name__ == "__main__":
-    run_cli(main, less_memory="lower train.eval_batch_size or data.workers")
+    run()

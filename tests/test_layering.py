@@ -1,4 +1,4 @@
-"""Imports go in one direction only: scripts -> tools -> engine -> data -> config, and models needs none of them."""
+"""Imports go in one direction only: scripts -> commands -> tools -> engine -> data -> config; models needs none of these."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ ALLOWED = {
     "data": {"config"},
     "engine": {"config", "data", "models"},
     "tools": {"config", "data", "models", "engine"},
+    "commands": {"config", "data", "models", "engine", "tools"},
 }
 # What the zoo may import: `pip install conv2former` brings no more.
 ZOO_NEEDS = {"torch", "timm", "yaml", "safetensors"}

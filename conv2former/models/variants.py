@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._configs import configs_folder
 from .._yaml import cut, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
 
@@ -219,24 +220,19 @@ def read_variant(path: str | Path) -> Variant:
 _variants: dict[str, Variant] = {}
 
 
-def _builtin_dir() -> Path:
-    packaged = Path(__file__).parents[1] / "configs" / "models"  # where a built wheel carries them
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs" / "models"
-
-
 def read_builtin_variants() -> list[Variant]:
     """Reads the project's own variants, smallest first.
 
     Raises:
         ConfigError: a file has mistakes.
     """
-    found = [read_variant(path) for path in _builtin_dir().glob("*.yaml")]
+    found = [read_variant(path) for path in (configs_folder() / "models").glob("*.yaml")]
     return sorted(found, key=lambda v: (v.dims[-1], sum(v.depths), v.name))
 
 
 def is_builtin(name: str) -> bool:
     """Whether a variant is one of the project's own."""
-    return (_builtin_dir() / f"{name}.yaml").is_file()
+    return (configs_folder() / "models" / f"{name}.yaml").is_file()
 
 
 def add_variant(new: Variant) -> None:

@@ -1,0 +1,1 @@
+"""What users run: `conv2former COMMAND`, and the scripts of the same names."""

@@ -1,0 +1,237 @@
+r"""Measures speed and memory side by side in one run; ratios are what to compare.
+
+python scripts/benchmark.py models conv2former_t convnext_tiny swin_tiny_patch4_window7_224
+python scripts/benchmark.py models conv2former_t convnext_tiny --train --precision fp32 bf16
+python scripts/benchmark.py models conv2former_t:fused=false birder/conv2former_t conv2former_t \
+    --train --memory-format nchw channels_last --baseline birder/conv2former_t@channels_last
+python scripts/benchmark.py models conv2former_t convnext_tiny --device cuda --batch-size 128 --execution eager compile
+python scripts/benchmark.py growth --chart docs/growth.png
+python scripts/benchmark.py loop --config FILE [key=value ...]
+python scripts/benchmark.py input
+python scripts/benchmark.py kernels --dtype bf16
+
+models:  networks of timm's and birder's: images/s, memory, shares of what the machine can do.
+growth:  time and memory of one image from 224 to 1024 pixels.
+loop:    the training loop against a bare loop of forward, backward and step on the same synthetic batches.
+input:   reading and augmenting JPEGs against timm's loader.
+kernels: the fused operators against plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .._configs import configs_folder
+from ..errors import ConfigError
+from ..tools.cli import run_cli
+from ..tools.predict import positive
+
+CONFIG = configs_folder() / "imagenet1k" / "conv2former_t.yaml"
+SMALL = ["train.batch_size=16", "data.img_size=160"]  # steps of some seconds on two CPU cores
+if TYPE_CHECKING:
+    from ..tools.benchmark_models import Report
+
+T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def size(text: str) -> tuple[int, int]:
+    """Reads `224` or `640x480`, width and height.
+
+    Returns:
+        Height and width, pixels.
+    """
+    width, _, height = text.partition("x")
+    return positive(height or width), positive(width)
+
+
+def unique(values: Iterable[T]) -> list[T]:
+    """Returns values without those that were given before."""
+    return list(dict.fromkeys(values))
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Returns the arguments, and the overrides of `loop`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    add_models(commands.add_parser("models", help="networks side by side", allow_abbrev=False))
+    add_growth(commands.add_parser("growth", help="from 224 to 1024 pixels", allow_abbrev=False))
+    loop = commands.add_parser("loop", help="the training loop against a bare one", allow_abbrev=False)
+    loop.add_argument("--config", type=Path, metavar="FILE", help="network and training (default: t, small images)")
+    loop.add_argument("--steps", type=positive, default=1, metavar="N", help="of one timing (default: 1)")
+    loop.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    images = commands.add_parser("input", help="reading and augmenting images", allow_abbrev=False)
+    images.add_argument("--images", type=positive, default=128, metavar="N", help="in one timing (default: 128)")
+    images.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
+    kernels = commands.add_parser("kernels", help="the fused operators, on a GPU", allow_abbrev=False)
+    kernels.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
+    kernels.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="(default: bf16)")
+    kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    args, overrides = parser.parse_known_args()
+    if overrides and args.what != "loop":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    return args, overrides
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "networks", nargs="+", metavar="NAME[:option=value,...]",
+        help="timm's name, or birder/NAME; options are the model's, such as conv2former_t:fused=false,kernel_size=7; "
+        "fused_attn=false switches timm's fused attention off",
+    )  # fmt: skip
+    parser.add_argument("--train", action="store_true", help="training steps: forward, loss, backward, AdamW")
+    parser.add_argument("--inference", action="store_true", help="inference (the default, unless --train is given)")
+    parser.add_argument(
+        "--precision", nargs="+", choices=[*PRECISIONS, "native"], default=["fp32"],
+        help="bf16, fp16: autocast; native: fp32, and bf16 where the processor has arithmetic for it",
+    )  # fmt: skip
+    parser.add_argument("--memory-format", nargs="+", choices=["nchw", "channels_last"], default=["nchw"])
+    parser.add_argument("--execution", nargs="+", choices=["eager", "compile", "cudagraph"], default=["eager"])
+    parser.add_argument("--compile-mode", metavar="MODE", help="torch.compile's, such as max-autotune")
+    parser.add_argument("--compile-backend", default="inductor", metavar="NAME", help="torch.compile's")
+    parser.add_argument("--size", nargs="+", type=size, default=[(224, 224)], metavar="N|WxH", help="(default: 224)")
+    parser.add_argument("--batch-size", nargs="+", type=positive, default=[8], metavar="N", help="(default: 8)")
+    parser.add_argument(
+        "--held-batch-size", type=positive, default=2, metavar="N",
+        help="images of the batch whose kept bytes are counted (default: 2)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="in one timing (default: as many as take 0.2 s)")
+    parser.add_argument(
+        "--baseline", metavar="NAME[@FORMAT][@EXECUTION]",
+        help="what speeds are relative to (default: the first network, in each row's own format and execution)",
+    )  # fmt: skip
+    add_machine(parser)
+
+
+def add_growth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("networks", nargs="*", metavar="NAME", help="(default: conv2former_t, a Swin and a ViT twice)")
+    parser.add_argument("--size", nargs="+", type=size, metavar="N|WxH", help="(default: 224 to 1024, and 640x480)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16, fp16: autocast")
+    parser.add_argument("--memory-format", choices=["nchw", "channels_last"], default="nchw")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="timings of each (default: 3)")
+    add_machine(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--tf32", action="store_true", help="let fp32 matrix products on a GPU use TF32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all times and counts, and the machine")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="a picture of the results")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="a page; its section of the same name is replaced"
+    )
+
+
+def finish(report: Report) -> None:
+    """Ends the script as the measurement ended.
+
+    Raises:
+        ConfigError: nothing could be measured.
+    """
+    if report.interrupted:
+        raise KeyboardInterrupt
+    if not any(result.seconds for group in report.groups for result in group.results):
+        raise ConfigError("nothing could be measured; the reasons are above")
+
+
+def run_models(args: argparse.Namespace) -> None:
+    from ..tools.benchmark_machine import native_precisions
+    from ..tools.benchmark_models import Baseline, Plan, measure
+    from ..tools.benchmark_networks import parse_networks
+    from ..tools.benchmark_report import (
+        check_outputs,
+        models_figure,
+        models_markdown,
+        models_text,
+        save_outputs,
+    )
+
+    outputs = (args.json, args.chart, args.markdown)
+    check_outputs(*outputs)
+    device = torch.device(args.device)
+    native = native_precisions(device)
+    plan = Plan(
+        networks=parse_networks(args.networks),
+        device=device,
+        modes=["training"] * args.train + ["inference"] * (args.inference or not args.train),
+        precisions=unique(p for name in args.precision for p in (native if name == "native" else [name])),
+        memory_formats=unique(args.memory_format),
+        executions=unique(args.execution),
+        sizes=unique(args.size),
+        batch_sizes=unique(args.batch_size),
+        rounds=args.rounds,
+        steps=args.steps,
+        held_batch_size=args.held_batch_size,
+        threads=args.threads,
+        compile_mode=args.compile_mode,
+        compile_backend=args.compile_backend,
+    )
+    report = measure(plan, Baseline.parse(args.baseline or args.networks[0], plan))
+    print(models_text(report))
+    save_outputs(report, "models", models_markdown(report, args.chart), lambda: models_figure(report), *outputs)
+    finish(report)
+
+
+def run_growth(args: argparse.Namespace) -> None:
+    from ..tools.benchmark_growth import (
+        GROWTH_NETWORKS,
+        GROWTH_SIZES,
+        growth_figure,
+        growth_markdown,
+        growth_text,
+        measure_growth,
+    )
+    from ..tools.benchmark_report import check_outputs, save_outputs
+
+    outputs = (args.json, args.chart, args.markdown)
+    check_outputs(*outputs)
+    report = measure_growth(
+        args.networks or GROWTH_NETWORKS,
+        unique(args.size or GROWTH_SIZES),
+        torch.device(args.device),
+        args.precision,
+        args.memory_format,
+        args.rounds,
+        args.threads,
+    )
+    print(growth_text(report))
+    save_outputs(report, "growth", growth_markdown(report, args.chart), lambda: growth_figure(report), *outputs)
+    finish(report)
+
+
+def main() -> None:
+    args, overrides = parse()
+    if getattr(args, "tf32", False):
+        torch.set_float32_matmul_precision("high")
+    if args.what == "models":
+        run_models(args)
+    elif args.what == "growth":
+        run_growth(args)
+    elif args.what == "input":
+        from ..tools.benchmark_input import compare_input
+
+        print("\n".join(compare_input(args.images, args.rounds)))
+    elif args.what == "kernels":
+        from ..tools.benchmark_kernels import measure_kernels
+
+        print("\n".join(measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds)))
+    else:
+        from ..config import load_config
+        from ..tools.benchmark import compare_loop
+
+        overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
+        config = load_config(args.config or CONFIG, overrides)
+        print("\n".join(compare_loop(config, args.steps, args.rounds)))
+
+
+def run() -> None:
+    """Runs the command and exits, errors as one message."""
+    run_cli(main, interrupted="interrupted")

@@ -1,0 +1,33 @@
+"""Prints the table of variants with measured parameters and multiply-accumulates, as in the README.
+
+python scripts/list_models.py
+python scripts/list_models.py --installed            # the weights that pretrained=True finds
+python scripts/list_models.py --installed --verify   # and whether their files are as they were installed
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import ConfigError
+from ..models.installed import store_folder
+from ..tools.cli import run_cli
+from ..tools.table import installed_table, variants_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--installed", action="store_true", help="list the installed weights instead")
+    parser.add_argument("--verify", action="store_true", help="compare their checksums, which reads the files")
+    args = parser.parse_args()
+    if args.verify and not args.installed:
+        raise ConfigError("--verify: only with --installed")
+    if args.installed:
+        print(f"in {store_folder()}:\n{installed_table(args.verify)}")
+    else:
+        print(variants_table())
+
+
+def run() -> None:
+    """Runs the command and exits, errors as one message."""
+    run_cli(main)

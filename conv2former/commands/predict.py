@@ -1,0 +1,100 @@
+"""Predicts the classes of images, and shows what speaks for them.
+
+python scripts/predict.py --checkpoint conv2former_t.pth.tar cat.jpg photos 'more/*.png'
+python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output found              # JSON lines, pictures
+python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output found --explain    # and maps
+
+An INPUT is an image, a folder with all images in and below it, a glob pattern, or '-' for an image on standard input.
+Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode and
+value_range can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..data import Skipped
+from ..tools.cli import run_cli
+from ..tools.explain import Explainer
+from ..tools.output import bar
+from ..tools.predict import (
+    Predictor,
+    check_results_folder,
+    find_images,
+    positive,
+    printable,
+    raise_unreadable,
+    writing_results,
+)
+
+STAGES = [1, 2, 3, 4]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, 'glob', '-', or data.KEY=VALUE")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
+    parser.add_argument("--raw", action="store_true", help="take the raw weights although the file has averaged ones")
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of text")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="write predictions.jsonl and contact sheets there"
+    )
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group = parser.add_argument_group("with --explain")
+    group.add_argument("--explain", action="store_true", help="a picture of two maps for each image; needs --output")
+    group.add_argument("--class", dest="class_name", metavar="NAME", help="explain this class, not the predicted one")
+    group.add_argument("--stage", type=int, choices=STAGES, action="append", help="of the modulation; can be repeated")
+    group.add_argument("--cam-stage", type=int, choices=STAGES, help="of the class activation map")
+    args = parser.parse_intermixed_args()
+    args.overrides = [text for text in args.inputs if re.match(r"data\.\w+=", text) and not os.path.exists(text)]
+    args.inputs = [text for text in args.inputs if text not in args.overrides]
+    if not args.inputs:
+        parser.error("the following arguments are required: INPUT")
+    if args.explain and args.output is None:
+        parser.error("--explain writes pictures; give --output FOLDER")
+    if not args.explain and (args.class_name or args.stage or args.cam_stage):
+        parser.error("--class, --stage and --cam-stage go with --explain")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    images = find_images(args.inputs)
+    if args.output:
+        check_results_folder(args.output)
+    predictor = Predictor(args.checkpoint, args.overrides, args.device, use_ema=not args.raw)
+    explainer = Explainer(predictor, args.class_name, args.cam_stage, args.stage) if args.explain else None
+    about = sys.stderr if args.json else sys.stdout
+    print(predictor, file=about)
+    total, unreadable = len(images), []
+    width = min(40, max(len(printable(image.name)) for image in images))
+    with writing_results(args.output, images, predictor, explainer) if args.output else nullcontext() as results:
+        found = predictor(images, args.topk, args.batch_size, results.preview if results else None)
+        for prediction in bar(found, total, " images"):
+            if isinstance(prediction, Skipped):
+                unreadable.append(prediction)
+                continue
+            record = results.add(prediction) if results else prediction.to_dict()
+            text = f"{printable(prediction.name):{width}}  {prediction}"
+            tqdm.write(json.dumps(record) if args.json else text)
+    if results and results.count:
+        print(f"in {args.output}: {results}", file=about)
+    raise_unreadable(unreadable, total)
+
+
+def run() -> None:
+    """Runs the command and exits, errors as one message."""
+    run_cli(main, less_memory="lower --batch-size")

@@ -1,0 +1,88 @@
+"""Trains a Conv2Former from a configuration: on a CPU, on one GPU, or on many under torchrun.
+
+python scripts/train.py --config configs/quickstart.yaml
+torchrun --nproc-per-node=8 scripts/train.py --config configs/imagenet1k/conv2former_t.yaml data.root=/data/imagenet
+
+Every key of the configuration can be set on the command line: optim.base_lr=1e-3 or --optim.base_lr 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from .._clock import START
+from .._yaml import dump_yaml
+from ..config import load_config
+from ..engine import dry_run, train
+from ..tools.cli import run_cli
+from ..tools.recipes import run_name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("--output", metavar="FOLDER", help="run folder (default: runs/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: go on where the run folder stopped (default); never: refuse a folder with a run; or a checkpoint",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, train on one synthetic batch and stop"
+    )
+    args, overrides = parser.parse_known_args()
+
+    config = load_config(args.config, overrides)
+    if args.print_config:
+        print(dump_yaml(config.to_dict()), end="")
+        return
+    if args.dry_run:
+        lines = [
+            *dry_run(config),
+            f"{time.perf_counter() - START:.1f} s from the start of this program to the first step",
+        ]
+    else:
+        output = Path(args.output or Path("runs") / run_name(Path(args.config)))
+        lines = summary(train(config, output, args.resume), output)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+
+
+def summary(report: dict, output: Path) -> list[str]:
+    """Returns what a person wants to know at the end of a run."""
+    if not report:  # not the main process
+        return []
+    # An interpreter below the working directory is that of `make`, and no environment need be active.
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    python = Path(sys.executable).relative_to(Path.cwd()) if here else "python"
+    minutes, seconds = divmod(round(report["seconds"]), 60)
+    return [
+        "",
+        f"top-1 {report['top1']:.2f} % on {report['n']} images ({report['weights']} weights, epoch {report['epoch']} "
+        f"of {report['epochs']}), trained in {minutes} min {seconds} s",
+        *([f"  skipped      {report['skipped']} unreadable images"] if report["skipped"] else []),
+        f"  checkpoint   {report['checkpoint']}",
+        f"  TensorBoard  {report['tensorboard'] or 'off'}",
+        f"  curves       {report['curves']}",
+        *([f"  confusions   {report['confusion']}"] if report["confusion"] else []),
+        f"  report       {output / 'report.json'}",
+        f"next: {python} scripts/validate.py --checkpoint {report['checkpoint']}",
+    ]
+
+
+def run() -> None:
+    """Runs the command and exits, errors as one message."""
+    run_cli(
+        main,
+        "interrupted; the same command goes on from the last checkpoint",
+        "lower train.batch_size (and raise train.accum_steps by the same factor), set model.grad_checkpointing, or "
+        "lower data.workers",
+    )
