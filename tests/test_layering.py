@@ -1,4 +1,4 @@
-"""Imports go in one direction only: scripts -> commands -> tools -> engine -> data -> config; models needs none of these."""
+"""Imports go one way: scripts -> commands -> tools -> engine -> data -> config, and models needs none of them."""
 
 from __future__ import annotations
 
