@@ -45,18 +45,21 @@ def display_names(class_names: Sequence[str]) -> list[str]:
     """
     if not all(SYNSET.fullmatch(name) for name in class_names):
         return list(class_names)
-    lemmas = _all_lemmas()
-    words = [lemmas.get(name, name).split(", ") for name in class_names]
+    words = [_words(name).split(", ") for name in class_names]
     firsts = Counter(word[0] for word in words)
     out = [word[0] if firsts[word[0]] == 1 else ", ".join(word[:2]) for word in words]
     times = Counter(out)
     return [text if times[text] == 1 else f"{text} ({name})" for text, name in zip(out, class_names, strict=True)]
 
 
-@functools.cache
-def _all_lemmas() -> dict[str, str]:
-    """Returns the words of every WordNet id that timm knows."""
-    return dict(ImageNetInfo()._lemmas)  # not reachable otherwise: the public methods know the ids of one subset
+def _words(synset: str) -> str:
+    """Returns the words of a WordNet id, which need not be one of ImageNet-1k's; the id if timm does not know it."""
+    info = _imagenet(1000)
+    assert info is not None
+    try:
+        return info.label_name_to_description(synset)
+    except KeyError:
+        return synset
 
 
 def match_classes(found: Sequence[str], class_names: Sequence[str], where: object) -> list[int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 
+from .. import _private
 from ..errors import DataError, UserError
 from .classes import class_names_of, match_classes
 from .sources import DataSource
@@ -17,7 +17,7 @@ from .sources import DataSource
 __all__ = ["real_labels"]
 
 FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\D[^/\\]*$")
-_LIST = "_info/imagenet_real_labels.json"
+_LIST = "imagenet_real_labels.json"
 
 
 def real_labels(source: DataSource, class_names: Sequence[str]) -> list[list[int]]:
@@ -36,7 +36,10 @@ def real_labels(source: DataSource, class_names: Sequence[str]) -> list[list[int
     synsets = class_names_of(1000, None)
     assert synsets is not None
     place = _places(synsets, class_names)
-    listed = json.loads((resources.files("timm.data") / _LIST).read_text("utf-8"))
+    text = _private.imagenet_file(_LIST)
+    if text is None:
+        raise DataError(f"ReaL labels come with timm, and this version of it has no {_LIST}; install timm 1.0.31")
+    listed = json.loads(text)
     found = []
     for i in range(len(source)):
         match = FILE_NAME.search(source.images.name(i))

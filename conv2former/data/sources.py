@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from .. import _private
 from ..config.schema import DataConfig
 from ..errors import DataError, UserError, closest, counted, shorten
 from .classes import match_classes
@@ -585,7 +586,7 @@ def _open_hf(
     name = f"{config.root} ({split})"
     if config.streaming and dataset.features is None:
         with _reading(name):
-            dataset = dataset._resolve_features()  # from the first rows
+            dataset = _private.features_of_stream(dataset)
     _check_columns(dataset.features, config, name)
     if not config.streaming and len(dataset) == 0:
         raise DataError(f"{name} is empty")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import _private
 from ..data import Batch, Stream, seed_all
 from ..errors import TrainingError
 from .build import OVERFLOWS, Run, freeze
@@ -54,7 +55,7 @@ class FiniteCheck:
 
     def __init__(self, world: World, optimizer: torch.optim.Optimizer, limit: int = 1, lag: int | None = None) -> None:
         self.world, self.optimizer, self.limit = world, optimizer, limit
-        can_leave_out = getattr(optimizer, "_step_supports_amp_scaling", False)
+        can_leave_out = _private.leaves_out_steps(optimizer)
         default = 2 if world.device.type == "cuda" and can_leave_out else 0
         self.lag = default if lag is None else lag
         self._in_a_row = torch.zeros((), device=world.device)

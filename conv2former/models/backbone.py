@@ -18,7 +18,6 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint_seq, named_apply
-from timm.models._features import feature_take_indices  # not exported by timm.models
 from torch import nn
 
 from . import fused, fused_stem
@@ -27,6 +26,23 @@ from .block import Conv2FormerBlock, RenamesForeignKeys
 from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
 
 __all__ = ["Conv2Former"]
+
+
+def _take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None) -> tuple[list[int], int]:
+    """Returns which of `count` stages are meant, counted from the start, and the last of them.
+
+    Args:
+        count: how many there are.
+        indices: the last n if int, all if None, the given ones otherwise; negative ones count from the end.
+    """
+    last = count if indices is None else indices
+    if isinstance(last, int):
+        assert 0 < last <= count, f"last-n ({last}) is out of range (1 to {count})"
+    wanted = range(count - last, count) if isinstance(last, int) else last
+    for i in wanted:
+        assert -count <= i < count, f"feature index {i} is out of range ({-count} to {count - 1})"
+    taken = [i % count for i in wanted]
+    return taken, max(taken)
 
 
 class Stem(nn.Module):
@@ -334,7 +350,7 @@ class Conv2Former(RenamesForeignKeys):
             `intermediates_only`, a pair of the final features and that list.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = _take_indices(len(self.stages), indices)
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
         x = self.stem(x)
         intermediates = []
@@ -357,7 +373,7 @@ class Conv2Former(RenamesForeignKeys):
         Returns:
             The indices asked for, counted from the start.
         """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = _take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
         self.num_features = cast(int, self.feature_info[max_index]["num_chs"])

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _private
+
 __all__ = [
     "add_conv_dw_input_grad",
     "conv_dw",
@@ -27,7 +29,7 @@ __all__ = [
     "multiplies",
 ]
 
-aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+aten = torch.ops.aten
 FAST_COLUMNS = 3  # of a kernel, in oneDNN's fast gradient of a depthwise weight; its rows may be many
 
 
@@ -48,33 +50,33 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_products(dtype: torch.dtype) -> bool:
-    # Not public, as what `_has_pointwise` tries: where it is gone, take them as given.
-    supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return not hasattr(mkldnn, supported) or bool(getattr(mkldnn, supported)())
+    return _private.multiplies(dtype)
 
 
 @functools.cache
 def _has_pointwise(dtype: torch.dtype) -> bool:
-    # What torch.compile calls on a CPU. It is not public, so it may be gone or be another one day.
+    # They are not public, so they may be gone or be others one day.
+    if not _private.has_pointwise():
+        return False
     x, w, b = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in ((1, 1, 1, 1), (1, 1, 1, 1), (1,)))
     try:
-        mkldnn._linear_pointwise(x, w[0, 0], b, "none", [], "none")
-        mkldnn._convolution_pointwise(*_conv_args(x, w, b), "gelu", [], "none")
-        mkldnn._convolution_pointwise_(x, *_conv_args(x, w, b), "add", None, None, [], None)
-    except (AttributeError, RuntimeError, TypeError):
+        _private.linear_pointwise(x, w[0, 0], b, "none", [], "none")
+        _private.convolution_pointwise(*_conv_args(x, w, b), "gelu", [], "none")
+        _private.convolution_pointwise_(x, *_conv_args(x, w, b), "add", None, None, [], None)
+    except (RuntimeError, TypeError):
         return False
     return True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, (..., C) to (..., D)."""
-    return mkldnn._linear_pointwise(x, weight, bias, "none", [], "none") if _fuses(x) else F.linear(x, weight, bias)
+    return _private.linear_pointwise(x, weight, bias, "none", [], "none") if _fuses(x) else F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(linear(x))``, (..., C) to (..., D)."""
     if _fuses(x):
-        return mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+        return _private.linear_pointwise(x, weight, bias, "gelu", [], "none")
     return aten.gelu_(F.linear(x, weight, bias))
 
 
@@ -86,7 +88,7 @@ def conv_dw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def conv_dw_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(conv_dw(x))``, (N, H, W, C) to (N, H, W, C)."""
     if _fuses(x):
-        return _nhwc(mkldnn._convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none"))
+        return _nhwc(_private.convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none"))
     return aten.gelu_(conv_dw(x, weight, bias))
 
 
@@ -106,7 +108,7 @@ def add_conv_dw_input_grad(total: Tensor | None, grad: Tensor, weight: Tensor) -
         return conv_dw(grad, turned, None)
     if _fuses(grad):
         args = _conv_args(grad, turned, None)
-        return _nhwc(mkldnn._convolution_pointwise_(_nchw(total), *args, "add", None, None, [], None))
+        return _nhwc(_private.convolution_pointwise_(_nchw(total), *args, "add", None, None, [], None))
     return total.add_(conv_dw(grad, turned, None))
 
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .. import _private
 from . import compiled, kernels
 from .fused_common import (
     as_type,
@@ -451,7 +452,7 @@ class _Step(torch.autograd.Function):
 
 def _is_batched(grad: Tensor) -> bool:
     """Says whether a gradient stands for many, as in a vectorised Jacobian."""
-    return is_transformed(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return is_transformed(grad) or _private.is_legacy_batched(grad)
 
 
 def _gradient_of_formula(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:

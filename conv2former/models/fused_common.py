@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .. import _private
 from . import cpu_ops
 
 if TYPE_CHECKING:
@@ -63,8 +61,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 def is_transformed(x: Tensor) -> bool:
     """Says whether torch.func or forward-mode differentiation is at work, or `x` is more than a tensor."""
-    functional = torch._C._functorch.peek_interpreter_stack() is not None
-    return functional or forward_ad._current_level >= 0 or type(x) is not Tensor
+    return _private.is_transforming() or type(x) is not Tensor
 
 
 def is_anyone_looking() -> bool:
@@ -72,8 +69,10 @@ def is_anyone_looking() -> bool:
 
     A mode that wants to be shown those of the fast way says so with an attribute `takes_fused`.
     """
-    modes = _get_current_dispatch_mode_stack()
-    return nn_module._has_any_global_hook() or not all(getattr(mode, "takes_fused", False) for mode in modes)
+    modes = _private.modes_at_work()
+    if modes is None or _private.has_global_hooks():
+        return True
+    return not all(getattr(mode, "takes_fused", False) for mode in modes)
 
 
 def is_standard(block: Conv2FormerBlock, dtype: torch.dtype | None) -> bool:

@@ -19,8 +19,8 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._input import update_model_args  # not exported by timm.models
 
+from .. import _private
 from ..errors import CheckpointError, ConfigError, shorten
 from .backbone import Conv2Former
 from .installed import InstalledModel, find_installed, names_installed, variants_installed
@@ -115,7 +115,7 @@ def _create(
         **{**variant(name).model_args(), **args, **kwargs},
     )
     if args:
-        update_model_args(model, **args)  # timm's export writes down what differs from the entry point
+        _private.note_model_args(model, **args)  # timm's export writes down what differs from the entry point
     return model
 
 

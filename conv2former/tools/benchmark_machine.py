@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .. import _private
 from ..models import compiled, cpu_ops
 
 __all__ = [
@@ -66,7 +65,7 @@ def copy_probe(device: torch.device) -> tuple[Callable[[], None], int]:
     return copy, 2 * source.numel()
 
 
-class OperatorTraffic(TorchDispatchMode):
+class OperatorTraffic(_private.DispatchMode):
     """Counts the bytes that the operators of an eager step read and write, each tensor once per operator.
 
     Views move nothing. What an operator does inside (reordered copies, caches that save a reading) is not seen, so this
@@ -93,16 +92,18 @@ class OperatorTraffic(TorchDispatchMode):
         super().__exit__(*exception)
 
     def _count(self, arguments: Any) -> None:
-        self.bytes_moved += sum(
-            _stored_bytes(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)
-        )
+        if isinstance(arguments, torch.Tensor):
+            self.bytes_moved += _stored_bytes(arguments)
+        elif isinstance(arguments, (tuple, list)):
+            for each in arguments:
+                self._count(each)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and adds the sizes of its inputs and outputs."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view")):
-            self._count((args, kwargs, out))
+            self._count((args, list(kwargs.values()), out))
         return out
 
 

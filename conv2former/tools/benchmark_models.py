@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _private
 from ..errors import ConfigError, UserError
 from .benchmark_machine import OperatorTraffic, command_line, copy_probe, describe_machine, matmul_probe
 from .benchmark_memory import bytes_held, peak_bytes
@@ -318,7 +319,7 @@ def _measure_group(
     _time_in_rounds(clocks, plan.rounds, title)
     clocks.clear()
     if "compile" in plan.executions:
-        torch._dynamo.reset()  # forgets this group's compiled code
+        torch.compiler.reset()  # forgets this group's compiled code
     _release(plan.device)
 
 
@@ -420,7 +421,7 @@ def _prepare(plan: Plan, network: Network, result: Result) -> _Clock:
     model.train(setting.mode == "training")
     runnable: nn.Module = model
     if setting.execution == "compile":
-        torch._dynamo.config.recompile_limit = 64  # networks of one class share their code, each compiled anew
+        _private.allow_recompiling(64)  # networks of one class share their code, each compiled anew
         runnable = torch.compile(model, mode=plan.compile_mode, backend=plan.compile_backend, dynamic=False)  # type: ignore[assignment]
     optimizer: torch.optim.Optimizer | None = None
     if setting.mode == "training":
@@ -503,12 +504,12 @@ def _count_step(
     result: Result,
 ) -> None:
     """Counts the peak memory of a step, and what its operators read and write if they run one by one."""
-    traffic = None if result.setting.execution == "compile" else OperatorTraffic()
+    traffic = OperatorTraffic() if result.setting.execution != "compile" and _private.sees_operators() else None
     with traffic or nullcontext():
         peak = peak_bytes(step, device)
     states = optimizer.state.values() if optimizer else []
     lasting: Iterable[Any] = itertools.chain(model.parameters(), model.buffers(), *(s.values() for s in states))
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in lasting if isinstance(t, Tensor)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lasting if isinstance(t, Tensor)}
     result.peak_bytes = peak + sum(storages.values())
     result.bytes_moved = traffic.bytes_moved if traffic else None
 

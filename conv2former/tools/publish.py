@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import torch
 from timm.models import push_to_hf_hub
-from timm.models._hub import generate_readme, save_config_for_hf  # not exported by timm.models
 
+from .. import _private
 from .._yaml import cut, dump_yaml
 from ..errors import CheckpointError, ConfigError, OutputError, closest, shorten
 from ..models import InstalledModel, list_installed
@@ -74,9 +74,10 @@ def check_folder(folder: Path, force: bool = False) -> None:
 
 def _write(export: Export, folder: Path) -> None:
     folder.mkdir()
+    _private.write_hub_config(export.model, folder / HUB_CONFIG, export.config, export.model_args)
     (folder / WEIGHTS).write_bytes(export.weights)
-    save_config_for_hf(export.model, str(folder / HUB_CONFIG), model_config=export.config, model_args=export.model_args)
-    (folder / CARD).write_text(generate_readme(_card(export, "local-dir:FOLDER"), export.title), encoding="utf-8")
+    text = _private.model_card(_card(export, "local-dir:FOLDER"), export.title)
+    (folder / CARD).write_text(text, encoding="utf-8")
     _check_loads(export, folder)
 
 
@@ -94,7 +95,7 @@ def _check_loads(export: Export, folder: Path) -> None:
 
 
 def _card(export: Export, where: str) -> dict[str, Any]:
-    """Returns the model card as timm's `generate_readme` takes it.
+    """Returns the model card as timm's `push_to_hf_hub` takes it.
 
     Args:
         export: what it is about.

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from .. import _private
 from ..config import Config, apply_overrides, check_config, load_config
 from ..config.schema import DataConfig, TrainConfig
 from ..data import DataSource, StreamSource, batches, eval_loader, open_val
@@ -402,7 +402,7 @@ def _subset_of(present: Sequence[int], class_names: Sequence[str]) -> str | None
     if len(class_names) < 1000 or len(present) != 200:
         return None
     for name, file in (("ImageNet-A", "imagenet_a_synsets.txt"), ("ImageNet-R", "imagenet_r_synsets.txt")):
-        synsets = (resources.files("timm.data") / "_info" / file).read_text("utf-8").split()
+        synsets = (_private.imagenet_file(file) or "").split()
         try:
             if sorted(match_classes(synsets, class_names, name)) == list(present):
                 return name
