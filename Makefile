@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# The interpreter of `make test-oldest`, the oldest that pyproject.toml allows
+PYTHON_OLDEST ?= python3.10
+OLDEST := .venv-oldest
+
 # What `make bench` compares; birder's network too where birder is installed: make bench PEERS=birder/conv2former_t
 PEERS ?=
 
-.PHONY: quickstart test lint format bench growth clean
+.PHONY: quickstart test test-oldest lint format bench growth clean
 
 quickstart: $(READY) ## train on real digits with two processes, then evaluate the result
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
@@ -14,6 +18,9 @@ quickstart: $(READY) ## train on real digits with two processes, then evaluate t
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+test-oldest: $(OLDEST)/.ready ## run the tests with the oldest Python and the oldest packages that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,9 +41,14 @@ growth: $(READY) ## measure time and memory from 224 to 1024 pixels, minutes, an
 	$(BIN)/python scripts/benchmark.py growth --markdown docs/benchmarks.md --chart docs/growth.png
 
 clean: ## forget the environment and what the quickstart made
-	rm -rf .venv runs/quickstart data/digits
+	rm -rf .venv $(OLDEST) runs/quickstart data/digits
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)
+
+$(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt --editable ".[test]"
+	touch $@
