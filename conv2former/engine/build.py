@@ -20,7 +20,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .._yaml import cut
 from ..config import Config, Plan
@@ -31,7 +30,7 @@ from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
 from ..models.weights import definition_in, describe_checkpoint, load_content, read_checkpoint
 from ..models.zoo import add_and_register
-from .distributed import World
+from .distributed import World, wrap
 
 __all__ = [
     "OVERFLOWS",
@@ -255,9 +254,7 @@ def build_run(
     )
     mixup = _build_mixup(config, num_classes)
     forward: nn.Module = cast(nn.Module, torch.compile(model)) if config.train.compile else model
-    if world.size > 1:
-        device_ids = [world.device] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
+    forward = wrap(forward, world)
     schedule = config.schedule
     scheduler, _ = create_scheduler_v2(
         optimizer,

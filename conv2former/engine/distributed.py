@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, UserError
 from .watch import Watch
 
-__all__ = ["PeerError", "World", "join_world"]
+__all__ = ["PeerError", "World", "join_world", "wrap"]
 
 
 class PeerError(UserError):
@@ -136,6 +139,33 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
         watch.stop()
     if is_mine:
         dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """Returns the network to train through: one that averages gradients over the processes, if there are several.
+
+    A convolution's backward pass chooses the strides of its weight's gradient, and they need not be the weight's. Where
+    a dimension has size 1, as in 1x1 and depthwise convolutions, the same memory has several strides; with fused blocks
+    and `train.channels_last: false` the memory differs, too. The gradients are exchanged through buffers with the
+    weights' strides, and torch warns about every other gradient. So each is given its weight's strides as it comes: a
+    new view where only dimensions of size 1 differ, a copy otherwise. Its numbers stay as they are.
+    """
+    if world.size == 1:
+        return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim == 4:
+            parameter.register_hook(partial(_with_strides_of, parameter))
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def _with_strides_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    shape, wanted, found = parameter.shape, parameter.stride(), gradient.stride()
+    if found == wanted:
+        return gradient
+    if all(size == 1 or a == b for size, a, b in zip(shape, found, wanted, strict=True)):
+        return gradient.as_strided(shape, wanted)
+    return torch.empty_strided(shape, wanted, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 def _meet(store: Any, rank: int, size: int) -> str:

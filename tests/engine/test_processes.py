@@ -72,6 +72,7 @@ def test_the_same_global_batches_train_the_same_network(raw_config, tmp_path):
     for name, count, batch_size, accum_steps in (("one", 1, 8, 1), ("two", 2, 4, 1), ("four", 1, 2, 4)):
         config = configure(raw_config, **frozen, train__batch_size=batch_size, train__accum_steps=accum_steps)
         codes, output = run(lambda config=config, name=name: train(config, tmp_path / name), count, tmp_path)
+        assert "Warning" not in output
         assert set(codes) == {0}, output
     one = final(tmp_path / "one")["model"]
     start = prepare.build_model(configure(raw_config, **frozen), 3).state_dict()
