@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
+import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +21,7 @@ __all__ = [
     "bullets",
     "closest",
     "counted",
+    "note_for_torchrun",
     "raise_mistakes",
     "shorten",
 ]
@@ -67,7 +71,7 @@ class RunStopped(RuntimeError):
     scope = "run"
 
 
-@contextmanager
+@contextlib.contextmanager
 def before_processes_meet() -> Iterator[None]:
     """Marks the mistakes inside as those that every process of a machine finds by itself, so that one says them."""
     try:
@@ -75,6 +79,22 @@ def before_processes_meet() -> Iterator[None]:
     except UserError as e:
         e.scope = "run" if e.scope == "run" else "node"
         raise
+
+
+def note_for_torchrun(text: str, is_consequence: bool = False) -> None:
+    """Leaves the end of this process for torchrun, if that has started it, to print at the end of its own report.
+
+    Of several processes torchrun prints the text with the earliest whole second last, as the root cause.
+
+    Args:
+        text: one message, or a traceback.
+        is_consequence: of the end of another process, which is then the root cause.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        note = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) + is_consequence)}}
+        with contextlib.suppress(OSError), open(path, "w") as file:  # the message itself has been printed
+            json.dump({"message": note}, file)
 
 
 def closest(word: object, choices: Iterable[str]) -> str:

@@ -3,7 +3,9 @@
 try:
     import pydantic  # noqa: F401
 except ModuleNotFoundError as e:
-    raise ModuleNotFoundError('training and evaluation need more packages: pip install "conv2former[train]"') from e
+    raise ModuleNotFoundError(
+        'training and evaluation need more packages: pip install "conv2former[train]"', name=e.name
+    ) from e
 
 from .load import apply_overrides, check_config, differences, load_config
 from .resolve import Plan, fit_batch, img_size_at, make_plan

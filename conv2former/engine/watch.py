@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Any
 
+from ..errors import note_for_torchrun
+
 __all__ = ["Watch"]
 
 _HANG_EXIT_CODE = 3  # that of TrainingError
@@ -93,10 +95,10 @@ class Watch(threading.Thread):
         self._end(f"{'; '.join(where)}. Rank {self._rank} has waited for {self._timeout:g} s at {self._place}")
 
     def _end(self, text: str) -> None:
-        print(
+        message = (
             f"error: the processes do not come together: {text} (train.timeout_minutes). Look at that machine; the "
-            "same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "same command goes on from the last checkpoint"
         )
+        print(message, file=sys.stderr, flush=True)
+        note_for_torchrun(message)
         os._exit(_HANG_EXIT_CODE)  # the main thread hangs in a collective and cannot be told

@@ -4,62 +4,86 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from ..errors import RunStopped, TrainingError, UserError
+from ..errors import RunStopped, TrainingError, UserError, note_for_torchrun
 
 __all__ = ["run_cli"]
+
+# Packages that a script may lack, and the extra that brings them; with `train` those that most commands need.
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "captum": "explain",
+    **dict.fromkeys(("pydantic", "datasets", "pyarrow", "tensorboard", "matplotlib", "sklearn", "tqdm"), "train"),
+    **dict.fromkeys(("torchvision", "PIL", "numpy"), "train"),
+}
 
 
 def run_cli(
     main: Callable[[], None],
     interrupted: str = "interrupted; nothing is left half-written",
     less_memory: str = "take smaller batches or smaller images",
+    extra: str = "train",
 ) -> None:
     """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C.
 
-    Errors are one message on standard error, without a traceback, from one process where all have the same.
+    Errors are one message on standard error, without a traceback, from one process where all have the same. Under
+    torchrun each process also leaves its message for torchrun's report.
 
     Args:
         main: the script.
         interrupted: what to say after Ctrl-C.
         less_memory: what to do when memory runs out.
+        extra: the extra of this package that brings all that the script needs.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    mine = f"error on rank {rank}: "
     try:
         main()
     except (UserError, TrainingError, RunStopped) as e:
         speaks = {"process": True, "node": local_rank == 0, "run": rank == 0}[e.scope]
-        if speaks:
-            prefix = "" if isinstance(e, RunStopped) else f"error on rank {rank}: " if rank else "error: "
-            print(f"{prefix}{e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        prefix = "" if isinstance(e, RunStopped) else mine if rank and e.scope != "run" else "error: "
+        _end(f"{prefix}{e}", e.exit_code, speaks)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (RuntimeError, MemoryError) as e:
+    except Exception as e:
+        package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
+        if package in EXTRAS:
+            needed = extra if EXTRAS[package] == "train" else EXTRAS[package]
+            text = f'error: this needs {package}, which is not installed: pip install "conv2former[{needed}]"'
+            _end(text, UserError.exit_code, rank == 0)
         if _out_of_memory(e):
             reason = (str(e) or type(e).__name__).splitlines()[0][:200]
-            print(f"error on rank {rank}: out of memory; {less_memory} ({reason})", file=sys.stderr)
-        elif _lost_contact(e):
-            if local_rank == 0:
-                print(f"error on rank {rank}: another process has ended; its message says why", file=sys.stderr)
-        else:
-            raise
-        sys.exit(TrainingError.exit_code)
+            _end(f"{mine}out of memory; {less_memory} ({reason})", TrainingError.exit_code)
+        if _lost_contact(e):
+            text = f"{mine}another process has ended; its message says why"
+            _end(text, TrainingError.exit_code, local_rank == 0, is_consequence=True)
+        note_for_torchrun(traceback.format_exc().rstrip())
+        raise
+
+
+def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False) -> NoReturn:
+    """Exits with a message, which is printed if this is the process that `speaks`."""
+    if speaks:
+        print(text, file=sys.stderr)
+    note_for_torchrun(text, is_consequence)
+    sys.exit(code)
 
 
 def _out_of_memory(error: Exception) -> bool:
     name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
-    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+    is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return name in ("MemoryError", "OutOfMemoryError") or is_torchs
 
 
 def _lost_contact(error: Exception) -> bool:
     """Whether an error is what gloo or NCCL raises when another process has gone."""
     name, text = type(error).__name__, str(error)
-    return name.startswith("Dist") or any(
-        words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
-    )
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+    return isinstance(error, RuntimeError) and (name.startswith("Dist") or any(sign in text for sign in signs))
