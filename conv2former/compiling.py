@@ -1,7 +1,7 @@
 """C++ files of this package, compiled where they run.
 
-As with torch.compile and Triton, the compiler is called at the first use, here for two or three seconds, and the result
-is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, no x86
+As with torch.compile and Triton, the compiler is called at the first use, here for some seconds, which standard error is
+told before, and the result is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, no x86
 processor with AVX2, or CONV2FORMER_COMPILE=0 is set, `library` returns None, and others do the work in more time.
 """
 
@@ -17,6 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +37,7 @@ INSTRUCTIONS = {
     "AVX512": ("-DLANE_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 MORE_INSTRUCTIONS = {"avx512_bf16": "-mavx512bf16"}  # what processors with AVX-512 may have, and compilers since 2020
-PATIENCE = 120  # seconds for the compiler
+PATIENCE, SHORT = 120, 0.5  # seconds for the compiler; so few need no words, a compiler that fails takes less
 log = logging.getLogger(__name__)
 
 
@@ -87,12 +90,42 @@ def _compile(command: list[str], source: Path) -> Path:
     path = store_folder() / "compiled" / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not path.exists():
         path = _folder_to_write(path.parent) / path.name
+        with _one_at_a_time(source):
+            if not path.exists():  # another process may have made it meanwhile
+                _call([*command, str(source)], path)
+    return path
+
+
+def _call(command: list[str], path: Path) -> None:
+    notice = threading.Timer(SHORT, _tell, command[-1:])
+    notice.start()
+    try:
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
             made = Path(unfinished) / path.name
-            command += [str(source), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-            made.replace(path)  # at once, since other processes may be at it too
-    return path
+            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=PATIENCE)
+            made.replace(path)  # at once, since other processes may look for it
+    finally:
+        notice.cancel()
+        notice.join()
+
+
+def _tell(source: str) -> None:
+    line = f"compiling {os.path.basename(source)} for this machine, once: some seconds"
+    if progress := sys.modules.get("tqdm"):
+        progress.tqdm.write(line, file=sys.stderr)  # above a bar
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _one_at_a_time(source: Path) -> Iterator[None]:
+    """Lets one process compile a file while others wait for what it makes, where the file system has locks."""
+    import fcntl  # of POSIX only
+
+    with source.open("rb") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _folder_to_write(folder: Path) -> Path:

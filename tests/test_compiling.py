@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conv2former import compiling
+from conv2former.tools.killing import ForkedProcesses
 
 SOURCE = """
 extern "C" int answer() { return LANE_BYTES; }
@@ -103,6 +104,28 @@ def test_compiled_once(compiler, source, monkeypatch, tmp_path):
     source.write_text(SOURCE.replace("LANE_BYTES", "2 * LANE_BYTES"))
     assert compiling.library(source) is not None
     assert len(compiled(tmp_path)) == 3
+
+
+def test_what_takes_a_while_is_said_before_and_once(compiler, source, monkeypatch, tmp_path, capfd):
+    """Of several processes that begin at the same time one compiles and says so; later ones say nothing."""
+    monkeypatch.setattr(compiling, "SHORT", 0)
+    monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path / "new"))
+
+    def ask() -> None:
+        assert compiling.library(source) is not None
+
+    processes = ForkedProcesses(ask, 3, tmp_path / "log.txt")
+    assert processes.wait(60)
+    assert set(processes.pids.values()) == {0}, (tmp_path / "log.txt").read_text()
+    said = (tmp_path / "log.txt").read_text() + capfd.readouterr().err
+    assert said == "compiling answer.cpp for this machine, once: some seconds\n"
+
+
+def test_a_compiler_that_fails_at_once_is_not_announced(source, monkeypatch, capfd):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("CXX", "false")
+    assert compiling.library(source) is None
+    assert capfd.readouterr().err == ""
 
 
 def test_a_store_that_cannot_be_written(compiler, source, monkeypatch, tmp_path):
