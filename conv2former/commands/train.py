@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from .._clock import START
 from .._yaml import dump_yaml
 from ..config import load_config
 from ..engine import dry_run, train
+from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
 
@@ -64,17 +66,23 @@ def summary(report: dict, output: Path) -> list[str]:
     here = Path(sys.executable).is_relative_to(Path.cwd())
     python = Path(sys.executable).relative_to(Path.cwd()) if here else "python"
     minutes, seconds = divmod(round(report["seconds"]), 60)
+    top1, n, last = report["top1"], report["n"], report["last_top1"]
+    small = f"  precision    {one_image(n)} of top-1, whose standard error is {standard_error(top1, n):.2f} points"
+    last_top1 = "" if last is None else f" (top-1 {last:.2f} %)"
+    words = [str(python), "scripts/validate.py", "--checkpoint", report["checkpoint"]]
     return [
         "",
-        f"top-1 {report['top1']:.2f} % on {report['n']} images ({report['weights']} weights, epoch {report['epoch']} "
+        f"top-1 {top1:.2f} % on {n} images ({report['weights']} weights, epoch {report['epoch']} "
         f"of {report['epochs']}), trained in {minutes} min {seconds} s",
+        *([small] if n < SMALL_SPLIT else []),
         *([f"  skipped      {report['skipped']} unreadable images"] if report["skipped"] else []),
         f"  checkpoint   {report['checkpoint']}",
+        f"  last epoch   {report['last_checkpoint']}{last_top1}",
         f"  TensorBoard  {report['tensorboard'] or 'off'}",
         f"  curves       {report['curves']}",
         *([f"  confusions   {report['confusion']}"] if report["confusion"] else []),
         f"  report       {output / 'report.json'}",
-        f"next: {python} scripts/validate.py --checkpoint {report['checkpoint']}",
+        f"next: {shlex.join(words)}",
     ]
 
 

@@ -123,7 +123,7 @@ class AugmentConfig(Section):
 class OptimConfig(Section):
     """The optimizer. Weight decay leaves out parameters of one dimension: norms, biases, layer scale."""
 
-    opt: str = "adamw"  # a timm optimizer name
+    opt: str = "adamw"  # a timm optimizer name, or lookahead_NAME
     base_lr: Above0 = 1e-3  # learning rate at base_batch_size; scaled linearly to the global batch size
     base_batch_size: Positive = 1024
     weight_decay: NonNegative = 0.05
@@ -138,11 +138,12 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine to `min_lr`, set anew for every step."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 300  # warm-up included
+    # warm-up included, cool-down not: the run has epochs + cooldown_epochs
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 300
     warmup_epochs: Epochs = 5
     warmup_lr: NonNegative = 1e-6  # at the first step
     min_lr: NonNegative = 1e-6
-    cooldown_epochs: Epochs = 10  # at min_lr, after `epochs`
+    cooldown_epochs: Epochs = 10  # further ones at min_lr, after `epochs`; 0 for none
 
 
 class TrainConfig(Section):

@@ -47,6 +47,9 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+# before an optimizer's name: every 6 steps the weights go back half of the way to where they were 6 steps before
+LOOKAHEAD = "lookahead_"
+
 # fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
 OVERFLOWS = 20
 
@@ -360,14 +363,25 @@ def _check_policy(config: Config) -> None:
         ) from None
 
 
+def _optimizer_name(opt: str) -> str:
+    """Returns timm's name of an optimizer, without the prefix `lookahead_`.
+
+    Raises:
+        ConfigError: there is none of that name. timm reads a name only up to its first and from its last underscore,
+            and would take others for what they are not.
+    """
+    names = [str(name) for name in list_optimizers()]
+    name = opt.lower()
+    if (base := name.removeprefix(LOOKAHEAD)) in names:
+        return base
+    near = closest(name, [*names, *(LOOKAHEAD + known for known in names)])
+    raise ConfigError(f"optim.opt: timm has no optimizer '{cut(opt)}'{near}")
+
+
 def _optimizer_args(config: Config) -> dict[str, Any]:
     """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists."""
     optim = config.optim
-    try:
-        info = get_optimizer_info(optim.opt)
-    except ValueError:
-        names = [str(name) for name in list_optimizers()]
-        raise ConfigError(f"optim.opt: timm has no optimizer '{cut(optim.opt)}'{closest(optim.opt, names)}") from None
+    info = get_optimizer_info(_optimizer_name(optim.opt))
     if info.second_order:
         raise ConfigError(f"optim.opt: {optim.opt} needs second derivatives, which this loop does not compute")
     optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}

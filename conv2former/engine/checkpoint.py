@@ -7,7 +7,8 @@ step, epoch          optimizer steps done, epochs done
 model, model_ema     state dicts of the raw module and of the average (None without one)
 optimizer, scaler    state dicts (scaler None unless fp16)
 metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
-best_row             epoch and all metrics of the best so far
+best_row             epoch and all metrics of the best so far; its loss decides between equal top-1
+losses               of each process, the sum and the number of the training losses since the last logged step
 confusion            of the best so far: rows of counts, a row per true class (None with many classes)
 class_names          names in index order
 skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`
@@ -33,7 +34,14 @@ import torch
 from ..errors import CheckpointError, OutputError, bullets
 from ..models.weights import read_checkpoint
 
-__all__ = ["FORMAT", "latest_checkpoint", "read_training_checkpoint", "remove_leftovers", "save_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "latest_checkpoint",
+    "link_last",
+    "read_training_checkpoint",
+    "remove_leftovers",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
@@ -67,10 +75,10 @@ class _Hashed:
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: int) -> Path:
-    """Writes `folder/step_NNNNNNNN.pt`, and makes `best.pt` the same file if it is the best; removes old ones.
+    """Writes `folder/step_NNNNNNNN.pt`, `last.pt` and, if it is the best, `best.pt`; removes old step files.
 
     A file appears under its name only when it is complete and on the disk. Tensors are written one after the other, so
-    that no second copy of the weights is held.
+    that no second copy of the weights is held. The three names are one file on the disk, where it has hard links.
 
     Args:
         folder: made if it does not exist.
@@ -93,8 +101,9 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
             torch.save({**content, "format": FORMAT}, cast(Any, hashed))
             _to_disk(file)
         _write_whole(_checksum_path(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
-        if is_best:  # before the rename: a kill between the two is then made good by the repeated steps
-            _copy(temporary, folder / "best.pt")
+        # before the rename: a kill between them is then made good by the repeated steps
+        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
+            _copy(temporary, folder / name)
         os.replace(temporary, path)
         _to_disk(folder)
     except (OSError, RuntimeError) as e:
@@ -107,6 +116,21 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
         old.unlink(missing_ok=True)
         _checksum_path(old).unlink(missing_ok=True)
     return path
+
+
+def link_last(folder: Path) -> None:
+    """Makes `last.pt` the newest checkpoint if there is no such file, as in runs of versions that wrote none.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    last, steps = folder / "last.pt", _list(folder)
+    if last.exists() or not steps:
+        return
+    try:
+        _copy(steps[-1], last)
+    except OSError as e:
+        raise OutputError(f"{last} cannot be written ({e})") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,12 +13,46 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from ..data import Batch, Skipped
+from ..errors import counted
 from .distributed import World
 from .tallies import Answers, Tally
 
-__all__ = ["MAX_CONFUSION_CLASSES", "Evaluation", "Score", "evaluate", "evaluate_views"]
+__all__ = [
+    "MAX_CONFUSION_CLASSES",
+    "SMALL_SPLIT",
+    "Evaluation",
+    "Score",
+    "evaluate",
+    "evaluate_views",
+    "has_top5",
+    "one_image",
+    "standard_error",
+    "with_error",
+]
 
 MAX_CONFUSION_CLASSES = 50  # more cannot be read in a picture
+SMALL_SPLIT = 500  # images; in fewer, one of them moves top-1 by more than 0.2 points
+
+
+def has_top5(classes: int) -> bool:
+    """Returns whether top-5 says anything: among five classes or fewer it is always 100 %, and is not shown."""
+    return classes > 5
+
+
+def standard_error(top1: float, n: int) -> float:
+    """Returns the standard error of a top-1 accuracy in percent on `n` images, in points: sqrt(p (1 - p) / n)."""
+    return math.sqrt(top1 * (100 - top1) / n)
+
+
+def with_error(top1: float, n: int) -> str:
+    """Returns a top-1 accuracy as text; on a small split with its standard error, where the images have one."""
+    error = f" ± {standard_error(top1, n):.2f}" if n < SMALL_SPLIT and 0 < top1 < 100 else ""
+    return f"{top1:.2f} %{error}"
+
+
+def one_image(n: int) -> str:
+    """Returns a sentence's beginning on how coarse an accuracy on `n` images is."""
+    return f"one of {counted(n, 'validation image')} is {100 / n:.2f} points"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class RunLog:
         tensorboard: whether to write TensorBoard files into `folder/tensorboard`.
         is_main: whether this process writes at all.
         must_evaluate: whether the evaluation after `first_step` is still to come, so that its row, if any, goes too.
+        hidden: keys of rows that TensorBoard does not get.
 
     Every method raises OutputError if the folder cannot be written.
     """
@@ -59,7 +60,9 @@ class RunLog:
         tensorboard: bool,
         is_main: bool,
         must_evaluate: bool = False,
+        hidden: Sequence[str] = (),
     ) -> None:
+        self._hidden = {"kind", "n", *hidden}
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
         self.path = folder / "metrics.jsonl"
         self._start, self._first_step = time.perf_counter(), first_step
@@ -118,8 +121,8 @@ class RunLog:
         """Writes an evaluation row: top1, top5, loss, n, and the same of the average as ema_top1, ..."""
         self._write(step, {"kind": "eval", "epoch": epoch, **row}, "eval")
 
-    def picture(self, name: str, figure: Figure, step: int) -> Path:
-        """Writes a picture to `NAME.png` and to TensorBoard."""
+    def picture(self, name: str, figure: Figure, step: int, in_tensorboard: bool = True) -> Path:
+        """Writes a picture to `NAME.png`, whole or not at all, and to TensorBoard."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.image import imsave
 
@@ -128,8 +131,10 @@ class RunLog:
         pixels = np.asarray(canvas.buffer_rgba())
         path = self.folder / f"{name}.png"
         with writing(self.folder):
-            imsave(path, pixels)
-            if self._writer:
+            temporary = path.with_name(f".{path.name}")
+            imsave(temporary, pixels, format="png")
+            os.replace(temporary, path)
+            if self._writer and in_tensorboard:
                 self._writer.add_image(name, pixels[..., :3], step, dataformats="HWC")
         return path
 
@@ -153,7 +158,7 @@ class RunLog:
                 file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
             if self._writer:
                 for key, value in row.items():
-                    if key not in ("kind", "n"):
+                    if key not in self._hidden:
                         self._writer.add_scalar(f"{group}/{key}", value, step)
 
 

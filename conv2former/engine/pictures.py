@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "many_confusions_figure",
     "reliability_figure",
 ]
+
+FEW_POINTS = 50  # of a curve, each of which is drawn as a dot, too
 
 
 def batch_figure(
@@ -87,36 +90,60 @@ def _short(name: str, length: int = 18) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def curves_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Draws loss and accuracy over the epochs.
+def curves_figure(rows: list[dict[str, Any]], best_epoch: int | None = None) -> Figure:
+    """Draws loss and accuracy over the epochs, from the start to the last point.
 
     Args:
         rows: of metrics.jsonl.
+        best_epoch: to mark; None for none.
     """
     evals = [row for row in rows if row["kind"] == "eval"]
     train = [row for row in rows if row["kind"] == "train"]
     steps_per_epoch = max((row["step"] / row["epoch"] for row in evals), default=1)
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
-    left.plot(
-        [r["step"] / steps_per_epoch for r in train],
-        [r["loss"] for r in train],
-        "-" if len(train) > 1 else ".",
-        lw=1,
-        label="training",
-    )
-    left.plot([r["epoch"] for r in evals], [r["loss"] for r in evals], marker=".", label="validation")
-    left.set(xlabel="epoch", ylabel="loss", title="Loss (training: of one step, on augmented images)")
-    for key, label in (("top1", "top-1"), ("ema_top1", "top-1, averaged weights")):
-        points = [(r["epoch"], r[key]) for r in evals if key in r]
+    has_ema = any("ema_top1" in row for row in evals)
+    averaged = ", averaged weights"
+    trained = [(row["step"] / steps_per_epoch, row["loss"]) for row in train]
+    lines = [(left, "training", trained, 1.0)]
+    for axes, key, label in (
+        (left, "loss", "validation"),
+        (left, "ema_loss", f"validation{averaged}"),
+        (right, "top1", "top-1"),
+        (right, "ema_top1", f"top-1{averaged}"),
+    ):
+        lines.append((axes, label, [(row["epoch"], row[key]) for row in evals if key in row], 1.5))
+    for axes, label, points, width in lines:
         if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=label)
-    right.set(xlabel="epoch", ylabel="%", title="Validation accuracy")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+            marker = "." if len(points) <= FEW_POINTS else ""
+            size = 10 if len(points) == 1 else 5
+            axes.plot(*zip(*points, strict=True), marker=marker, ms=size, lw=width, label=label)
+    key = "ema_top1" if has_ema else "top1"
+    for row in evals:
+        if row["epoch"] == best_epoch and key in row:
+            label = f"best: epoch {best_epoch}, {row[key]:.2f} %"
+            right.plot(best_epoch, row[key], "*", ms=13, color="black", zorder=3, label=label)
+            left.axvline(best_epoch, color="black", lw=0.8, ls=":")
+    left.set(ylabel="loss", title="Loss (training: mean since the last point, augmented images)")
+    right.set(ylabel="%", title="Validation accuracy")
+    _scale(left, 0.2)
+    _scale(right, 10.0)
+    right.set_ylim(max(right.get_ylim()[0], -2), min(right.get_ylim()[1], 102))
     return figure
+
+
+def _scale(axes: Axes, least: float) -> None:
+    """Scales curves: epochs from 0, at whole numbers, and a range of values of `least` or more, for a single point."""
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if not axes.lines:
+        return
+    axes.set_xlim(0, max(1.0, axes.dataLim.x1) * 1.04)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    if high - low < least:
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+    axes.legend(fontsize=9)
 
 
 def confusion_figure(

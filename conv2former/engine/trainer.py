@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.optim import Lookahead
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
@@ -36,17 +37,19 @@ from ..data import (
 )
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, bullets, counted, shorten
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
-from .checkpoint import latest_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, link_last, save_checkpoint
 from .distributed import World, join_world
-from .evaluate import Evaluation, evaluate
+from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, with_error
 from .logging import RunLog, read_metrics, writing
+from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
 from .signals import StopSignal, ignore_stop_signals
 from .step import FiniteCheck, StepResult, mix, train_step
 
 __all__ = ["Trainer", "describe", "dry_run", "train"]
 
-MUCH_WAITING = 0.05  # of the training time, for images: worth a hint
+DRAW_EVERY = 30.0  # seconds, at least, between two pictures of the curves
+DRAWING_SHARE = 0.01  # of the run's time that drawing them may take
 IMBALANCED = 3  # times as many images of one class as of another: worth a hint
 
 _RUNNING = threading.Lock()
@@ -128,6 +131,7 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
+        metric: top-1 of last.pt, None if it was not evaluated.
         best_metric, best_row: top-1 and all metrics of best.pt, None so far.
         skipped: the images that could not be read and why, of each split, of all processes as of the last exchange.
     """
@@ -140,6 +144,7 @@ class Trainer:
         )
         self.check = FiniteCheck.of(self.run)
         self.step = 0
+        self.metric: float | None = None
         self.best_metric: float | None = None
         self.best_row: dict[str, Any] | None = None
         self.confusion: list[list[int]] | None = None
@@ -147,7 +152,8 @@ class Trainer:
         self.new_skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
         self.must_evaluate = False
         self._seconds, self._since = 0.0, time.perf_counter()
-        self.meter = _Meter()
+        self.meter, self.losses = Meter(), MeanLoss(world)
+        self._drawn, self._drawing = time.perf_counter(), 0.0  # when the curves were last drawn, and for how long
         if job.saved:
             self._restore(job.saved)
             job.saved = None  # its memory
@@ -158,6 +164,7 @@ class Trainer:
             self.config.log.tensorboard,
             world.is_main,
             self.must_evaluate,
+            () if has_top5(len(job.class_names)) else ("top5", "ema_top5"),
         )
         pin_memory = world.device.type == "cuda"
         train_config = self.config.train
@@ -195,6 +202,8 @@ class Trainer:
             f"training on {len(source)} images of {len(source.class_names)} classes ({source.name}), "
             f"validating on {f'{len(val_source)} ' if len(val_source) else ''}({val_source.name})"
         )
+        if 0 < len(val_source) < SMALL_SPLIT:  # of a stream the length is not known
+            self.log.say(f"{one_image(len(val_source))} of top-1; ± is its standard error")
         counts = self.job.class_counts if self.world.is_main else None
         if counts is not None:
             self.log.say(describe_classes(self.config, counts, self.job.class_names))
@@ -225,18 +234,20 @@ class Trainer:
                 self._show(window[0])
             result = train_step(self.run, window, self.step, self.check)
             self.step += 1
+            self.losses.add(result.loss)
             self._note_skipped("training", (batch.skipped for batch in window))
             self.log.advance()
             meter.images += sum(len(batch.labels) for batch in window) * self.world.size
-            if self.step % self.config.log.every_steps == 0:
+            is_end = self.step % self.plan.steps_per_epoch == 0
+            if self._is_logged():
                 self.check.read()
                 self._share_skipped()
                 row = self._measure(result) | meter.read()
                 if all(map(math.isfinite, row.values())):
                     self.log.step(self.step, math.ceil(self.step / self.plan.steps_per_epoch), row)
+                    self.losses.start()
                 else:
                     self.log.say(f"step {self.step}: an overflow in fp16; the step is left out and the scale lowered")
-            is_end = self.step % self.plan.steps_per_epoch == 0
             if self.signal.agreed(self.world) and not is_end:
                 self._save(None)
                 self._stop()
@@ -244,7 +255,15 @@ class Trainer:
             if every and self.step % every == 0 and not is_end:
                 self._save(None)
 
+    def _is_logged(self) -> bool:
+        """Returns whether this step has a log line: every `log.every_steps`, and once in an epoch of fewer steps."""
+        every, epoch = self.config.log.every_steps, self.plan.steps_per_epoch
+        is_end = self.step % epoch == 0
+        return self.step % every == 0 or (is_end and self.step // every == (self.step - epoch) // every)
+
     def _end_epoch(self, epoch: int) -> None:
+        if isinstance(self.run.optimizer, Lookahead):  # the network at the end of an epoch is that of the slow weights
+            self.run.optimizer.sync_lookahead()
         self._share_skipped()
         self.check.read()
         if self.world.size > 1:
@@ -284,8 +303,7 @@ class Trainer:
 
     def _measure(self, result: StepResult) -> dict[str, float]:
         """Returns a training row; every process calls it, because the loss is the mean over all of them."""
-        loss = float(self.world.sum(result.loss)) / self.world.size
-        row = {"loss": loss, "lr": result.lr, "grad_norm": float(result.grad_norm)}
+        row = {"loss": self.losses.mean(), "lr": result.lr, "grad_norm": float(result.grad_norm)}
         if self.world.device.type == "cuda":
             return row | {"memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         unit = 1 if sys.platform == "darwin" else 1024
@@ -361,27 +379,57 @@ class Trainer:
                 f"the validation {broken[0]} is not finite after step {self.step}: the weights have grown beyond all "
                 "bounds and are not saved. Lower optim.base_lr or set optim.clip_grad"
             )
-        metric = row["ema_top1" if self.run.ema else "top1"]  # of the weights that loading the file takes
         epoch = self.step // self.plan.steps_per_epoch
-        if is_best := self.best_metric is None or metric > self.best_metric:
-            self.best_metric, self.best_row = metric, {"epoch": epoch, **row}
+        if is_best := self._is_best(row):
+            self.best_metric, self.best_row = row[f"{self._prefix}top1"], {"epoch": epoch, **row}
             self.confusion = confusion.tolist() if confusion is not None else None
         self.log.evaluation(self.step, epoch, row)
-        ema = f"  averaged weights {row['ema_top1']:.2f} %" if self.run.ema else ""
+        n = int(row["n"])
+        top5 = f"  top-5 {row['top5']:.2f} %" if has_top5(len(self.job.class_names)) else ""
+        ema = f"  averaged weights {with_error(row['ema_top1'], n)}" if self.run.ema else ""
         self.log.say(
-            f"epoch {epoch}/{self.plan.epochs}  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %{ema}  "
-            f"loss {row['loss']:.4f}  ({row['n']} images)"
+            f"epoch {epoch}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  "
+            f"loss {row['loss']:.4f}  ({n} images)"
         )
-        self._save(metric, is_best)
+        self._save(row[f"{self._prefix}top1"], is_best)
+        cost = self._drawing / DRAWING_SHARE
+        if self.world.is_main and time.perf_counter() - self._drawn >= max(DRAW_EVERY, cost):
+            self._draw_curves(False)
+
+    @property
+    def _prefix(self) -> str:
+        """Of the metrics of the weights that loading a checkpoint takes."""
+        return "ema_" if self.run.ema else ""
+
+    def _is_best(self, row: dict[str, Any]) -> bool:
+        """Returns whether an evaluation is the best so far: the higher top-1, and of equal ones the lower loss."""
+        if self.best_metric is None:
+            return True
+        metric, key = row[f"{self._prefix}top1"], f"{self._prefix}loss"
+        best_loss = (self.best_row or {}).get(key)  # a checkpoint of before this rule may have none
+        is_tie_broken = best_loss is not None and row[key] < best_loss
+        return metric > self.best_metric or (metric == self.best_metric and is_tie_broken)
+
+    def _draw_curves(self, in_tensorboard: bool) -> Path:
+        from .pictures import curves_figure
+
+        start = time.perf_counter()
+        figure = curves_figure(read_metrics(self.log.path), self.best_row["epoch"] if self.best_row else None)
+        path = self.log.picture("curves", figure, self.step, in_tensorboard)
+        self._drawn = time.perf_counter()
+        self._drawing = self._drawn - start
+        return path
 
     def _save(self, metric: float | None, is_best: bool = False) -> None:
         """Saves the run; every process calls it, and all fail if the main one does."""
         self.check.read()
         self._share_skipped()
+        self.metric = metric
         self.world.at(f"saving step {self.step}")
-        self.world.on_main(lambda: self._write(metric, is_best))
+        losses = self.losses.state()
+        self.world.on_main(lambda: self._write(losses, is_best))
 
-    def _write(self, metric: float | None, is_best: bool) -> None:
+    def _write(self, losses: list[list[float]], is_best: bool) -> None:
         run = self.run
         # str: torch's version is a class of its own, which a safe load would refuse
         versions = {"torch": str(torch.__version__), "timm": timm.__version__, "conv2former": __version__}
@@ -392,12 +440,13 @@ class Trainer:
             "model_ema": run.ema.module.state_dict() if run.ema else None,
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
-            "metric": metric,
+            "metric": self.metric,
             "best_metric": self.best_metric,
             "best_row": self.best_row,
             "confusion": self.confusion,
             "class_names": self.job.class_names,
             "skipped": self.skipped,
+            "losses": losses,
             "config": self.config.to_dict(),
             "variant": find_variant_of(self.config).to_dict(),
             "plan": self.job.plan_of_data,
@@ -417,10 +466,12 @@ class Trainer:
         if saved["scaler"]:
             run.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
+        self.metric = saved["metric"]
         self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
         self.skipped |= saved.get("skipped") or {}
+        self.losses = MeanLoss(self.world, saved.get("losses"))
         spent = saved.get("time") or {"training": 0.0, "waiting": 0.0}
-        self.meter = _Meter(spent["training"], spent["waiting"])
+        self.meter = Meter(spent["training"], spent["waiting"])
         epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
         # stopped before the evaluation at the end of an epoch, or a finished run in a new folder, which has no best yet
         not_yet = saved["metric"] is None or (self.best_metric is None and epoch == self.plan.epochs)
@@ -430,18 +481,20 @@ class Trainer:
         """Draws the curves and the confusions and writes the report, which is that of best.pt."""
         if not self.world.is_main:
             return {}
-        from .pictures import confusion_figure, curves_figure
+        from .pictures import confusion_figure
 
         assert self.best_row is not None
-        best, prefix = self.best_row, "ema_" if self.run.ema else ""
-        curves = self.log.picture("curves", curves_figure(read_metrics(self.log.path)), self.step)
+        best, prefix = self.best_row, self._prefix
+        curves = self._draw_curves(True)
         if (waited := self.meter.share_waited) is not None:
-            hint = "; more data.workers or a faster disk may help" if waited > MUCH_WAITING else ""
-            self.log.say(f"{waited:.1%} of the training time was waiting for images{hint}")
+            data = self.config.data
+            self.log.say(describe_waiting(waited, self.meter.seconds, self.loader.num_workers, data.source))
         confusion = None
         if self.confusion:
             figure = confusion_figure(self.confusion, self.job.class_names)
             confusion = self.log.picture("confusion", figure, self.step)
+        checkpoints = self.output / "checkpoints"
+        link_last(checkpoints)  # a run of before there was one
         report = {
             "model": find_variant_of(self.config).name,
             "started_from": self.config.model.checkpoint,
@@ -456,7 +509,9 @@ class Trainer:
             "skipped": sum(map(len, self.skipped.values())),
             "seconds": round(self.seconds, 1),
             "data_wait": waited,
-            "checkpoint": str(self.output / "checkpoints" / "best.pt"),
+            "checkpoint": str(checkpoints / "best.pt"),
+            "last_checkpoint": str(checkpoints / "last.pt"),
+            "last_top1": self.metric,
             "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,
             "curves": str(curves),
             "confusion": str(confusion) if confusion else None,
@@ -466,52 +521,6 @@ class Trainer:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
             os.replace(temporary, self.output / "report.json")
         return report
-
-
-class _Meter:
-    """Images per second, and the share of the time spent waiting for them, since it was last read and in the whole run.
-
-    Args:
-        seconds, waited: of training so far, in earlier attempts, and of waiting in it.
-    """
-
-    def __init__(self, seconds: float = 0.0, waited: float = 0.0) -> None:
-        self.seconds, self.waited = seconds, waited
-        self.start()
-
-    @property
-    def share_waited(self) -> float | None:
-        """The share of the whole run's training time; None if there was none."""
-        return round(self.waited / self.seconds, 4) if self.seconds else None
-
-    def start(self) -> None:
-        """Begins anew after something that is not training, such as an evaluation."""
-        self.images, self._since = 0, time.perf_counter()
-        self._mark, self._waited_before = self._since, self.waited
-
-    def waiting(self) -> _Meter:
-        return self
-
-    def __enter__(self) -> None:
-        self._pass()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += self._pass()
-
-    def _pass(self) -> float:
-        """Adds the time since the last mark to the run's, and returns it."""
-        now = time.perf_counter()
-        passed, self._mark = now - self._mark, now
-        self.seconds += passed
-        return passed
-
-    def read(self) -> dict[str, float]:
-        """Returns both since it was last read or started."""
-        self._pass()
-        seconds, waited = max(self._mark - self._since, 1e-9), self.waited - self._waited_before
-        row = {"images_per_second": round(self.images / seconds, 1), "data_wait": round(waited / seconds, 4)}
-        self.start()
-        return row
 
 
 def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
@@ -527,8 +536,16 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
         f"{config.optim.base_batch_size}, {config.optim.opt}",
         f"{plan.epochs} epochs ({schedule.warmup_epochs} warm-up, {schedule.cooldown_epochs} cool-down) of "
-        f"{plan.steps_per_epoch} steps",
+        f"{plan.steps_per_epoch} steps{_sum_of_epochs(config)}",
     ]
+
+
+def _sum_of_epochs(config: Config) -> str:
+    """Returns where the number of epochs comes from, if not from `schedule.epochs` alone."""
+    schedule = config.schedule
+    if not schedule.cooldown_epochs:
+        return ""
+    return f": schedule.epochs {schedule.epochs} + schedule.cooldown_epochs {schedule.cooldown_epochs}"
 
 
 def describe_classes(config: Config, counts: np.ndarray, class_names: Sequence[str]) -> str:
@@ -605,7 +622,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = describe(config, plan, world.size)
     if num_images is None:
-        lines[-1] = f"{plan.epochs} epochs; the number of steps follows from the data"
+        lines[-1] = f"{plan.epochs} epochs{_sum_of_epochs(config)}; the number of steps follows from the data"
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
         *lines,

@@ -18,7 +18,7 @@ import torch
 from ..data import DataSource, StreamSource
 from ..data.classes import display_names
 from ..data.images import UnreadableImage
-from ..engine.evaluate import MAX_CONFUSION_CLASSES, Evaluation
+from ..engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image, standard_error
 from ..engine.tallies import Mistake, calibration_error
 from ..errors import OutputError, counted, shorten
 from ..models.preprocessing import Preprocessing
@@ -275,7 +275,7 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> list[
         [f"{row['checkpoint']}: {row['variant']}, {row['weights']} weights" for row in rows],
         [_data_line(row) for row in rows],
     )
-    foot = (_view_lines(rows), [f"note: {text}" for row in rows for text in row["notes"]])
+    foot = (_view_lines(rows), _precision_lines(rows), [f"note: {text}" for row in rows for text in row["notes"]])
     once = [[line for group in groups for line in dict.fromkeys(group)] for groups in (head, foot)]
     lines = [*once[0], *table, *once[1]]
     for row in rows:
@@ -300,20 +300,38 @@ def _data_line(row: dict[str, Any]) -> str:
     return f"{row['data']}: {counted(row['n'], 'image')}, {classes}, {row['precision']}{processes}"
 
 
+def _precision_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns a line on how coarse the accuracies on a small set of images are, for each number of images."""
+    errors: dict[int, list[float]] = {}
+    for row in rows:
+        if row["n"] < SMALL_SPLIT:
+            errors.setdefault(row["n"], []).append(standard_error(row["top1"], row["n"]))
+    return [
+        f"{one_image(n)} of top-1, whose standard error is "
+        f"{' to '.join(dict.fromkeys(f'{choose(found):.2f}' for choose in (min, max)))} points"
+        for n, found in errors.items()
+    ]
+
+
 def _results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     has_real, has_ece = (any(key in row for row in rows) for key in ("real_top1", "ece"))
-    header = ["checkpoint", "preprocessing", "top-1", "top-5", "loss"]
-    header += ["ReaL", "ReaL top-5"] * has_real + ["ECE"] * has_ece + ["images", "images/s"]
+    five = ["top-5"] * any(has_top5(row["classes"]) for row in rows)
+    header = ["checkpoint", "preprocessing", "top-1", *five, "loss"]
+    header += ["ReaL", *(f"ReaL {name}" for name in five)] * has_real + ["ECE"] * has_ece + ["images", "images/s"]
     body = []
     for row in rows:
-        line = [row["checkpoint"], row["preprocessing"], f"{row['top1']:.2f}", f"{row['top5']:.2f}"]
-        line.append(f"{row['loss']:.4f}")
+        top5, real_top5 = ([_top5_cell(row, key) for _ in five] for key in ("top5", "real_top5"))
+        line = [row["checkpoint"], row["preprocessing"], f"{row['top1']:.2f}", *top5, f"{row['loss']:.4f}"]
         if has_real:
-            line += [f"{row['real_top1']:.2f}", f"{row['real_top5']:.2f}"]
+            line += [f"{row['real_top1']:.2f}", *real_top5]
         if has_ece:
             line.append(f"{row['ece']:.2f}")
         body.append([*line, str(row["n"]), f"{row['images_per_second']:,.0f}"])
     return text_table(header, body).split("\n")
+
+
+def _top5_cell(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:.2f}" if key in row and has_top5(row["classes"]) else "-"
 
 
 def _view_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -330,10 +348,11 @@ def _view_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _worst_classes_table(row: dict[str, Any]) -> list[str]:
     lines = row["worst_classes"]
     has_confusion = "taken_for" in lines[0]
-    header = ["lowest classes", "images", "top-1", "top-5", *["most often taken for"] * has_confusion]
+    keys = {"top1": "top-1", "top5": "top-5"} if has_top5(row["classes"]) else {"top1": "top-1"}
+    header = ["lowest classes", "images", *keys.values(), *["most often taken for"] * has_confusion]
     body = []
     for line in lines:
-        cells = [_head(line["name"], 40), str(line["n"]), f"{line['top1']:.2f}", f"{line['top5']:.2f}"]
+        cells = [_head(line["name"], 40), str(line["n"]), *(f"{line[key]:.2f}" for key in keys)]
         if has_confusion:
             cells.append(f"{_head(line['taken_for'], 32)} ({line['times']})" if line["times"] else "-")
         body.append(cells)

@@ -24,7 +24,10 @@ from ..errors import TrainingError
 __all__ = ["ForkedProcesses", "differing", "differing_runs", "kill_and_compare", "metrics_of"]
 
 TIMING = ("images_per_second", "data_wait", "memory_gib")  # what no two runs have the same
-_STATE = ("step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "confusion")
+_STATE = (
+    "step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "best_row", "confusion",
+    "losses",
+)  # fmt: skip
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -49,7 +52,7 @@ def differing(first: Any, second: Any, where: str = "") -> list[str]:
 def differing_runs(whole: Path, parts: Path) -> list[str]:
     """Returns what two finished runs do not have the same: in the last and the best checkpoint, and in the metrics."""
     found = []
-    for name in (sorted((whole / "checkpoints").glob("step_*.pt"))[-1].name, "best.pt"):
+    for name in (sorted((whole / "checkpoints").glob("step_*.pt"))[-1].name, "best.pt", "last.pt"):
         a, b = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, parts))
         found += [f"{name}{place}" for key in _STATE for place in differing(a[key], b[key], f".{key}")]
     return found + differing(metrics_of(whole), metrics_of(parts), "metrics.jsonl")

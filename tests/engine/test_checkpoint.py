@@ -13,6 +13,7 @@ from conv2former import CheckpointError
 from conv2former.engine import checkpoint as module
 from conv2former.engine.checkpoint import (
     latest_checkpoint,
+    link_last,
     read_training_checkpoint,
     remove_leftovers,
     save_checkpoint,
@@ -33,9 +34,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, content(step), is_best=step == 2, keep=2)
     assert names(tmp_path) == [
-        "best.pt", "step_00000003.pt", "step_00000003.pt.sha256", "step_00000004.pt", "step_00000004.pt.sha256"
+        "best.pt", "last.pt",
+        "step_00000003.pt", "step_00000003.pt.sha256", "step_00000004.pt", "step_00000004.pt.sha256",
     ]  # fmt: skip
     assert read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
+    assert read_training_checkpoint(tmp_path / "last.pt")["step"] == 4
+    assert (tmp_path / "last.pt").samefile(tmp_path / "step_00000004.pt")  # no second copy on the disk
     path, saved, warnings = latest_checkpoint(tmp_path)
     assert (path.name, saved["step"], warnings) == ("step_00000004.pt", 4, [])
 
@@ -67,7 +71,7 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"step_00000002\.pt cannot be written .*No space left"):
         save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
-    assert names(tmp_path) == ["best.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == ["best.pt", "last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
 
 
@@ -104,22 +108,22 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
-    assert names(tmp_path) == ["best.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == ["best.pt", "last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
 
 
 def test_what_a_killed_process_leaves_does_not_count_and_is_removed(tmp_path):
     save_checkpoint(tmp_path, content(1), is_best=False, keep=1)
-    for name in (".step_00000002.pt.123", ".best.pt.123", "step_00000002.pt.sha256"):
+    for name in (".step_00000002.pt.123", ".best.pt.123", ".last.pt.123", "step_00000002.pt.sha256"):
         (tmp_path / name).write_bytes(b"half")
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == ["last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
 
 
-@pytest.mark.parametrize("moment", ["_write_whole", "_copy", "replace"])
+@pytest.mark.parametrize("moment", ["_write_whole", "best.pt", "last.pt", "step_00000002.pt"])
 def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, moment):
-    """Checksum, best and newest are three names; whichever is missing, the folder can be gone on from."""
+    """Checksum, best, last and newest are four names; whichever is missing, the folder can be gone on from."""
     save_checkpoint(tmp_path, content(1), is_best=True, keep=2)
 
     class Killed(BaseException):
@@ -129,17 +133,36 @@ def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, moment):
         raise Killed
 
     with monkeypatch.context() as patch:
-        if moment == "replace":
-            real = os.replace
-            patch.setattr(os, "replace", lambda a, b: kill() if str(b).endswith("step_00000002.pt") else real(a, b))
-        else:
+        if moment == "_write_whole":
             patch.setattr(module, moment, kill)
+        else:
+            real = os.replace
+            patch.setattr(os, "replace", lambda a, b: kill() if str(b).endswith(moment) else real(a, b))
         with pytest.raises(Killed):
             save_checkpoint(tmp_path, content(2), is_best=True, keep=2)
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
     remove_leftovers(tmp_path)
     save_checkpoint(tmp_path, content(2), is_best=True, keep=2)
-    assert latest_checkpoint(tmp_path)[1]["step"] == read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
+    assert latest_checkpoint(tmp_path)[1]["step"] == 2
+    assert [read_training_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "last.pt")] == [2, 2]
+
+
+def test_a_file_system_without_hard_links_has_copies(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=step == 1, keep=1)
+    assert [read_training_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "last.pt")] == [1, 2]
+
+
+def test_a_run_of_before_there_was_a_last_file_gets_one(tmp_path):
+    link_last(tmp_path / "none")
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    (tmp_path / "last.pt").unlink()
+    link_last(tmp_path)
+    assert read_training_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
 def test_saving_holds_no_second_copy_of_the_weights(tmp_path):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
-from conv2former.engine import trainer
+from conv2former.engine import World, meter, trainer
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.logging import RunLog
+from conv2former.engine.meter import MeanLoss, Meter, describe_waiting
 from conv2former.engine.trainer import train
 
 ROW = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gib": 1.0}
@@ -16,7 +18,7 @@ ROW = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gib": 1.0}
 def test_the_meter(monkeypatch):
     """In two attempts: 1 s of waiting in 5 s, an evaluation that does not count, 1 s of waiting in 2 s."""
     now = [100.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
 
     def spend(meter, waiting: float, working: float) -> None:
         with meter.waiting():
@@ -24,18 +26,54 @@ def test_the_meter(monkeypatch):
         meter.images += 10
         now[0] += working
 
-    first = trainer._Meter()
+    first = Meter()
     assert first.share_waited is None
     spend(first, 0.5, 1.5)
     spend(first, 0.5, 2.5)
     assert first.read() == {"images_per_second": 4.0, "data_wait": 0.2}
     now[0] += 1000.0
-    second = trainer._Meter(first.seconds, first.waited)
+    second = Meter(first.seconds, first.waited)
     now[0] += 1000.0
     second.start()
     spend(second, 1.0, 1.0)
     assert second.read() == {"images_per_second": 5.0, "data_wait": 0.5}
     assert second.share_waited == pytest.approx(2 / 7, abs=1e-4)
+
+
+def test_the_mean_loss():
+    """Of two processes, one of which has had an overflow, and after a change of the number of processes."""
+
+    class Two:
+        size, device = 2, torch.device("cpu")
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+    alone = MeanLoss(World(0, 1, torch.device("cpu")))
+    assert math.isnan(alone.mean())
+    for loss in (1.0, math.inf, 4.0, math.nan):
+        alone.add(torch.tensor(loss))
+    assert alone.mean() == 2.5
+    assert alone.state() == [[5.0, 2.0]]
+    assert MeanLoss(alone.world, [[5.0, 2.0], [1.0, 1.0]]).mean() == 2.0
+    first, second = (MeanLoss(Two(rank), [[5.0, 2.0], [1.0, 1.0]]) for rank in (0, 1))
+    assert (first._sums.tolist(), second._sums.tolist()) == ([5.0, 2.0], [1.0, 1.0])
+    alone.start()
+    alone.add(torch.tensor(3.0))
+    assert alone.mean() == 3.0
+
+
+def test_more_workers_are_advised_where_they_can_help(monkeypatch):
+    monkeypatch.setattr(meter, "_usable_cores", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    line = "20.0% of the training time was waiting for images"
+    assert describe_waiting(0.2, 100.0, 4, "folder") == f"{line}; more data.workers may help: 4 for 8 usable cores"
+    assert describe_waiting(0.2, 100.0, 8, "folder") == line
+    assert describe_waiting(0.2, 100.0, 0, "digits") == line
+    assert describe_waiting(0.2, 20.0, 4, "folder") == line
+    assert describe_waiting(0.04, 100.0, 4, "folder") == line.replace("20", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert describe_waiting(0.2, 100.0, 2, "folder") == line
 
 
 def test_the_console_says_how_long_images_were_waited_for(tmp_path, capsys):

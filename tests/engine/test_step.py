@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.optim import Lookahead
 
 from conv2former import ConfigError
 from conv2former.config import make_plan
@@ -293,3 +294,30 @@ def test_compiled(raw_config, monkeypatch):
     result = step_of(run, [batch(4)], step=5)
     assert result.loss == pytest.approx(expected.loss.item(), rel=1e-5)
     assert not any("_orig_mod" in key for key in run.model.state_dict())
+
+
+def test_names_of_optimizers(raw_config):
+    """Those that timm would take for others, because it reads from their last underscore, are refused."""
+
+    def check(opt: str) -> None:
+        check_names(configure(raw_config, optim__opt=opt), WORLD.device)
+
+    for opt in ("lookahead_adamw", "Lookahead_SGD", "lookahead_lion"):
+        check(opt)
+        run = make_run(raw_config, optim__opt=opt)
+        assert isinstance(run.optimizer, Lookahead)
+        step_of(run, [batch(4), batch(4, 1)], step=5)
+    for opt, near in (
+        ("lookahead_adamww", "lookahead_adamw"),
+        ("lookaheadadamw", "lookahead_adamw"),
+        ("adam_w", "adamw"),
+        ("fast_adamw", "fusedadamw"),
+        ("lookahead_lookahead_lion", "lookahead_lion"),
+        ("_lion", "lion"),
+    ):
+        with pytest.raises(ConfigError, match=rf"optim.opt: timm has no optimizer '{opt}' \(did you mean '{near}'\?\)"):
+            check(opt)
+    with pytest.raises(ConfigError, match="lookahead_adahessian needs second derivatives"):
+        check("lookahead_adahessian")
+    with pytest.raises(ConfigError, match=r"optim\.betas: lookahead_sgd has none"):
+        check_names(configure(raw_config, optim__opt="lookahead_sgd", optim__betas=[0.9, 0.99]), WORLD.device)

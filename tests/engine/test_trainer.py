@@ -16,9 +16,9 @@ import yaml
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
-from conv2former.engine import dry_run, prepare, train, trainer
+from conv2former.engine import dry_run, evaluate, logging, prepare, train, trainer
 from conv2former.errors import OutputError, TrainingError
-from conv2former.tools.killing import differing, metrics_of
+from conv2former.tools.killing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
 
 from .conftest import configure
@@ -55,6 +55,10 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path, with_pictures):
     assert (info.name, info.class_names, info.has_ema) == ("conv2former_test", ["a", "b", "c"], True)
     assert info.metric == report["top1"]
     assert info.recipe["optim"]["clip_grad"] == 5.0
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert last.samefile(sorted(last.parent.glob("step_*.pt"))[-1])
+    assert (report["last_checkpoint"], report["last_top1"]) == (str(last), evals[-1]["ema_top1"])
+    assert validate(last)["top1"] == evals[-1]["ema_top1"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,7 +67,8 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path, with_pictures):
     tags = events.Tags()
     train_tags = {"loss", "lr", "grad_norm", "images_per_second", "memory_gib", "data_wait"}
     assert {f"train/{tag}" for tag in train_tags} <= set(tags["scalars"])
-    assert {"eval/top1", "eval/top5", "eval/ema_top1"} <= set(tags["scalars"])
+    assert {"eval/top1", "eval/ema_top1", "eval/ema_loss"} <= set(tags["scalars"])
+    assert not [tag for tag in tags["scalars"] if "top5" in tag]  # among three classes it says nothing
     assert set(tags["images"]) == {"first_batch", "curves", "confusion"}
     assert [event.value for event in events.Scalars("eval/top1")] == pytest.approx([row["top1"] for row in evals])
 
@@ -96,6 +101,138 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         assert_equal(whole[key], parts[key], key)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert report["steps"] == 20
+
+
+LOSSES = [1.1328, 1.1100, 1.1011, 1.1025, 1.1030]
+
+
+@pytest.mark.parametrize("ema", [0.9, None])
+@pytest.mark.parametrize("stop_after", [None, 5, 15])
+def test_of_equal_accuracies_the_lower_loss_is_the_best(raw_config, tmp_path, monkeypatch, capsys, ema, stop_after):
+    """Also where the run has been resumed in between."""
+    real, real_step, done = trainer.evaluate, trainer.train_step, []
+
+    def played(model, *args):
+        result = real(model, *args)
+        step = steps[-1]
+        accuracy = [40.0, 50.0, 50.0, 50.0, 50.0][step // 5 - 1]
+        result.metrics.update(top1=accuracy, loss=LOSSES[step // 5 - 1])
+        return result
+
+    def noted(run, window, step, check):
+        if stop_after and len(done) == stop_after:
+            done.append(step)
+            raise Killed
+        done.append(step)
+        steps.append(step + 1)
+        return real_step(run, window, step, check)
+
+    steps: list[int] = [0]
+    monkeypatch.setattr(trainer, "evaluate", played)
+    monkeypatch.setattr(trainer, "train_step", noted)
+    config = configure(raw_config, schedule__epochs=5, schedule__cooldown_epochs=0, ema__decay=ema)
+    if stop_after:
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run")
+    report = train(config, tmp_path / "run")
+    assert (report["epoch"], report["top1"], report["loss"]) == (3, 50.0, 1.1011)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["epoch"] == 3
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 5
+    lines = capsys.readouterr().out.split("\n")
+    assert "one of 7 validation images is 14.29 points of top-1; ± is its standard error" in lines
+    assert any(line.startswith("epoch 4/5  top-1 50.00 % ± 18.90  ") for line in lines)
+    assert not any("top-5" in line for line in lines)
+
+
+def test_a_checkpoint_without_the_loss_of_the_best_goes_on(raw_config, tmp_path):
+    """As versions before the rule for equal accuracies wrote it, without a file `last.pt` and sums of losses, too."""
+    train(configure(raw_config), tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = sorted(checkpoints.glob("step_*.pt"))
+    newest[-1].unlink()
+    content = torch.load(newest[0])
+    del content["losses"]
+    content["best_row"] = None
+    for path in (newest[0].with_name(newest[0].name + ".sha256"), checkpoints / "last.pt"):
+        path.unlink()
+    content["best_metric"] = 0.0
+    torch.save(content, newest[0])
+    report = train(configure(raw_config), tmp_path / "run")
+    assert report["steps"] == 20
+    assert torch.load(checkpoints / "last.pt")["step"] == 20
+
+
+@pytest.mark.parametrize("stop_after", [3, 13])
+def test_the_loss_that_is_logged_is_the_mean_since_the_last_line(raw_config, tmp_path, monkeypatch, stop_after):
+    """Every seven steps, and at the end of an epoch without a line; the same after a stop between two lines."""
+    real, losses = trainer.train_step, []
+
+    def noted(run, window, step, check):
+        if len(losses) == stop_after and not stopped:
+            stopped.append(step)
+            raise Killed
+        result = real(run, window, step, check)
+        losses.append(float(result.loss))
+        return result
+
+    stopped: list[int] = [0]
+    monkeypatch.setattr(trainer, "train_step", noted)
+    config = configure(raw_config, log__every_steps=7, checkpoint__every_steps=1)
+    train(config, tmp_path / "whole")
+    rows = [row for row in metrics_of(tmp_path / "whole") if row["kind"] == "train"]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(5, 1), (7, 2), (14, 3), (20, 4)]
+    for row, first, end in zip(rows, (0, 5, 7, 14), (5, 7, 14, 20), strict=True):
+        assert row["loss"] == pytest.approx(sum(losses[first:end]) / (end - first), rel=1e-6)
+    stopped.clear()
+    losses.clear()
+    with pytest.raises(Killed):
+        train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts")
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_lookahead_goes_on_exactly(raw_config, tmp_path, monkeypatch):
+    """Killed after 8 steps, of which the sixth made the slow weights, which are part of the checkpoint."""
+    config = configure(raw_config, optim__opt="lookahead_adamw", checkpoint__every_steps=1)
+    train(config, tmp_path / "whole")
+    real, done = trainer.train_step, []
+
+    def dying(*args):
+        if len(done) == 8:
+            raise Killed
+        done.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "train_step", dying)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "parts")
+    monkeypatch.setattr(trainer, "train_step", real)
+    train(config, tmp_path / "parts")
+    assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
+    state = final(tmp_path / "parts")["optimizer"]["state"]
+    assert all("lookahead_slow_buff" in values for values in state.values())
+    train(configure(raw_config, optim__opt="adamw"), tmp_path / "plain")
+    assert differing(final(tmp_path / "plain")["model"], final(tmp_path / "whole")["model"])
+
+
+def test_the_curves_are_drawn_while_the_run_is_on(raw_config, tmp_path, monkeypatch):
+    """At an evaluation, not more often than every 30 seconds; TensorBoard gets the last picture."""
+    late, real = [0.0], trainer.time.perf_counter
+    drawn = []
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: real() + late[0])
+    monkeypatch.setattr(
+        logging.RunLog, "picture", lambda log, name, _, step, board=True: drawn.append((name, step, board))
+    )
+
+    def long_evaluation(*args):
+        late[0] += 20.0
+        return evaluate(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", long_evaluation)
+    train(configure(raw_config, ema__decay=None), tmp_path / "run")
+    assert [item for item in drawn if item[0] == "curves"] == [
+        ("curves", 10, False), ("curves", 20, False), ("curves", 20, True)
+    ]  # fmt: skip
 
 
 def test_the_seed_matters(raw_config, tmp_path):
@@ -351,7 +488,7 @@ def test_dry_run(raw_config):
     assert "conv2former_test from scratch, drop path 0.2, 32 x 32" in text
     assert "global batch 8 = 4 per device x 1 devices x 2 accumulation steps" in text
     assert "learning rate 0.001 = 0.001 x 8 / 8" in text
-    assert "4 epochs (1 warm-up, 1 cool-down) of 5 steps" in text
+    assert "4 epochs (1 warm-up, 1 cool-down) of 5 steps: schedule.epochs 3 + schedule.cooldown_epochs 1" in lines
     assert "3 classes" in text
     assert "one step on 2 random images: loss " in text
 
