@@ -3,7 +3,7 @@
 The same as `conv2former benchmark`; `python scripts/benchmark.py --help` says more.
 """
 
-from conv2former.commands.benchmark import run
+from conv2former.commands.console import run_command
 
 if __name__ == "__main__":
-    run()
+    run_command("benchmark")

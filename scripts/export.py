@@ -3,7 +3,7 @@
 The same as `conv2former export`; `python scripts/export.py --help` says more.
 """
 
-from conv2former.commands.export import run
+from conv2former.commands.console import run_command
 
 if __name__ == "__main__":
-    run()
+    run_command("export")

@@ -10,12 +10,12 @@ keeps state. Exit code 1 if any run differs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 from conv2former.config import load_config
+from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 from conv2former.tools.killing import kill_and_compare
 
@@ -38,9 +38,7 @@ EVERYTHING_ON = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(text=__doc__, sections=())
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill (default: 20)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run (default: 1)")
     parser.add_argument(

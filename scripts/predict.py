@@ -3,7 +3,7 @@
 The same as `conv2former predict`; `python scripts/predict.py --help` says more.
 """
 
-from conv2former.commands.predict import run
+from conv2former.commands.console import run_command
 
 if __name__ == "__main__":
-    run()
+    run_command("predict")

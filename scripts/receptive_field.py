@@ -3,7 +3,7 @@
 The same as `conv2former receptive_field`; `python scripts/receptive_field.py --help` says more.
 """
 
-from conv2former.commands.receptive_field import run
+from conv2former.commands.console import run_command
 
 if __name__ == "__main__":
-    run()
+    run_command("receptive-field")

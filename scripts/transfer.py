@@ -10,9 +10,9 @@ every run, schedule.epochs=5. Runs that are done are not repeated; one that was 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 from conv2former.tools.output import replacing
 from conv2former.tools.transfer import compare, comparison_table, prepare, tune, tuning_table, write_results
@@ -21,11 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "finetune"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(text=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare|compare|tune")
-    images = commands.add_parser("prepare", help="write the images", allow_abbrev=False)
+    images = commands.add_parser("prepare", help="write the images")
     images.add_argument(
         "--per-class", type=int, default=10, metavar="N", help="training images per class (default: 10)"
     )
@@ -37,7 +35,7 @@ def main() -> None:
         ("compare", "the table", 5, 0, [2, 10, 50]),
         ("tune", "rates and lengths, on other seeds", 2, 100, [10]),
     ):
-        runs = commands.add_parser(name, help=what, allow_abbrev=False)
+        runs = commands.add_parser(name, help=what, sections=())
         runs.add_argument("--seeds", type=int, default=count, metavar="N", help=f"how many (default: {count})")
         runs.add_argument("--first-seed", type=int, default=first, metavar="N", help=f"(default: {first})")
         runs.add_argument(

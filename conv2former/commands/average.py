@@ -11,19 +11,17 @@ another, for validate.py, convert.py, and model.checkpoint=soup.pt.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..tools.arguments import Parser
 from ..tools.average import average, greedy
 from ..tools.cli import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("average", __doc__, ("data", "train"))
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="weight files of one network")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write, soup.pt")
     parser.add_argument("--greedy", action="store_true", help="leave out what lowers the accuracy on validation data")

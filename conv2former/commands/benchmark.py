@@ -28,6 +28,7 @@ import torch
 
 from .._configs import configs_folder
 from ..errors import ConfigError
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.predict import positive
 
@@ -57,19 +58,18 @@ def unique(values: Iterable[T]) -> list[T]:
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Returns the arguments, and the overrides of `loop`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser("benchmark", __doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    add_models(commands.add_parser("models", help="networks side by side", allow_abbrev=False))
-    add_growth(commands.add_parser("growth", help="from 224 to 1024 pixels", allow_abbrev=False))
-    loop = commands.add_parser("loop", help="the training loop against a bare one", allow_abbrev=False)
+    add_models(commands.add_parser("models", help="networks side by side"))
+    add_growth(commands.add_parser("growth", help="from 224 to 1024 pixels"))
+    loop = commands.add_parser("loop", help="the training loop against a bare one", sections=())
     loop.add_argument("--config", type=Path, metavar="FILE", help="network and training (default: t, small images)")
     loop.add_argument("--steps", type=positive, default=1, metavar="N", help="of one timing (default: 1)")
     loop.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
-    images = commands.add_parser("input", help="reading and augmenting images", allow_abbrev=False)
+    images = commands.add_parser("input", help="reading and augmenting images")
     images.add_argument("--images", type=positive, default=128, metavar="N", help="in one timing (default: 128)")
     images.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
-    kernels = commands.add_parser("kernels", help="the fused operators, on a GPU", allow_abbrev=False)
+    kernels = commands.add_parser("kernels", help="the fused operators, on a GPU")
     kernels.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
     kernels.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="(default: bf16)")
     kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")

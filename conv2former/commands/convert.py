@@ -20,15 +20,14 @@ from pathlib import Path
 
 from ..data.tables import read_class_list
 from ..errors import ConfigError
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.convert import convert, summary
 from ..tools.publish import check_folder, check_hub, check_install, install, push, uninstall, write_folder
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("convert", __doc__, ("data",))
     parser.add_argument(
         "checkpoint", nargs="?", metavar="CHECKPOINT", help="a weight file, or a folder in timm's layout"
     )

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from ..errors import counted
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.export import (
     DEFAULT_OPSET,
@@ -31,9 +32,7 @@ from ..tools.quantize import CALIBRATION_IMAGES, MAX_DROP, ImagesFor, Quantized,
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("export", __doc__, ("data",))
     parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="changes to the preprocessing")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx, .pt2 or .ts")

@@ -7,16 +7,15 @@ python scripts/list_models.py --installed --verify   # and whether their files a
 
 from __future__ import annotations
 
-import argparse
-
 from ..errors import ConfigError
 from ..models.installed import store_folder
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.table import installed_table, variants_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("models", __doc__)
     parser.add_argument("--installed", action="store_true", help="list the installed weights instead")
     parser.add_argument("--verify", action="store_true", help="compare their checksums, which reads the files")
     args = parser.parse_args()

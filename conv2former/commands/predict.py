@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data import Skipped
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.explain import Explainer
 from ..tools.output import bar
@@ -39,9 +40,7 @@ STAGES = [1, 2, 3, 4]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("predict", __doc__, ("data",))
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, 'glob', '-', or data.KEY=VALUE")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
     parser.add_argument("--raw", action="store_true", help="take the raw weights although the file has averaged ones")

@@ -9,9 +9,9 @@ Without --images noise is used. The picture says so. docs/predict.md tells how t
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.output import save_figure
 from ..tools.predict import positive
@@ -19,9 +19,7 @@ from ..tools.receptive_field import check_picture, fields_figure, fields_table, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("receptive-field", __doc__)
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="weights in any known layout")
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="variants, with random weights")
     parser.add_argument("--stage", type=int, choices=[1, 2, 3, 4], action="append", help="can be repeated (default: 4)")

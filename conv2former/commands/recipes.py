@@ -1,19 +1,26 @@
 """Prints the table of recipes, the configurations below configs/ that are runs, as in docs/recipes.md.
 
 python scripts/list_recipes.py
+python scripts/list_recipes.py --names      # only what --config takes
+
+A recipe can be named without its folder `configs/` and without `.yaml`: --config finetune/folder.
 """
 
 from __future__ import annotations
 
-import argparse
-
-from .._configs import configs_folder
+from .._configs import configs_folder, recipe_names
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.recipes import recipes_table
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = Parser("recipes", __doc__)
+    parser.add_argument("--names", action="store_true", help="print the names alone, one a line")
+    if parser.parse_args().names:
+        print("\n".join(recipe_names()))
+        return
+    from ..tools.recipes import recipes_table  # needs pydantic, which the names do not
+
     print(recipes_table(configs_folder()))
 
 

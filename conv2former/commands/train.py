@@ -8,27 +8,27 @@ Every key of the configuration can be set on the command line: optim.base_lr=1e-
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 
 from .._clock import START
+from .._configs import find_config
 from .._yaml import dump_yaml
 from ..config import load_config
 from ..engine import dry_run, train
 from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
+from ..tools.arguments import Parser, command_line
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser("train", __doc__, sections=())
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe: quickstart"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("--output", metavar="FOLDER", help="run folder (default: runs/NAME_OF_CONFIG)")
     parser.add_argument(
         "--resume",
@@ -52,7 +52,7 @@ def main() -> None:
             f"{time.perf_counter() - START:.1f} s from the start of this program to the first step",
         ]
     else:
-        output = Path(args.output or Path("runs") / run_name(Path(args.config)))
+        output = Path(args.output or Path("runs") / run_name(find_config(args.config)))
         lines = summary(train(config, output, args.resume), output)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))
@@ -62,14 +62,10 @@ def summary(report: dict, output: Path) -> list[str]:
     """Returns what a person wants to know at the end of a run."""
     if not report:  # not the main process
         return []
-    # An interpreter below the working directory is that of `make`, and no environment need be active.
-    here = Path(sys.executable).is_relative_to(Path.cwd())
-    python = Path(sys.executable).relative_to(Path.cwd()) if here else "python"
     minutes, seconds = divmod(round(report["seconds"]), 60)
     top1, n, last = report["top1"], report["n"], report["last_top1"]
     small = f"  precision    {one_image(n)} of top-1, whose standard error is {standard_error(top1, n):.2f} points"
     last_top1 = "" if last is None else f" (top-1 {last:.2f} %)"
-    words = [str(python), "scripts/validate.py", "--checkpoint", report["checkpoint"]]
     return [
         "",
         f"top-1 {top1:.2f} % on {n} images ({report['weights']} weights, epoch {report['epoch']} "
@@ -82,7 +78,7 @@ def summary(report: dict, output: Path) -> list[str]:
         f"  curves       {report['curves']}",
         *([f"  confusions   {report['confusion']}"] if report["confusion"] else []),
         f"  report       {output / 'report.json'}",
-        f"next: {shlex.join(words)}",
+        f"next: {command_line('validate')} --checkpoint {shlex.quote(str(report['checkpoint']))}",
     ]
 
 

@@ -15,6 +15,7 @@ import os
 import re
 from pathlib import Path
 
+from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.evaluation_files import summary
 from ..tools.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
@@ -23,9 +24,7 @@ MAX_WORST = 200  # in one picture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("validate", __doc__, ("data", "train"), {"batch_size": "train.eval_batch_size"})
     add = parser.add_argument
     add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any known layout, or local-dir:FOLDER")
     add(

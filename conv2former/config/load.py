@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
 from .schema import Config
+from .suggest import suggest_key
 
 __all__ = ["apply_overrides", "check_config", "differences", "load_config"]
 
@@ -28,13 +31,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Reads a configuration.
 
     Args:
-        path: the YAML file; None for the defaults alone.
+        path: the YAML file, or the name of a recipe, `finetune/folder`; None for the defaults alone.
         overrides: `a.b=value`, `--a.b=value`, or `--a.b` followed by the value; values are read as YAML.
 
     Raises:
         ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
     """
-    raw = _read_with_bases(Path(path), (), itertools.count()) if path else {}
+    raw = _read_with_bases(_existing(path), (), itertools.count()) if path else {}
     return check_config(apply_overrides(raw, overrides), path or "the configuration")
 
 
@@ -88,6 +91,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def _existing(name: str | Path) -> Path:
+    path = find_config(name)
+    near = [] if os.path.exists(path) else near_recipes(name)
+    if near:
+        raise ConfigError(f"{path}: no such file, and no recipe of that name; near it: {', '.join(near)}")
+    return path
+
+
 def _read_with_bases(path: Path, chain: tuple[Path, ...], count: Iterator[int]) -> dict[str, Any]:
     """Reads a file over its bases. Mappings are merged, everything else, lists too, is replaced."""
     raw = read_yaml(path)  # first: what it reads can be resolved
@@ -102,7 +113,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], count: Iterator[int]) 
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base: expected a file name or a list of them, found {show(bases)}")
     _read_variant_file(raw, path.parent)
-    layers = [_read_with_bases(path.parent / base, (*chain, resolved), count) for base in bases]
+    layers = [_read_with_bases(find_config(base, path.parent), (*chain, resolved), count) for base in bases]
     return functools.reduce(_merge, [*layers, raw], {})
 
 
@@ -130,7 +141,7 @@ def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--") or not rest:
-                raise ConfigError(f"'{cut(word)}': expected key=value, for example optim.base_lr=1e-3")
+                raise ConfigError(f"'{cut(word)}': expected key=value without blanks, for example optim.base_lr=1e-3")
             text = rest.pop(0)
         parts = key.split(".")
         if not all(parts) or len(parts) > MAX_WORDS:
@@ -156,6 +167,11 @@ def _describe(error: Any) -> str:
     dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
         keys = _valid_keys(location)
-        return f"{dotted}: unknown key{closest(location[-1], keys) or '; valid: ' + ', '.join(keys)}"
+        hint = closest(location[-1], keys) if len(location) > 1 else ""
+        meant = "" if hint else suggest_key(dotted)
+        hint = hint or (f" (did you mean '{meant}'?)" if meant else closest(location[-1], keys))
+        return f"{dotted}: unknown key{hint or '; valid: ' + ', '.join(keys)}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{dotted}: {message}, found {show(error['input'])}"
+    example = suggest_key(dotted) if dotted in Config.model_fields else ""
+    hint = f"; its keys are set one by one, such as {example}" if example else ""
+    return f"{dotted}: {message}, found {show(error['input'])}{hint}"

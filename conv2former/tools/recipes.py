@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from .._configs import find_recipes
 from ..config import Config, Plan, load_config, make_plan
 from ..config.schema import DataConfig
 from ..errors import ConfigError
 
 __all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table", "run_name"]
 
-NO_RUNS = ("models", "variants")  # folders of networks
 PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % top-1 at \d+)\b", re.MULTILINE)
 
 
@@ -36,18 +36,6 @@ class Recipe:
     published: str
     devices: int
     plan: Plan
-
-
-def find_recipes(configs: Path) -> list[Path]:
-    """Returns the files below `configs` that are runs: neither networks nor bases, whose names begin with `_`."""
-    names = (path.relative_to(configs) for path in configs.glob("**/*.yaml"))
-    runs = [name for name in names if not name.name.startswith("_") and name.parts[0] not in NO_RUNS]
-    return [configs / name for name in sorted(runs, key=_by_number)]
-
-
-def _by_number(name: Path) -> list[str | int]:
-    """Sorts kernel_5 before kernel_11."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def run_name(path: Path) -> str:
