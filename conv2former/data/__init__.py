@@ -1,9 +1,17 @@
-"""From a data section to loaders and a class list."""
+"""From a data section to loaders and a class list.
 
-from .batch import Batch, Finish, Skipped, Stream, eval_transform, seed_all, train_transforms
-from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
-from .sources import DataSource, open_train_and_val, open_val
-from .streams import StreamSource
+The names below are imported when they are first asked for: reading class lists and tables, as a conversion does, needs
+fewer packages than the loaders.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import Batch, Finish, Skipped, Stream, eval_transform, seed_all, train_transforms
+    from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
+    from .sources import DataSource, open_train_and_val, open_val
+    from .streams import StreamSource
 
 __all__ = [
     "Batch",
@@ -23,3 +31,13 @@ __all__ = [
     "train_loader",
     "train_transforms",
 ]
+
+_MODULES = ("batch", "loader", "sources", "streams")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in (importlib.import_module(f".{module}", __name__) for module in _MODULES):
+            if name in vars(module).get("__all__", ()):
+                return globals().setdefault(name, getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

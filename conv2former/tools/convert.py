@@ -14,7 +14,6 @@ from timm.data import ImageNetInfo
 from timm.models import is_model
 
 from .._yaml import cut
-from ..config import apply_overrides, check_config
 from ..data.classes import SYNSET, class_names_of
 from ..errors import CheckpointError, ConfigError, DataError, closest, counted, shorten
 from ..models import CheckpointInfo, Conv2Former, Preprocessing, list_variants, variant
@@ -303,6 +302,10 @@ def _preprocessing(
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    if not overrides:
+        return {}
+    from ..config import apply_overrides, check_config  # needs pydantic, which a conversion as such does not
+
     raw = apply_overrides({}, overrides)
     keys = [field.name for field in fields(Preprocessing)]
     data = raw.get("data", {})

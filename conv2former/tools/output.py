@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
-
-from ..engine.logging import bar_size
 from ..errors import OutputError
 
 if TYPE_CHECKING:
@@ -92,6 +89,10 @@ def printable(text: str) -> str:
 
 def bar(items: Iterable[T], total: int | None, unit: str, what: str = "") -> Iterator[T]:
     """Goes over `items` with a bar on a terminal, on the main process; elsewhere without one. ` images` is a unit."""
+    from tqdm import tqdm
+
+    from ..engine.logging import bar_size  # not above: the engine needs packages that tables and files do not
+
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     with tqdm(items, desc=what or None, total=total, unit=unit, disable=not shown, **bar_size()) as progress:
         yield from progress
