@@ -10,24 +10,34 @@ OLDEST := .venv-oldest
 # What `make bench` compares; birder's network too where birder is installed: make bench PEERS=birder/conv2former_t
 PEERS ?=
 
-.PHONY: quickstart test test-oldest lint format bench growth clean
+# What is said before an installation, whose packages pip then names one by one.
+announce = echo "Installing PyTorch, timm and the packages for training, export and tests into $(1): about 6 GB on" && \
+	echo "Linux with PyTorch for CUDA, less elsewhere; minutes, most of them for the download. Only the first time."
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-oldest lint format bench growth clean
+
+help: ## print this list
+	@echo "make TARGET, where TARGET is one of:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Each sets up what it needs in .venv first: the first time takes minutes, and about 6 GB with PyTorch for CUDA."
 
 quickstart: $(READY) ## train on real digits with two processes, then evaluate the result
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
-test: $(READY)
+test: $(READY) ## run the tests, minutes on two cores
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-oldest: $(OLDEST)/.ready ## run the tests with the oldest Python and the oldest packages that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)
+lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(READY) ## mend what of the style can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -44,11 +54,13 @@ clean: ## forget the environment and what the quickstart made
 	rm -rf .venv $(OLDEST) runs/quickstart data/digits
 
 $(READY): pyproject.toml
+	@$(call announce,.venv)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)
 
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	@$(call announce,$(OLDEST))
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt --editable ".[test]"
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --constraint tests/oldest.txt --editable ".[test]"
 	touch $@
