@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-__all__ = ["Config"]
+__all__ = ["NO_SPLIT", "Config"]
+
+NO_SPLIT = "none"  # as `data.val_split`: no validation split, even where one could be found
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
@@ -60,7 +62,8 @@ class DataConfig(Section):
     # digits: where scikit-learn's digits are written, once, as a parquet data set.
     root: Location = ""
     train_split: Location = "train"
-    val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first
+    # null: validation, val, valid or test, whichever exists first; none: no split, hold training images out (`holdout`)
+    val_split: Location | None = None
     # csv only: a .csv or .tsv with a header, of all splits or of one, or a .txt of lines `path label` without a header
     csv: Location | None = None
     image_key: str = "image"  # hf and csv: columns of the data set
@@ -68,8 +71,8 @@ class DataConfig(Section):
     split_key: str = "split"  # csv only: the column, if there is one, that says to which split a row belongs
     # a text file with a class name a line: which classes there are, in which order; it also names labels 0, 1, ...
     class_names: Location | None = None
-    # the share of each class that is held out of training for validation, where the data has no validation split and
-    # `val_split` is null; a function of this, the seed and the images' names. 0 and null: nothing is held out.
+    # the share of each class that is held out of training for validation, where `val_split` is none, or is null and the
+    # data has no validation split; a function of this, the seed and the images' names. 0 and null: nothing is held out.
     holdout: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
     holdout_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # filled in by the run: which images are held out. An evaluation with other ones is refused.
@@ -87,13 +90,18 @@ class DataConfig(Section):
     max_skipped: Probability = 0.01  # with skip: the share of a split that may be unreadable before the run stops
     # black and white of images of more than 8 bits; null: [0, 65535] for 16-bit integers, others are refused
     value_range: tuple[Finite, Finite] | None = None
+    # images of more pixels are unreadable; null: Pillow's limit, 178,956,970, a guard against files made to fill the
+    # memory. An image takes 3 bytes a pixel in each process that reads it, some kinds several times that.
+    max_image_pixels: Annotated[int, Field(ge=1, le=10**12)] | None = None
     img_size: ImgSize = 224
     mean: Rgb = (0.485, 0.456, 0.406)
     std: tuple[Above0, Above0, Above0] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of the evaluation
     crop_pct: Annotated[float, Field(ge=0.1, le=1.0)] = 0.875  # of the evaluation: resize to img_size / crop_pct, crop
     crop_mode: Literal["center", "squash", "border"] = "center"
-    workers: Annotated[int, Field(ge=0, le=256)] = 8  # loader processes per device; they do not change what is trained
+    # loader processes per device; they do not change what is trained. null: the device's share of the cores that this
+    # machine lets the run use, at most 8
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
 
 
 class AugmentConfig(Section):
@@ -228,6 +236,11 @@ class Config(Section):
             found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
         if self.data.streaming and self.data.epoch_images is None:
             found.append("data.epoch_images: missing; with data.streaming say how many images an epoch is")
+        if self.data.val_split == NO_SPLIT and not self.data.holdout:
+            found.append(
+                f"data.val_split: {NO_SPLIT} leaves nothing to validate on; add data.holdout=0.2, the share of the "
+                "training images to hold out"
+            )
         if self.data.csv and self.data.source != "csv":
             found.append(f"data.csv: only with data.source csv, not {self.data.source}")
         for key, is_set in (("data.sampling", self.data.sampling != "uniform"), ("train.class_weight", self.weighs)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import DataError
@@ -67,4 +69,19 @@ def _write(root: Path) -> None:
     for split, chosen in zip(("train", "validation"), indices, strict=True):
         pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 shades of grey
         columns = {"image": [Image.fromarray(p) for p in pixels], "label": digits.target[chosen].tolist()}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")
+        with _without_progress_bars():
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Turns the bars of `datasets` off inside: for a moment's work every process would print its own."""
+    import datasets
+
+    was_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()

@@ -101,7 +101,15 @@ def _bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")  # a file name need not be UTF-8
 
 
-def divide(images: Any, class_names: Sequence[str], name: str, root: str, share: float, seed: int) -> Division:
+def divide(
+    images: Any,
+    class_names: Sequence[str],
+    name: str,
+    root: str,
+    share: float,
+    seed: int,
+    because: str = "has no validation split",
+) -> Division:
     """Divides a split into training and held-out images.
 
     Args:
@@ -110,6 +118,7 @@ def divide(images: Any, class_names: Sequence[str], name: str, root: str, share:
         name: of the split, in messages.
         root: the data's, see `relative_names`.
         share, seed: see `held_out`.
+        because: what the note says of the split before it tells how it is divided.
 
     Raises:
         DataError: no class has two images, or there is one class only.
@@ -118,14 +127,15 @@ def divide(images: Any, class_names: Sequence[str], name: str, root: str, share:
     counts = np.bincount(labels, minlength=len(class_names))
     if np.count_nonzero(counts) == 1:
         only = class_names[int(counts.argmax())]
-        raise DataError(f"{name}: all {len(labels)} images are of one class, '{only}'; a classifier needs two")
+        its = f"{counted(len(labels), 'image')} {'is' if len(labels) == 1 else 'are'}"
+        raise DataError(f"{name}: all {its} of one class, '{only}'; a classifier needs two")
     chosen = held_out(names, labels, share, seed)
     if not chosen.any():
         raise DataError(f"{name}: no class has two images, so none can be held out (data.holdout)")
     train, val = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     lone = [class_names[i] for i in np.flatnonzero(counts == 1).tolist()]
     note = (
-        f"{name} has no validation split: {counted(len(val), 'image')} of {len(labels)} held out, about "
+        f"{name} {because}: {counted(len(val), 'image')} of {len(labels)} held out, about "
         f"{100 * share:g} % of each class (data.holdout, seed {seed})"
     )
     if lone:

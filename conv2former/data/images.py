@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -15,11 +14,24 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 
-__all__ = ["IMAGE_ENDINGS", "UnreadableImage", "files_below", "naming", "open_rgb", "to_rgb"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "UNREAD_ENDINGS",
+    "UnreadableImage",
+    "naming",
+    "open_rgb",
+    "pixel_limit",
+    "to_rgb",
+    "unread_hint",
+]
 
 IMAGE_ENDINGS = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# of phones, cameras and other programs: images, but none that Pillow reads
+UNREAD_ENDINGS = (
+    ".arw", ".cr2", ".cr3", ".dng", ".heic", ".heics", ".heif", ".hif", ".jxl", ".nef", ".orf", ".raf", ".rw2", ".svg",
 )  # fmt: skip
 MAX_ASPECT_RATIO = 200  # resized by its short side, a longer image would fill the memory
 Range = tuple[float, float]
@@ -53,27 +65,10 @@ class _RefusedImage(ValueError):
     """An image that Pillow reads but whose way to RGB is unknown: its text says why and what to do."""
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """Goes over the files in a folder and in those below it, sorted, without hidden ones.
-
-    Links are followed, but none that leads back to a folder above it.
-
-    Raises:
-        OSError: a folder cannot be read; `os.walk` alone would leave it out.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    above = {str(folder): {os.path.realpath(folder)}}
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
-        folders[:] = [name for name in folders if not name.startswith(".") and real[name] not in above[parent]]
-        above |= {os.path.join(parent, name): above[parent] | {real[name]} for name in folders}
-        found.append((parent, names))
-    for parent, names in sorted(found):
-        yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+def unread_hint(endings: Iterable[str]) -> str:
+    """Returns what to do about files whose endings, such as '.HEIC', are those of images that Pillow does not read."""
+    known = sorted({ending.lower() for ending in endings} & set(UNREAD_ENDINGS))
+    return f"; {', '.join(known)} are images that Pillow does not read: convert them to .jpg or .png" if known else ""
 
 
 @contextmanager
@@ -83,19 +78,38 @@ def naming(name: str) -> Iterator[None]:
         yield
     except _RefusedImage as e:
         raise UnreadableImage(f"{name}: {e}", name) from None
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise UnreadableImage(f"{name}: an image of more than {limit:,} pixels; make it smaller", name) from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
         if isinstance(e, UnidentifiedImageError):
             reason = "empty, or of a format that Pillow does not read"
+            if hint := unread_hint([os.path.splitext(name)[1]]):
+                raise UnreadableImage(f"{name}: not a readable image ({reason}){hint}", name) from None
         else:
             reason = (isinstance(e, OSError) and e.strerror) or str(e).split("\n")[0] or type(e).__name__
         raise UnreadableImage(f"{name}: not a readable image ({reason}); remove or replace it", name) from None
 
 
+@contextmanager
+def pixel_limit(max_pixels: int | None) -> Iterator[None]:
+    """Lets Pillow read images of up to `max_pixels` inside; None for its own limit, 178,956,970."""
+    before = Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment] # Pillow warns from here on, and refuses twice
+    try:
+        yield
+    except Image.DecompressionBombError:
+        limit = int(2 * (Image.MAX_IMAGE_PIXELS or 0))
+        raise _RefusedImage(
+            f"an image of more than {limit:,} pixels; make it smaller, or raise data.max_image_pixels"
+        ) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 def open_rgb(
-    file: str | os.PathLike[str] | bytes | IO[bytes], name: str, value_range: Range | None = None
+    file: str | os.PathLike[str] | bytes | IO[bytes],
+    name: str,
+    value_range: Range | None = None,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """Reads an image, the first of several, as 8-bit RGB.
 
@@ -103,11 +117,12 @@ def open_rgb(
         file: a path, the bytes of a file, or an open file.
         name: what to call the image in messages.
         value_range: see `to_rgb`.
+        max_pixels: the largest image that is read; None for Pillow's limit.
 
     Raises:
         UnreadableImage: the file is missing, no image or damaged, or `to_rgb` refuses it.
     """
-    with naming(name), ExitStack() as stack:
+    with naming(name), pixel_limit(max_pixels), ExitStack() as stack:
         if isinstance(file, bytes):
             file = io.BytesIO(file)
         elif isinstance(file, (str, os.PathLike)):  # given a path, Pillow maps the file, and jumbles some turned TIFFs

@@ -8,6 +8,7 @@ batch. Streams keep all but the last: see streams.py.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from .batch import Batch, Finish, Item, collate, collate_augmented, eval_transfo
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 
-__all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader"]
+__all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader", "usable_cores", "workers_for"]
+
+_MOST_WORKERS = 8  # that a loader gets by itself
 
 
 class _Transformed(Dataset):
@@ -215,7 +218,25 @@ def _itself(batch: Any) -> Any:
     return batch
 
 
-class _TrainLoader(DataLoader):
+def usable_cores() -> int:
+    """Returns this process's share of the cores that it may use: those of the machine, or fewer, by its affinity."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def workers_for(data: DataConfig) -> int:
+    """Returns how many loader processes a device has: those of the configuration, or its share of the cores."""
+    return min(_MOST_WORKERS, usable_cores()) if data.workers is None else data.workers
+
+
+class _Loader(DataLoader):
+    """A loader of as many workers as it is told."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Does without torch's warning, which each process would print: the number is the user's, or fits the cores."""
+
+
+class _TrainLoader(_Loader):
     """A loader whose workers make `PixelBatch`es, and which yields `Batch`es."""
 
     def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
@@ -246,7 +267,7 @@ def train_loader(
         worker_init: called in every worker process with its number.
         device: where the images are normalised and yielded; what moves there are 8-bit pixels.
     """
-    workers = config.data.workers
+    workers = workers_for(config.data)
     finish = Finish(config.data.mean, config.data.std, torch.device(device))
     common: dict[str, Any] = {
         "pin_memory": pin_memory,
@@ -310,7 +331,7 @@ def eval_loader(
         views: what `eval_transform` takes, of one output size; batches are then (N, views, 3, H, W), and every image
             is read once. Without it they are (N, 3, H, W), as `data` says.
     """
-    workers, skip = data.workers, data.on_error == "skip"
+    workers, skip = workers_for(data), data.on_error == "skip"
     transform = _Views([eval_transform(view) for view in views]) if views else eval_transform(data)
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -321,8 +342,8 @@ def eval_loader(
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)
         workers = images.useful_workers(workers)
-        return DataLoader(images, num_workers=workers, persistent_workers=workers > 0, **common)
-    return DataLoader(
+        return _Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
+    return _Loader(
         _Transformed(source, [transform], skip),
         sampler=_Share(len(source), rank, world_size),
         num_workers=workers,

@@ -7,16 +7,20 @@ import io
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..config.schema import NO_SPLIT, DataConfig
 from ..errors import DataError, closest, counted, shorten
+from .classes import in_class_order
+from .files import RealFiles
 from .images import open_rgb
+from .split import DataSource, NoValidationSplit, UnlabelledSplit, check_single_label, choose_split, match_listed
 
-__all__ = ["TABLE_ENDINGS", "Row", "TableImages", "read_class_list", "read_table", "write_table"]
+__all__ = ["TABLE_ENDINGS", "Row", "TableImages", "open_table", "read_class_list", "read_table", "write_table"]
 
 TABLE_ENDINGS = (".csv", ".tsv")
 _SEPARATORS = ",;\t|"  # Excel writes semicolons where the comma is the decimal mark
@@ -40,20 +44,21 @@ class TableImages:
         root: the folder that paths are relative to.
         paths: as in the table.
         labels: (images,) int64, class indices.
-        value_range: see `to_rgb`.
+        value_range, max_pixels: see `open_rgb`.
     """
 
     root: str
     paths: list[str]
     labels: np.ndarray
     value_range: tuple[float, float] | None = None
+    max_pixels: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name = self.name(index)
-        return open_rgb(name, name, self.value_range), int(self.labels[index])
+        return open_rgb(name, name, self.value_range, self.max_pixels), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
@@ -109,7 +114,8 @@ def read_table(path: Path, image_key: str, label_key: str, split_key: str) -> li
         split_key: a column that it may have.
 
     Returns:
-        Its rows, never none. Rows without anything in them are left out.
+        Its rows, never none. Rows without anything in them are left out. Labels may be empty, because a split without
+        labels may be beside others.
 
     Raises:
         DataError: says what is wrong in which line.
@@ -122,7 +128,7 @@ def read_table(path: Path, image_key: str, label_key: str, split_key: str) -> li
         raise DataError(f"{path}: has no rows")
     seen: dict[str, int] = {}
     for row in rows:
-        for what, value in ((image_key, row.image), (label_key, row.label), (split_key, row.split)):
+        for what, value in ((image_key, row.image), (split_key, row.split)):
             if value == "":
                 raise DataError(f"{path}, line {row.line}: the {what} is empty")
         image = posixpath.normpath(row.image)
@@ -188,7 +194,7 @@ def _separator(header: str, keys: Sequence[str]) -> str:
 def _places(path: Path, line: int, header: list[str], image_key: str, label_key: str) -> dict[str, int]:
     for which, key in (("image_key", image_key), ("label_key", label_key)):
         if key not in header:
-            raise DataError(
+            raise (UnlabelledSplit if key == label_key else DataError)(
                 f"{path}, line {line}: no column '{key}' (data.{which}){closest(key, header)}: the header has "
                 f"{shorten(header)}"
             )
@@ -212,3 +218,110 @@ def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
+    """Opens a split of a table; see `sources.open_split`."""
+    path, rows = _rows_of(config, split)
+    unlabelled = next((row for row in rows if not row.label), None)
+    if unlabelled:
+        raise UnlabelledSplit(f"{path}, line {unlabelled.line}: the {config.label_key} is empty")
+    rows = _with_slashes(rows, config.root)
+    real_files = _check_files(config, path, rows)
+    rows, note = _each_once(config, path, rows, real_files)
+    line_of: dict[str, int] = {}
+    for row in rows:
+        line_of.setdefault(row.label, row.line)
+    for label, line in line_of.items():
+        check_single_label(label, line_of, class_names or (), f"{path}, line {line}")
+    found = in_class_order(line_of)
+    names = class_names or found
+    unknown = [label for label in line_of if label not in names]
+    where = f"{path}, line {line_of[unknown[0]]}" if unknown else path
+    index = dict(zip(found, match_listed(config, found, names, where), strict=True))
+    labels = np.array([index[row.label] for row in rows], dtype=np.int64)
+    paths = [os.path.normpath(row.image) for row in rows]
+    images = TableImages(str(Path(config.root)), paths, labels, config.value_range, config.max_image_pixels)
+    name = f"{path} ({rows[0].split})" if rows[0].split is not None else str(path)
+    files = [_path_of(config, row) for row in rows]
+    return DataSource(images, names, name, note, files=files, real_files=real_files)
+
+
+def _path_of(config: DataConfig, row: Row) -> str:
+    return os.path.join(str(Path(config.root)), os.path.normpath(row.image))
+
+
+def _with_slashes(rows: Sequence[Row], root: str) -> list[Row]:
+    """Returns rows whose paths have slashes where Windows' separators lead to no file."""
+    return [
+        replace(row, image=row.image.replace("\\", "/"))
+        if "\\" in row.image and not os.path.isfile(os.path.join(root, row.image))
+        else row
+        for row in rows
+    ]
+
+
+def _rows_of(config: DataConfig, split: str | None) -> tuple[Path, list[Row]]:
+    """Returns the table that has a split, and the split's rows."""
+    root = Path(config.root)
+    if config.csv is None:
+        tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() in TABLE_ENDINGS}
+        if not tables:
+            raise DataError(f"{root} has no tables; expected {root}/train.csv, or another file as data.csv")
+        path = tables[choose_split(split, list(tables), root)]
+        return path, read_table(path, config.image_key, config.label_key, config.split_key)
+    path = Path(config.csv)
+    if not path.is_file() and (root / path).is_file():
+        raise DataError(f"{path}: no such file (data.csv); it is not relative to data.root: give {root / path}")
+    rows = read_table(path, config.image_key, config.label_key, config.split_key)
+    if rows[0].split is None:  # it is one split
+        text = f"column '{config.split_key}' (data.split_key), so the table is one split"
+        if split is None:
+            raise NoValidationSplit(f"{path} has no validation split: no {text}", [])
+        if split == NO_SPLIT:
+            raise NoValidationSplit(f"{path}: no validation split is to be taken (data.val_split: {NO_SPLIT})", [])
+        if split not in (".", DataConfig().train_split):
+            raise DataError(f"{path} has no split '{split}': no {text}")
+        return path, rows
+    splits = dict.fromkeys(row.split for row in rows)
+    chosen = choose_split(split, [str(name) for name in splits], path)
+    return path, [row for row in rows if row.split == chosen]
+
+
+def _check_files(config: DataConfig, path: Path, rows: Sequence[Row]) -> RealFiles:
+    """Returns where the files that a table names really lie.
+
+    Raises:
+        DataError: one is not there.
+    """
+    real_files = RealFiles()
+    missing = [row for row in rows if not real_files.add(_path_of(config, row))]
+    if missing:
+        first = missing[0]
+        some = f"{len(missing):,} of {len(rows):,} are missing; " if len(missing) > 1 else ""
+        raise DataError(
+            f"{path}, line {first.line}: no such file: {os.path.join(config.root, first.image)}; {some}paths are "
+            "relative to data.root"
+        )
+    return real_files
+
+
+def _each_once(config: DataConfig, path: Path, rows: list[Row], real_files: RealFiles) -> tuple[list[Row], str]:
+    """Returns the rows without those that name an image of another row by a link, and words about these.
+
+    Raises:
+        DataError: the two have different labels.
+    """
+    if not real_files.links and len(set(real_files.folders.values())) == len(real_files.folders):
+        return rows, ""  # as `read_table` has found no path twice
+    first: dict[str, Row] = {}
+    for row in rows:
+        before = first.setdefault(real_files(_path_of(config, row)), row)
+        if before.label != row.label:
+            raise DataError(
+                f"{path}, line {row.line}: {row.image} is by a link the image of line {before.line}, {before.image}, "
+                f"which has another label, '{before.label}'"
+            )
+    left_out = len(rows) - len(first)
+    note = f"left out of {path}: {counted(left_out, 'row')} whose image is by a link that of another row"
+    return list(first.values()), note if left_out else ""

@@ -19,10 +19,15 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..config.schema import DataConfig
 from ..errors import DataError, closest, shorten
-from .images import IMAGE_ENDINGS, files_below, naming, open_rgb
+from .classes import in_class_order
+from .files import RealFiles, find_files
+from .images import IMAGE_ENDINGS, UNREAD_ENDINGS, naming, open_rgb, unread_hint
+from .split import DataSource, UnlabelledSplit, check_single_label, choose_split, match_listed
+from .tables import read_class_list
 
-__all__ = ["TarImages", "find_tars", "index_tars"]
+__all__ = ["TarImages", "find_tars", "index_tars", "open_tars"]
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of gzip, bzip2, xz and Zstandard
@@ -41,7 +46,7 @@ class TarImages:
         offset, size: (samples,) int64, where the image lies in its tar, in bytes.
         name_ends: (samples,) int64, where the image member's name ends in `names`.
         names: all the names, one after the other, in UTF-8.
-        value_range: see `to_rgb`.
+        value_range, max_pixels: see `open_rgb`.
     """
 
     tars: list[str]
@@ -52,6 +57,7 @@ class TarImages:
     name_ends: np.ndarray
     names: bytes
     value_range: tuple[float, float] | None = None
+    max_pixels: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +67,7 @@ class TarImages:
         with naming(name), open(self.tars[self.tar[index]], "rb") as file:  # its own: workers share no position
             file.seek(self.offset[index])
             content = file.read(self.size[index])
-        return open_rgb(content, name, self.value_range), int(self.labels[index])
+        return open_rgb(content, name, self.value_range, self.max_pixels), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Returns what to call a sample in messages: `TAR, member NAME`."""
@@ -84,7 +90,7 @@ def find_tars(root: Path) -> dict[str, list[str]]:
         DataError: there is no tar.
     """
     splits: dict[str, list[str]] = {}
-    for path in files_below(root):
+    for path in find_files(root).paths:
         *folders, file = Path(path).relative_to(root).parts
         ending = next((e for e in (".tar", *COMPRESSED) if file.lower().endswith(e)), None)
         if ending:
@@ -96,18 +102,21 @@ def find_tars(root: Path) -> dict[str, list[str]]:
 
 
 def index_tars(
-    tars: Sequence[str], label_key: str, value_range: tuple[float, float] | None = None
+    tars: Sequence[str],
+    label_key: str,
+    value_range: tuple[float, float] | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[TarImages, list[int | str]]:
     """Finds the samples of some tars: an image and a label under one name up to the first dot.
 
     Args:
         tars: paths.
         label_key: where a json member has the label; a .cls member is one.
-        value_range: see `to_rgb`.
+        value_range, max_pixels: see `open_rgb`.
 
     Returns:
-        The samples, and the labels as they are in the tars, sorted: `TarImages.labels` has indices into them. They are
-        integers, or texts if some are.
+        The samples, and the labels as they are in the tars, in class order: `TarImages.labels` has indices into them.
+        They are integers, or texts if some are.
 
     Raises:
         DataError: a tar is compressed, damaged or without samples, or a sample without an image or a label.
@@ -128,7 +137,8 @@ def index_tars(
         except (OSError, tarfile.TarError) as e:
             raise DataError(f"{path}: not a readable tar ({e}); copy or write it again") from None
     kind = str if any(isinstance(label, str) for label in codes) else int
-    labels = sorted({kind(label) for label in codes})
+    distinct = {kind(label) for label in codes}
+    labels: list[int | str] = sorted(distinct) if kind is int else list(in_class_order(map(str, distinct)))
     rank = {label: i for i, label in enumerate(labels)}
     images = TarImages(
         tars=list(tars),
@@ -139,6 +149,7 @@ def index_tars(
         name_ends=np.asarray(name_ends),
         names=bytes(names),
         value_range=value_range,
+        max_pixels=max_pixels,
     )
     return images.relabel([rank[kind(label)] for label in codes]), labels
 
@@ -172,30 +183,55 @@ def _members(file: IO[bytes], path: str) -> Iterator[_Member]:
 def _samples(path: str, label_key: str) -> Iterator[tuple[_Member, int | str]]:
     """Goes over the samples of one tar, in the order of their first members: the image and the label of each."""
     samples: dict[str, dict[str, _Member]] = {}  # by name up to the first dot: the image, .cls and .json
+    others: dict[str, str] = {}  # by the same, the name of a member that is none of them
     with open(path, "rb") as file:
         for member in _members(file, path):
             folder, _, base = member.name.rpartition("/")
             stem, _, kind = base.partition(".")
             ending = os.path.splitext(base)[1].lower()
-            if not stem or ending not in (*IMAGE_ENDINGS, *LABEL_ENDINGS):
+            if not stem or ending not in (*IMAGE_ENDINGS, *LABEL_ENDINGS, *UNREAD_ENDINGS):
                 continue
-            sample = samples.setdefault(f"{folder}/{stem}", {})
+            key = f"{folder}/{stem}"
+            if ending in UNREAD_ENDINGS:
+                others.setdefault(key, member.name)
+                continue
+            sample = samples.setdefault(key, {})
             if f".{kind}".lower() == ending:  # unlike 000.mask.png, which is not the image of 000
                 role = ending if ending in LABEL_ENDINGS else "image"
                 if role in sample:
                     raise DataError(f"{path}, member {member.name}: its sample already has {sample[role].name}")
                 sample[role] = member
+            else:
+                others.setdefault(key, member.name)
         if not samples:
-            raise DataError(f"{path} has no samples; expected members such as 000.jpg and 000.cls")
+            raise DataError(
+                f"{path} has no samples; expected members such as 000.jpg and 000.cls"
+                f"{unread_hint(os.path.splitext(name)[1] for name in others.values())}"
+            )
         for key, sample in samples.items():
             image, label = sample.get("image"), sample.get(".cls") or sample.get(".json")
+            hint = _key_hint(others.get(key, ""))
             key = key.removeprefix("/")
             if image is None:
-                raise DataError(f"{path}, member {key}.*: a sample without an image such as {key}.jpg")
+                raise DataError(f"{path}, member {key}.*: a sample without an image such as {key}.jpg{hint}")
             if label is None:
-                raise DataError(f"{path}, member {image.name}: a sample without a label, {key}.cls or {key}.json")
+                raise UnlabelledSplit(
+                    f"{path}, member {image.name}: a sample without a label, {key}.cls or {key}.json{hint}"
+                )
             file.seek(label.offset)
             yield image, _label(file.read(label.size), label_key, f"{path}, member {label.name}")
+
+
+def _key_hint(member: str) -> str:
+    """Returns why a member does not count as a sample's image or label; nothing for no member."""
+    base = member.rpartition("/")[2]
+    stem, _, kind = base.partition(".")
+    if not member or kind.count(".") == 0:
+        return unread_hint([f".{kind}"])
+    return (
+        f"; a sample's name ends at the first dot, as in WebDataset, so {base} is the '{kind}' of the sample '{stem}'; "
+        "write the names without other dots"
+    )
 
 
 def _label(content: bytes, label_key: str, where: str) -> int | str:
@@ -219,3 +255,35 @@ def _label(content: bytes, label_key: str, where: str) -> int | str:
     if type(label) not in (int, str) or label == "":
         raise DataError(f"{where}: the label {label!r} is neither an integer nor a class name")
     return label
+
+
+def open_tars(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
+    """Opens a split of tars; see `sources.open_split`."""
+    root = Path(config.root)
+    tars = find_tars(root)
+    # Numbers of shards are no splits, unless one is asked for.
+    split = choose_split(split, [word for word in sorted(tars) if word == split or not word.isdigit()], root)
+    name = f"{root} ({split})"
+    images, labels = index_tars(tars[split], config.label_key, config.value_range, config.max_image_pixels)
+    found = [str(label) for label in labels]
+    for text in found:
+        check_single_label(text, found, class_names or (), name)
+    listed = _listed_classes(root) if config.class_names is None else []
+    for i, label in enumerate(labels):
+        if listed and isinstance(label, int):
+            if not 0 <= label < len(listed):
+                where = images.name(int((images.labels == i).argmax()))
+                raise DataError(f"{where}: class {label} of the {len(listed)} in {root}'s list of class names")
+            found[i] = listed[label]
+    names = class_names or listed or found
+    real_files = RealFiles()
+    for tar in images.tars:
+        real_files.add(tar)
+    images = images.relabel(match_listed(config, found, names, name))
+    return DataSource(images, names, name, files=images.tars, real_files=real_files)
+
+
+def _listed_classes(root: Path) -> list[str]:
+    """Returns the class names that a file beside the tars lists, one a line, or an empty list if there is none."""
+    files = (root / "classnames.txt", root / "classes.txt")
+    return next((read_class_list(file) for file in files if file.is_file()), [])

@@ -24,7 +24,7 @@ from torch import nn
 from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
-from ..data.classes import class_names_of, match_classes
+from ..data.classes import class_names_of, match_classes, order_in_doubt
 from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
@@ -184,6 +184,9 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None) -> N
     info = describe_checkpoint(content, path)
     load_content(model, content, path)
     noted = class_names_of(info.num_classes, info.class_names)
+    is_unnamed = noted is None and info.num_classes == len(class_names or ())
+    if is_unnamed and (doubt := order_in_doubt(class_names or ())):
+        _logger.warning("%s does not name its classes, and its classifier is taken as it is; %s", path, doubt)
     if class_names is None or noted is None or len(noted) != len(class_names):
         return
     try:

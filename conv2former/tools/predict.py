@@ -22,7 +22,9 @@ from ..config import apply_overrides, check_config
 from ..config.schema import DataConfig
 from ..data import Skipped, eval_transform
 from ..data.classes import class_names_of, display_names, match_classes
-from ..data.images import IMAGE_ENDINGS, UnreadableImage, files_below, open_rgb
+from ..data.files import find_files
+from ..data.images import IMAGE_ENDINGS, UnreadableImage, open_rgb, unread_hint
+from ..data.loader import workers_for
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
 from .output import printable, replacing
@@ -51,7 +53,12 @@ STANDARD_INPUT = "-"
 JSON_LINES = "predictions.jsonl"
 OWN_FILE = re.compile(r"predictions\.jsonl|sheet(_\d+)?\.png|explanations")  # what a folder of results holds
 SHEET_ROWS, MAX_BARS, MAX_SHEET_IMAGES = 6, 5, 1000
-SETTINGS = (*Preprocessing().to_dict(), "value_range", "workers")  # keys of a data section that matter here
+SETTINGS = (
+    *Preprocessing().to_dict(),
+    "value_range",
+    "max_image_pixels",
+    "workers",
+)  # keys of a data section that matter here
 
 
 class ImageFile(NamedTuple):
@@ -127,10 +134,20 @@ def find_images(inputs: Sequence[str]) -> list[ImageFile]:
     """
     found: dict[str, ImageFile] = {}
     for text in inputs:
+        is_folder = os.path.isdir(text)
         for image in _images_of(text):
-            key = image.name if isinstance(image.file, bytes) else os.path.abspath(image.file)
-            found.setdefault(key, image)
+            found.setdefault(_key_of(image, is_folder), image)
     return list(found.values())
+
+
+def _key_of(image: ImageFile, is_folder: bool) -> str:
+    """Returns what is the same for one image; a link counts as one of its own only where the user names it."""
+    if isinstance(image.file, bytes):
+        return image.name
+    if is_folder:
+        return os.path.realpath(image.file)
+    folder, name = os.path.split(image.file)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _images_of(text: str) -> Iterator[ImageFile]:
@@ -146,7 +163,8 @@ def _images_of(text: str) -> Iterator[ImageFile]:
         images += [ImageFile(match, match) for match in matches if _is_image(match) and not os.path.isdir(match)]
         if not images:
             others = f"; {counted(len(matches), 'match', 'matches')} without an image's ending" if matches else ""
-            raise DataError(f"{text}: no image matches{others}")
+            hint = unread_hint(os.path.splitext(match)[1] for match in matches)
+            raise DataError(f"{text}: no image matches{others}{hint}")
         yield from sorted(images)
     else:
         raise DataError(f"{text}: no such file or folder")
@@ -154,11 +172,15 @@ def _images_of(text: str) -> Iterator[ImageFile]:
 
 def _images_in(folder: str, required: bool = True) -> list[ImageFile]:
     try:
-        images = [ImageFile(path, path) for path in files_below(Path(folder)) if _is_image(path)]
+        paths = find_files(Path(folder)).paths
     except OSError as e:
         raise DataError(f"{e.filename or folder}: cannot be read ({e.strerror})") from None
+    images = [ImageFile(path, path) for path in paths if _is_image(path)]
     if required and not images:
-        raise DataError(f"{folder}: no image in this folder or below it; images end in {', '.join(IMAGE_ENDINGS)}")
+        hint = unread_hint(os.path.splitext(path)[1] for path in paths)
+        raise DataError(
+            f"{folder}: no image in this folder or below it; images end in {', '.join(IMAGE_ENDINGS)}{hint}"
+        )
     return images
 
 
@@ -185,8 +207,13 @@ def raise_unreadable(unreadable: Sequence[Skipped], total: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def read_settings(noted: Preprocessing, overrides: Sequence[str], value_range: Any = None) -> DataConfig:
+def read_settings(noted: Preprocessing, overrides: Sequence[str], section: Any = None) -> DataConfig:
     """Returns how images become inputs: as a checkpoint notes it, with overrides such as `data.crop_pct=1`.
+
+    Args:
+        noted: by the checkpoint.
+        overrides: from the command line.
+        section: the data section of the checkpoint's configuration, of which it takes how files are read.
 
     Raises:
         ConfigError: an override is impossible, or has nothing to do with it.
@@ -199,7 +226,9 @@ def read_settings(noted: Preprocessing, overrides: Sequence[str], value_range: A
     if foreign:
         keys = [f"data.{key}" for key in SETTINGS]
         raise ConfigError(f"{foreign[0]}: has no effect here{closest(foreign[0], keys)}; what has: {', '.join(keys)}")
-    plain = {**noted.to_dict(), "value_range": value_range, **data, "root": "."}
+    section = section if isinstance(section, dict) else {}
+    reading = {key: section.get(key) for key in ("value_range", "max_image_pixels")}
+    plain = {**noted.to_dict(), **reading, **data, "root": "."}
     return check_config({"data": plain}, "the preprocessing").data
 
 
@@ -253,7 +282,7 @@ class _Images(Dataset):
         name, file = self.images[index]
         shown = "standard input" if name == STANDARD_INPUT else name
         try:
-            image = open_rgb(file, shown, self.settings.value_range)
+            image = open_rgb(file, shown, self.settings.value_range, self.settings.max_image_pixels)
         except UnreadableImage as e:
             return Skipped(name, str(e))
         return _Loaded(name, image.size, self.transform(image), _fitted(image, self.preview) if self.preview else None)
@@ -294,13 +323,10 @@ class Predictor:
         if not self.info.num_classes:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
         if self.info.in_chans != 3:
-            raise CheckpointError(
-                f"the network in {checkpoint} takes images of {self.info.in_chans} channels; here they have 3"
-            )
+            channels = counted(self.info.in_chans, "channel")
+            raise CheckpointError(f"the network in {checkpoint} takes images of {channels}; here they have 3")
         self.model = model.to(self.device)
-        section = self.info.recipe.get("data")
-        value_range = section.get("value_range") if isinstance(section, dict) else None
-        self.settings = read_settings(self.info.preprocessing, overrides, value_range)
+        self.settings = read_settings(self.info.preprocessing, overrides, self.info.recipe.get("data"))
         self.class_names = class_names_of(self.info.num_classes, self.info.class_names)
         numbered = [f"class {i}" for i in range(self.info.num_classes)]
         self.names = display_names(self.class_names) if self.class_names else numbered
@@ -346,7 +372,7 @@ class Predictor:
         loader = DataLoader(
             cast(Any, _Images(images, self.settings, preview)),
             batch_size=batch_size,
-            num_workers=0 if batches < 2 else min(self.settings.workers, batches, os.cpu_count() or 1),
+            num_workers=0 if batches < 2 else min(workers_for(self.settings), batches, os.cpu_count() or 1),
             collate_fn=list,
         )
         for items in loader:

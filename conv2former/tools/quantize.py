@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config import apply_overrides
-from ..config.schema import DataConfig
+from ..config.schema import NO_SPLIT, DataConfig
 from ..data import Batch, DataSource, StreamSource, batches, eval_loader
 from ..data.holdout import Part
 from ..data.sources import open_split, open_train_and_val
@@ -209,7 +209,7 @@ def _choose(data: DataConfig, val: Source, words: list[str], images: ImagesFor) 
 def _training_images(data: DataConfig, val: Source, is_asked: bool) -> Source | None:
     """Returns the training split, without what is held out of it; None if there is none."""
     try:
-        if data.holdout and data.val_split is None:
+        if data.holdout and data.val_split in (None, NO_SPLIT):
             return open_train_and_val(data)[0]
         train = open_split(data, data.train_split, val.class_names)
     except DataError:

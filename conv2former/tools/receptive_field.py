@@ -246,7 +246,7 @@ def measure_all(
         images = _read(files, settings) if files else noise_images(count, settings.img_size, model.in_chans)
         if files and model.in_chans != 3:
             raise CheckpointError(
-                f"the network in {name} takes {model.in_chans} channels; leave --images out for noise"
+                f"the network in {name} takes {counted(model.in_chans, 'channel')}; leave --images out for noise"
             )
         shown = bar(images, number, " images", name)
         fields += measure_fields(model.to(choose_device(device)), shown, stages, name)
@@ -276,7 +276,7 @@ def _networks(
 def _read(files: Sequence[ImageFile], settings: DataConfig) -> Iterator[torch.Tensor]:
     transform = eval_transform(settings)
     for name, file in files:
-        yield transform(open_rgb(file, name, settings.value_range))
+        yield transform(open_rgb(file, name, settings.value_range, settings.max_image_pixels))
 
 
 def fields_table(fields: Sequence[Field]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from .. import _private
 from ..config import Config, apply_overrides, check_config, load_config
 from ..config.schema import DataConfig, TrainConfig
 from ..data import DataSource, StreamSource, batches, eval_loader, open_val
-from ..data.classes import class_names_of, match_classes
+from ..data.classes import class_names_of, match_classes, order_in_doubt
+from ..data.loader import usable_cores
 from ..data.real_labels import real_labels
 from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import TABLE_ENDINGS, read_class_list
@@ -63,7 +63,7 @@ DEFAULT_FOLDER = Path("runs/evaluation")
 Source = DataSource | StreamSource
 _FIELDS = tuple(f.name for f in fields(Preprocessing))  # they have the same names in the data section
 # of a checkpoint's own data section, what holds for other data too
-_OF_ANY_DATA = {*_FIELDS, "on_error", "max_skipped", "value_range", "workers"}
+_OF_ANY_DATA = {*_FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
 _OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "timeout_minutes"}
 # of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
 _NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
@@ -241,6 +241,8 @@ def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Sourc
             f"the file does not name its classes: they are taken to be those of {source.name} in order, "
             f"{shorten(source.class_names, 5)}"
         )
+        if doubt := order_in_doubt(source.class_names):
+            notes.append(doubt)
     if isinstance(source, DataSource) and source.note:
         notes.append(source.note)
     own = info.recipe.get("data") if options.data is not None else None
@@ -288,10 +290,8 @@ def _settings(info: CheckpointInfo, path: Path, options: EvaluationOptions) -> C
     else:
         settings = check_config(apply_overrides(_own(info, path, options, given), words), "the configuration")
     located = _located(settings.data)
-    if "workers" not in given:  # what a training machine has may be more than this one
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        located = located.model_copy(update={"workers": min(located.workers, share)})
+    if "workers" not in given and located.workers is not None:  # what a training machine has may be more than this one
+        located = located.model_copy(update={"workers": min(located.workers, usable_cores())})
     return settings.model_copy(update={"data": located})
 
 

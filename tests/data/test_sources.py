@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import time
 
 import datasets
@@ -177,11 +178,14 @@ def test_paths_with_odd_characters_and_links(folder):
     (odd / "deep").mkdir(parents=True)
     picture(3).save(odd / "deep" / "B #1 %.PNG", "PNG")
     picture(5).save(odd / "Z 猫.png")
-    (folder / "val" / odd.name).symlink_to(odd, target_is_directory=True)
     (odd / "broken.png").symlink_to(folder / "none.png")
     (odd / "._Z 猫.png").write_bytes(b"macOS")
     (odd / ".ipynb_checkpoints").mkdir()
     picture(9).save(odd / ".ipynb_checkpoints" / "copy.png")
+    shutil.copytree(odd, folder.parent / "another disk", symlinks=True)
+    (folder / "val" / odd.name).symlink_to(folder.parent / "another disk", target_is_directory=True)
+    (folder.parent / "another disk" / "broken.png").unlink()
+    (folder.parent / "another disk" / "broken.png").symlink_to("none.png")
     train, val = open_train_and_val(config(folder))
     assert train.class_names == val.class_names == ["Cat", odd.name, "dog"]
     for source in (train, val):
@@ -281,7 +285,8 @@ def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
 def test_links(folder):
     """Those to elsewhere are followed, those that lead back are not."""
     (folder / "train" / "Cat" / "nested" / "loop").symlink_to(folder / "train" / "Cat")
-    (folder / "train" / "dog" / "more").symlink_to(folder / "val" / "dog")
+    shutil.copytree(folder / "val" / "dog", folder.parent / "elsewhere")
+    (folder / "train" / "dog" / "more").symlink_to(folder.parent / "elsewhere")
     train, _ = open_train_and_val(config(folder))
     assert len(train) == 7 + 2
 

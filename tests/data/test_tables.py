@@ -246,7 +246,7 @@ def test_lists_that_do_not_fit(photos, tmp_path):
     named, plain = numbered(tmp_path, "named"), numbered(tmp_path, "plain")
     refused(config(named, source="hf", class_names=four), "classes.txt has 4 names, the data has 2 classes")
     one = class_list(tmp_path, "cat")
-    refused(config(plain, source="hf", class_names=one), "has class 1, and the class list 1 names, for 0 to 0")
+    refused(config(plain, source="hf", class_names=one), "has class 1, and the class list 1 name, for 0 to 0")
     refused(config(photos, class_names=tmp_path / "none", **folders), "none: cannot be read")
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         (tmp_path / "latin.txt").write_bytes("cat\ngröße\n".encode("latin-1"))
