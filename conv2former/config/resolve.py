@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from .schema import Config
 
 __all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
@@ -42,10 +42,11 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
     """
     global_batch_size = config.train.batch_size * config.train.accum_steps * world_size
     if num_train_images < global_batch_size:
+        steps = counted(config.train.accum_steps, "accumulation step")
         raise DataError(
-            f"the training set has {num_train_images} images, fewer than one global batch of {global_batch_size} "
-            f"({config.train.batch_size} x {config.train.accum_steps} accumulation steps x {world_size} devices): "
-            "lower train.batch_size"
+            f"the training set has {counted(num_train_images, 'image')}, fewer than one global batch of "
+            f"{global_batch_size} ({config.train.batch_size} x {steps} x {counted(world_size, 'device')}): "
+            f"{_smaller_batch(config, world_size, num_train_images)}"
         )
     per_pass = config.train.batch_size * world_size
     steps = num_train_images // global_batch_size
@@ -57,6 +58,19 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
         steps_per_epoch=steps,
         epochs=config.schedule.epochs + config.schedule.cooldown_epochs,
     )
+
+
+def _smaller_batch(config: Config, world_size: int, num_train_images: int) -> str:
+    """Returns what to do about a training set that is smaller than a global batch."""
+    unit = 2 if config.augment.mixup or config.augment.cutmix else 1  # they pair images
+    if num_train_images >= unit * world_size:
+        fewer = ", or train.accum_steps" if config.train.accum_steps > 1 else ""
+        return f"lower train.batch_size{fewer}"
+    each = "two images, for mixup and cutmix" if unit == 2 else "an image"
+    if num_train_images < unit:
+        return f"a step needs {each}; add some, or turn these off (augment.mixup=0 augment.cutmix=0)"
+    most = counted(num_train_images // unit, "process", "processes")
+    return f"each process needs {each}, so start fewer processes: {most} at most"
 
 
 def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:

@@ -78,6 +78,7 @@ def is_bare(root: Path) -> bool:
 def check_class_folders(root: Path) -> None:
     """Raises a DataError if a class folder could be a misspelt split: by its name, and because it has folders."""
     for name in folders_in(root):
+        _check_not_above(root, name)
         if closest(name, SPLIT_NAMES) and folders_in(root / name):
             raise DataError(
                 f"{root / name}: a class, or a misspelt split{closest(name, SPLIT_NAMES)}? It has folders itself; "
@@ -137,13 +138,17 @@ def _expected(root: Path, folders: list[str]) -> str:
     others = [name for name in folders if name not in SPLIT_NAMES and has_images(root / name, below=True)]
     if taken and others:
         return _taken_for_split(root, taken[0], others)
-    return f"; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or {root}/CLASS/IMAGE with data.holdout"
+    text = f"; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or {root}/CLASS/IMAGE with data.holdout"
+    if len(others) > 1:  # they could be classes whose images lie further down
+        text += f"; if {shorten(others, 5)} are classes, set data.train_split=. data.holdout=0.2"
+    return text
 
 
 def _taken_for_split(root: Path, name: str, others: list[str]) -> str:
     return (
-        f"; '{name}' is taken for a split because of its name. If it is a class of {root}, as {shorten(others, 5)}, "
-        "rename it, or set data.train_split=. data.holdout=0.2 (in an evaluation data.val_split=.)"
+        f"; '{name}' is taken for a split because of its name. If it is a class like {shorten(others, 5)}, rename it, "
+        "or set data.train_split=. data.holdout=0.2 (in an evaluation data.val_split=.); if it is not, move it out of "
+        f"{root}"
     )
 
 
@@ -159,14 +164,14 @@ def _no_class_folders(root: Path, folder: Path) -> DataError:
 
 
 def _files_of_class(folder: Path, name: str) -> FoundFiles:
-    """Finds the files of a class.
+    _check_not_above(folder, name)
+    return find_files(folder / name)
 
-    Raises:
-        DataError: the class folder is a link that leads to a folder above it, where all classes are.
-    """
+
+def _check_not_above(folder: Path, name: str) -> None:
+    """Raises a DataError if a class folder is a link to a folder above it, where all classes are."""
     if is_within(os.path.realpath(folder), os.path.realpath(folder / name)):
         raise DataError(f"{folder / name}: a link to a folder above it, where the images of all classes are; remove it")
-    return find_files(folder / name)
 
 
 def _check_once(below: Mapping[str, FoundFiles]) -> None:

@@ -7,6 +7,7 @@ import yaml
 
 from conv2former import ConfigError, DataError
 from conv2former.config import Config, check_config, differences, fit_batch, load_config, make_plan
+from conv2former.errors import counted
 
 from ..conftest import ROOT
 
@@ -157,8 +158,32 @@ def test_a_set_that_is_too_small_for_any_batch():
     sections = {"data": {"root": "x"}, "train": {"batch_size": 32, "shrink_batch": True}}
     for images, devices in ((1, 1), (3, 2)):  # mixup needs a pair on every device
         config = fit_batch(check_config(sections, "test"), devices, images)
-        with pytest.raises(DataError, match=f"has {images} images, fewer than one global batch of {32 * devices} "):
+        has = f"has {counted(images, 'image')}, fewer than one global batch of {32 * devices} "
+        with pytest.raises(DataError, match=has):
             make_plan(config, devices, images)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "mixup", "expected"),
+    [
+        (2, 4, 0.0, "each process needs an image, so start fewer processes: 2 processes at most"),
+        (
+            7,
+            4,
+            0.8,
+            "each process needs two images, for mixup and cutmix, so start fewer processes: 3 processes at most",
+        ),
+        (2, 4, 0.8, "start fewer processes: 1 process at most"),
+        (1, 1, 0.8, "a step needs two images, for mixup and cutmix; add some, or turn these off"),
+        (40, 4, 0.0, r"global batch of 128 \(32 x 1 accumulation step x 4 devices\): lower train.batch_size$"),
+    ],
+)
+def test_what_to_do_about_a_small_set(images, devices, mixup, expected):
+    config = check_config(
+        {"data": {"root": "x"}, "augment": {"mixup": mixup, "cutmix": 0.0}, "train": {"batch_size": 32}}, ""
+    )
+    with pytest.raises(DataError, match=expected):
+        make_plan(config, devices, images)
 
 
 @pytest.mark.parametrize(
