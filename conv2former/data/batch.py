@@ -21,7 +21,7 @@ from ..config import Config, img_size_at
 from ..config.schema import DataConfig
 from ..errors import DataError
 from . import pixels
-from .images import UnreadableImage
+from .images import UnreadableImage, any_size
 
 __all__ = [
     "Augmented",
@@ -292,7 +292,8 @@ def load_image(
         raise UnreadableImage(f"{e}; or go on without such images: data.on_error=skip", e.name) from None
     if place is not None:
         seed_all(Stream.IMAGE, *place)
-    return transform(image), label, index
+    with any_size():
+        return transform(image), label, index
 
 
 def collate(items: list[Item]) -> Batch:

@@ -18,6 +18,7 @@ __all__ = [
     "IMAGE_ENDINGS",
     "UNREAD_ENDINGS",
     "UnreadableImage",
+    "any_size",
     "naming",
     "open_rgb",
     "pixel_limit",
@@ -101,6 +102,16 @@ def pixel_limit(max_pixels: int | None) -> Iterator[None]:
         raise _RefusedImage(
             f"an image of more than {limit:,} pixels; make it smaller, or raise data.max_image_pixels"
         ) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Lets Pillow work on images of any size inside: it checks crops, too, of images that `open_rgb` has accepted."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 

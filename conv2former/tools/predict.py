@@ -23,7 +23,7 @@ from ..config.schema import DataConfig
 from ..data import Skipped, eval_transform
 from ..data.classes import class_names_of, display_names, match_classes
 from ..data.files import find_files
-from ..data.images import IMAGE_ENDINGS, UnreadableImage, open_rgb, unread_hint
+from ..data.images import IMAGE_ENDINGS, UnreadableImage, any_size, open_rgb, unread_hint
 from ..data.loader import workers_for
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
@@ -285,7 +285,9 @@ class _Images(Dataset):
             image = open_rgb(file, shown, self.settings.value_range, self.settings.max_image_pixels)
         except UnreadableImage as e:
             return Skipped(name, str(e))
-        return _Loaded(name, image.size, self.transform(image), _fitted(image, self.preview) if self.preview else None)
+        with any_size():
+            preview = _fitted(image, self.preview) if self.preview else None
+            return _Loaded(name, image.size, self.transform(image), preview)
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..config.schema import DataConfig
 from ..data import eval_transform
-from ..data.images import open_rgb
+from ..data.images import any_size, open_rgb
 from ..errors import CheckpointError, ConfigError, OutputError, closest, counted
 from ..models import Conv2Former, Preprocessing, list_variants, load_model
 from .output import bar, check_writable, printable, text_table
@@ -276,7 +276,10 @@ def _networks(
 def _read(files: Sequence[ImageFile], settings: DataConfig) -> Iterator[torch.Tensor]:
     transform = eval_transform(settings)
     for name, file in files:
-        yield transform(open_rgb(file, name, settings.value_range, settings.max_image_pixels))
+        image = open_rgb(file, name, settings.value_range, settings.max_image_pixels)
+        with any_size():
+            pixels = transform(image)
+        yield pixels
 
 
 def fields_table(fields: Sequence[Field]) -> str:

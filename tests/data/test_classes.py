@@ -6,7 +6,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from conv2former import DataError
-from conv2former.data.classes import class_names_of, display_names, match_classes
+from conv2former.data.classes import class_names_of, display_names, in_class_order, match_classes, order_in_doubt
 
 SYNSETS = ImageNetInfo().label_names()
 WORDS = ImageNetInfo().label_descriptions()
@@ -61,3 +61,30 @@ def test_other_networks():
         match_classes(["cat", "dgo"], ["cat", "dog"], "photos")
     with pytest.raises(DataError):
         match_classes(["0", "1"], ["a", "b"], "photos")  # indices are ImageNet's alone
+
+
+def test_a_word_for_two_classes():
+    """Only it is named, with the two, and how to write which."""
+    bird, machine = "'crane (n02012849)', large long-necked wading bird", "'crane (n03126707)', lifts and moves"
+    for names in (SYNSETS, WORDS, SYNSETS[::-1]):
+        with pytest.raises(DataError, match=r"val has 1 class not in the class list: crane .two classes are") as error:
+            match_classes(["tench", "crane", "cock"], names, "val")
+        assert bird in str(error.value)
+        assert machine in str(error.value)
+    with pytest.raises(DataError, match=r"1 class not in the class list: goldfsh \(did you mean 'goldfish'"):
+        match_classes(["tench", "goldfsh"], SYNSETS, "val")
+    assert match_classes(["tench", "crane (n03126707)", "maillot, tank suit"], SYNSETS, "val") == [0, 517, 639]
+    with pytest.raises(DataError, match=r"maillot .*'maillot \(n03710637\)', .*'maillot, tank suit', "):
+        match_classes(["tench", "maillot"], SYNSETS, "val")
+    with pytest.raises(DataError, match=r"1 class not in the class list: a \(the list has 'a' 2 times\)"):
+        match_classes(["a", "b"], ["a", "b", "a"], "val")
+
+
+def test_the_order_of_classes():
+    assert in_class_order(["10", "2", "1", "02"]) == ["1", "02", "2", "10"]
+    assert in_class_order(["10", "2", "-1"]) == ["-1", "2", "10"]
+    assert in_class_order(["c10", "c2", "1"]) == ["1", "c10", "c2"]
+    for numbers in (["0", "1", "2", "10"], ["0", "1", "10", "2"]):  # of folders here, and as a column lists them
+        assert f"in the order {', '.join(numbers)}; for a network" in order_in_doubt(numbers)
+    for clear in (["0", "1", "2"], ["a", "10", "2"], ["00", "01", "10"], []):
+        assert order_in_doubt(clear) == ""

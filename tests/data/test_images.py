@@ -6,13 +6,18 @@ import pickle
 import struct
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from conv2former import DataError
-from conv2former.data import images
+from conv2former.config.schema import DataConfig
+from conv2former.data import batches, eval_loader, images
 from conv2former.data.images import UnreadableImage, open_rgb, to_rgb
+from conv2former.data.sources import open_split
+
+from .test_tars import write as write_tar
 
 GREYS = np.array([[0, 256, 0x1234, 65535]], dtype=np.uint16)
 COLOURS = np.array([[[0, 256, 0x1280], [65535, 0x8000, 0x80FF]]], dtype=np.uint16)
@@ -325,3 +330,43 @@ def test_rgb_outlives_its_file(tmp_path):
         assert np.array_equal(np.asarray(image), expected), kind
         assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(image))), expected), kind
         assert np.array_equal(np.asarray(image.crop((1, 2, 20, 30))), expected[2:30, 1:20]), kind
+
+
+def test_the_largest_image_can_be_set(tmp_path, monkeypatch):
+    """By a key that the message names; nothing else in the process changes."""
+    content = encoded(Image.new("L", (40, 30)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match=r"than 200 pixels; make it smaller, or raise data.max_image_pixels$"):
+        open_rgb(content, "it")
+    assert open_rgb(content, "it", None, 1200).size == (40, 30)
+    with pytest.raises(UnreadableImage, match=r"an image of more than 1,199 pixels; make it smaller"):
+        open_rgb(content, "it", None, 1199)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "0.png").write_bytes(content)
+    (tmp_path / "list.txt").write_text("cat/0.png cat\n")
+    write_tar(tmp_path / "tars" / "train.tar", {"0.png": content, "0.cls": b"cat"})
+    (tmp_path / "hf").mkdir()
+    datasets.Dataset.from_dict({"image": [content], "label": [0]}).to_parquet(tmp_path / "hf" / "train.parquet")
+    for root, kwargs in (
+        ("photos", {}),
+        ("photos", {"source": "csv", "csv": str(tmp_path / "list.txt")}),
+        ("tars", {"source": "wds"}),
+        ("hf", {"source": "hf"}),
+    ):
+        split = "." if root == "photos" else "train"
+        for limit in (None, 1200):
+            data = DataConfig(root=str(tmp_path / root), max_image_pixels=limit, img_size=32, workers=1, **kwargs)
+            loader = eval_loader(open_split(data, split), data, 1, 0, 1, False)
+            if limit:
+                assert next(iter(loader)).images.shape == (1, 3, 32, 32)  # in a worker process
+            else:
+                with pytest.raises(DataError, match=r"raise data.max_image_pixels"):
+                    next(batches(loader))
+
+
+def test_what_to_do_about_the_files_of_a_phone(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    refused(tmp_path / "IMG_1.HEIC", "not a readable image")
+    with pytest.raises(UnreadableImage, match=r".heic are images that Pillow does not read: convert them"):
+        open_rgb(tmp_path / "IMG_1.HEIC", "IMG_1.HEIC")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from conv2former.data import (
     train_transforms,
 )
 from conv2former.data.images import UnreadableImage, open_rgb
+from conv2former.data.loader import workers_for
 
 
 def config(**sections):
@@ -363,3 +365,23 @@ def test_workers_that_start_before_they_are_needed(which):
     assert sum(len(batch.labels) for batch in loader) == 10
     assert sum(len(batch.labels) for batch in loader) == 10
     assert [worker.pid for worker in loader._iterator._workers] == started
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "wanted", "expected"),
+    [(2, None, None, 2), (2, "2", None, 1), (16, "1", None, 8), (16, "4", None, 4), (1, "2", None, 1), (2, "2", 5, 5)],
+)
+def test_workers_follow_the_cores(cores, processes, wanted, expected, monkeypatch, recwarn):
+    """If they are not set; torch has nothing to say about either number."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    run = config(data={"workers": wanted})
+    assert workers_for(run.data) == expected
+    loaders = (
+        train_loader(source(8), run, EpochSampler(8, 4), False),
+        eval_loader(source(8), run.data, 4, 0, 1, False),
+    )
+    assert [loader.num_workers for loader in loaders] == [expected] * 2
+    assert not [str(warning.message) for warning in recwarn if "worker" in str(warning.message)]

@@ -457,3 +457,37 @@ def test_digits_that_appear_while_the_folder_is_looked_at(tmp_path, monkeypatch)
     digits.write_digits(tmp_path)
     assert looks[0] is False
     assert looks[-1] is True
+
+
+def test_the_digits_are_written_without_a_bar(tmp_path, capfd):
+    """Each process would print its own."""
+    before = datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
+    try:
+        digits.write_digits(tmp_path / "digits")
+        assert not datasets.are_progress_bars_disabled()
+    finally:
+        if before:
+            datasets.disable_progress_bars()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [NotADirectoryError, PermissionError, OSError])
+def test_a_cache_that_cannot_be_written(error, parquet, tmp_path, monkeypatch):
+    """The data is right; the message says what is not."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+    def fail(*_, **__):
+        if error is OSError:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
+        raise error(13, "Permission denied", str(cache / "parquet"))
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"cache.*: `datasets` cannot write its cache there .*; set HF_HOME, or "):
+        open_train_and_val(config(parquet, "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "another")
+    if error is not OSError:
+        with pytest.raises(DataError, match=r"`datasets` cannot read it as a folder or a hub name \(data.root\)"):
+            open_train_and_val(config(parquet, "hf"))

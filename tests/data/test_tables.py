@@ -276,3 +276,25 @@ def test_what_spreadsheets_on_windows_make(tmp_path):
     assert [source.images.name(i) for i in range(2)] == [str(tmp_path / "sub" / name) for name in ("a.png", "b.png")]
     assert source.class_names == ["cat", "dog"]
     assert source.images[0][0].size == (8, 8)
+
+
+def test_several_labels_of_an_image(photos, tmp_path):
+    table = tmp_path / "list.csv"
+    for label in ("cat|dog", "cat;dog", "cat,dog", " cat | emu "):
+        write(table, f'image,label\n"cat/0, my.png",cat\n"dog/0, my.png",dog\n"cat/1, my.png","{label}"\n')
+        settings = config(photos, csv=table, holdout=0.2)
+        refused(
+            settings, rf"list.csv, line 4: the label '{re.escape(label.strip())}' is several labels, and an image has"
+        )
+    write(table, 'image,label\n"cat/0, my.png","tench, Tinca tinca"\n"dog/0, my.png",AT&T; old\n')  # are names
+    assert len(open_val(config(photos, csv=table), None).class_names) == 2
+    write(table, 'image,label\n"cat/0, my.png",cat|dog\n"dog/0, my.png",emu\n')
+    names = class_list(tmp_path, "cat|dog", "emu")
+    assert open_val(config(photos, csv=table, class_names=names), None).class_names == ["cat|dog", "emu"]
+
+
+def test_several_labels_in_a_column_of_hugging_face(tmp_path):
+    columns = {"image": [Image.new("RGB", (4, 4))] * 2, "label": ["a", "a|b"]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    refused(config(tmp_path, source="hf", holdout=0.2), r"\(train\): the label 'a\|b' is several labels")

@@ -256,3 +256,30 @@ def test_processes_share_no_position(tmp_path):
     assert [shares[i % 4][i // 4] for i in range(150)] == list(range(150))
     assert _read(pickle.loads(pickle.dumps(images)), 7, 50) == [7, 57, 107]
     assert len(pickle.dumps(images)) < 150 * 64
+
+
+def test_names_with_dots(tmp_path):
+    """A sample's name ends at the first dot, as WebDataset has it; the message says so."""
+    image = pairs(0)["000.png"]
+    rule = "a sample's name ends at the first dot, as in WebDataset, so"
+    for members, expected in (
+        (
+            {"a.b.png": image, "a.b.cls": b"0"},
+            rf"member a.\*: a sample without an image .*{rule} a.b.png is the 'b.png'",
+        ),
+        (
+            {"a.b.png": image, "a.cls": b"0"},
+            rf"{rule} a.b.png is the 'b.png' of the sample 'a'; write the names without",
+        ),
+        ({"a.png": image, "a.b.cls": b"0"}, rf"member a.png: a sample without a label.*{rule} a.b.cls is the 'b.cls'"),
+        ({"a.heic": b"x", "a.cls": b"0"}, "without an image .*; .heic are images that Pillow does not read: convert"),
+        ({"a.heic": b"x"}, "has no samples; .*; .heic are images that Pillow does not read"),
+    ):
+        write(tmp_path / "train.tar", members)
+        refused(tmp_path, expected)
+
+
+def test_several_labels(tmp_path):
+    image = pairs(0)["000.png"]
+    write(tmp_path / "train.tar", {"a.png": image, "a.cls": b"cat|dog", "b.png": image, "b.cls": b"cat"})
+    refused(tmp_path, r"\(train\): the label 'cat|dog' is several labels")
