@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import _private
 from ..config.schema import NO_SPLIT, DataConfig
 from ..errors import DataError, UserError, closest, counted, shorten
 from .classes import in_class_order
@@ -190,7 +191,7 @@ def open_hf(
     name = f"{config.root} ({own})"
     if config.streaming and dataset.features is None:
         with _reading(name):
-            dataset = dataset._resolve_features()  # from the first rows
+            dataset = _private.features_of_stream(dataset)
     _check_columns(dataset.features, config, name)
     if not config.streaming and len(dataset) == 0:
         raise DataError(f"{name} is empty")
@@ -226,7 +227,7 @@ def open_hf(
 def _paths(dataset: Any, image_key: str) -> list[str]:
     """Returns the paths of images that are files of their own, as in image folders; none if some are in the data."""
     chunks = dataset.data.column(image_key).chunks
-    if dataset._indices is not None or any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
+    if len(dataset) != dataset.data.num_rows or any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
         return []
     paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
     return [path for path in paths if path and "://" not in path]  # those in archives are left out

@@ -25,7 +25,7 @@ from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
 from ..data.classes import class_names_of, match_classes, order_in_doubt
-from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
+from ..errors import CheckpointError, ConfigError, DataError, closest, counted, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
 from ..models.weights import definition_in, describe_checkpoint, load_content, read_checkpoint
@@ -103,7 +103,9 @@ def name_network(config: Config) -> Config:
     if len(info.dims) != 4 or not info.head_hidden_size:
         raise CheckpointError(f"{path} holds a part of a network; all four stages and the head are needed")
     if info.in_chans != 3:
-        raise CheckpointError(f"{path} is for images of {info.in_chans} channels; training needs one for 3, RGB")
+        raise CheckpointError(
+            f"{path} is for images of {counted(info.in_chans, 'channel')}; training needs one for 3, RGB"
+        )
     for builtin in read_builtin_variants():
         if not differences(info.model_args(), builtin.model_args()):
             return _with_model(config, name=builtin.name)

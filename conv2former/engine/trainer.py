@@ -199,7 +199,8 @@ class Trainer:
             self.log.say(line)
         source, val_source = self.job.train_source, self.job.val_source
         self.log.say(
-            f"training on {len(source)} images of {len(source.class_names)} classes ({source.name}), "
+            f"training on {counted(len(source), 'image')} of {counted(len(source.class_names), 'class', 'classes')} "
+            f"({source.name}), "
             f"validating on {f'{len(val_source)} ' if len(val_source) else ''}({val_source.name})"
         )
         if 0 < len(val_source) < SMALL_SPLIT:  # of a stream the length is not known
@@ -389,7 +390,7 @@ class Trainer:
         ema = f"  averaged weights {with_error(row['ema_top1'], n)}" if self.run.ema else ""
         self.log.say(
             f"epoch {epoch}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  "
-            f"loss {row['loss']:.4f}  ({n} images)"
+            f"loss {row['loss']:.4f}  ({counted(n, 'image')})"
         )
         self._save(row[f"{self._prefix}top1"], is_best)
         cost = self._drawing / DRAWING_SHARE
@@ -531,12 +532,12 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     schedule, side = config.schedule, config.data.img_size
     return [
         f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {side} x {side}{frozen}",
-        f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x {world_size} devices x "
-        f"{config.train.accum_steps} accumulation steps",
+        f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x "
+        f"{counted(world_size, 'device')} x {counted(config.train.accum_steps, 'accumulation step')}",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
         f"{config.optim.base_batch_size}, {config.optim.opt}",
-        f"{plan.epochs} epochs ({schedule.warmup_epochs} warm-up, {schedule.cooldown_epochs} cool-down) of "
-        f"{plan.steps_per_epoch} steps{_sum_of_epochs(config)}",
+        f"{counted(plan.epochs, 'epoch')} ({schedule.warmup_epochs} warm-up, {schedule.cooldown_epochs} cool-down) of "
+        f"{counted(plan.steps_per_epoch, 'step')}{_sum_of_epochs(config)}",
     ]
 
 
@@ -622,12 +623,14 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = describe(config, plan, world.size)
     if num_images is None:
-        lines[-1] = f"{plan.epochs} epochs{_sum_of_epochs(config)}; the number of steps follows from the data"
+        lines[-1] = (
+            f"{counted(plan.epochs, 'epoch')}{_sum_of_epochs(config)}; the number of steps follows from the data"
+        )
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
         *lines,
         f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
-        f"{num_classes} classes",
-        f"one step on {batch_size} random images: loss {loss:.4f}, gradient norm {float(result.grad_norm):.3g}, "
-        f"{seconds:.1f} s{memory}",
+        f"{counted(num_classes, 'class', 'classes')}",
+        f"one step on {counted(batch_size, 'random image')}: loss {loss:.4f}, gradient norm "
+        f"{float(result.grad_norm):.3g}, {seconds:.1f} s{memory}",
     ]

@@ -251,7 +251,7 @@ def test_files_without_a_network_for_photographs(tmp_path, official_content):
     grey[key] = state[key][:, :1]
     part = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
     for name, content, expected in (
-        ("grey", grey, "grey.pt is for images of 1 channels; training needs one for 3"),
+        ("grey", grey, "grey.pt is for images of 1 channel; training needs one for 3"),
         ("part", part, "part.pt holds a part of a network"),
         ("none", {"a": torch.zeros(1)}, "none.pt is not a Conv2Former checkpoint"),
     ):

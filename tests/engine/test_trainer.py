@@ -486,7 +486,7 @@ def test_dry_run(raw_config):
     lines = dry_run(configure(raw_config))
     text = "\n".join(lines)
     assert "conv2former_test from scratch, drop path 0.2, 32 x 32" in text
-    assert "global batch 8 = 4 per device x 1 devices x 2 accumulation steps" in text
+    assert "global batch 8 = 4 per device x 1 device x 2 accumulation steps" in text
     assert "learning rate 0.001 = 0.001 x 8 / 8" in text
     assert "4 epochs (1 warm-up, 1 cool-down) of 5 steps: schedule.epochs 3 + schedule.cooldown_epochs 1" in lines
     assert "3 classes" in text
