@@ -42,10 +42,10 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
     """
     global_batch_size = config.train.batch_size * config.train.accum_steps * world_size
     if num_train_images < global_batch_size:
-        steps = counted(config.train.accum_steps, "accumulation step")
+        passes = counted(config.train.accum_steps, "accumulation step")
         raise DataError(
             f"the training set has {counted(num_train_images, 'image')}, fewer than one global batch of "
-            f"{global_batch_size} ({config.train.batch_size} x {steps} x {counted(world_size, 'device')}): "
+            f"{global_batch_size} ({config.train.batch_size} x {passes} x {counted(world_size, 'device')}): "
             f"{_smaller_batch(config, world_size, num_train_images)}"
         )
     per_pass = config.train.batch_size * world_size

@@ -20,7 +20,7 @@ from ..data import DataSource, StreamSource, open_train_and_val
 from ..data.holdout import relative_names
 from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import write_table
-from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets
+from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
 from ..models import Conv2Former, inspect_checkpoint
 from .build import build_model, check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
@@ -280,6 +280,12 @@ def _check_continuation(
         raise DataError(
             "the images have changed since this run was started: other ones would be held out for validation (which "
             f"were is in its {SPLIT_FILE}); put them back, or start a new run with another --output"
+        )
+    if saved["class_names"] != class_names and sorted(saved["class_names"]) == sorted(class_names):
+        raise DataError(
+            f"the data set's classes are in another order than when this run was started, {shorten(class_names, 5)} "
+            f"instead of {shorten(saved['class_names'], 5)}; to go on, list them in that order, one a line, in a file: "
+            "data.class_names=FILE checkpoint.allow_changes=[data.class_names]"
         )
     if saved["class_names"] != class_names:
         raise DataError("the data set's classes have changed since this run was started; start a new run")

@@ -432,3 +432,40 @@ def test_a_network_that_answers_no_numbers(small_file, photos):
     torch.nn.init.constant_(predictor.model.get_classifier().weight, torch.nan)
     with pytest.raises(CheckpointError, match="not all numbers"):
         list(predictor(find_images([str(photos)])))
+
+
+def test_each_image_of_a_folder_once_however_links_lead_to_it(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{i}.png")
+    cat, dog = tmp_path / "photos" / "cat", tmp_path / "photos" / "dog"
+    (cat / "all").symlink_to("..")
+    (cat / "deep").mkdir()
+    (cat / "deep" / "loop").symlink_to("..")
+    (cat / "more").symlink_to("../dog")
+    (cat / "linked.png").symlink_to("../dog/0.png")
+    expected = [str(folder / f"{i}.png") for folder in (cat, dog) for i in range(2)]
+    for inputs in ([str(tmp_path / "photos")], [str(tmp_path / "photos"), str(cat)]):
+        assert sorted(image.name for image in find_images(inputs)) == expected, inputs
+    for inputs in ([str(tmp_path / "photos/*")], [str(cat), str(dog)]):
+        assert sorted(os.path.realpath(image.name) for image in find_images(inputs)) == expected, inputs
+    named = [str(dog / "0.png"), str(cat / "linked.png")]
+    assert [image.name for image in find_images(named)] == named  # both were asked for
+
+
+def test_folders_of_images_that_pillow_does_not_read(tmp_path):
+    (tmp_path / "IMG_1.HEIC").touch()
+    for text in (str(tmp_path), str(tmp_path / "*")):
+        with pytest.raises(DataError, match=r"; .heic are images that Pillow does not read: convert them to"):
+            find_images([text])
+
+
+def test_the_largest_image_can_be_set(small_file, tmp_path, monkeypatch):
+    Image.new("L", (40, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    images = find_images([str(tmp_path / "large.png")])
+    (refused,) = Predictor(small_file)(images)
+    assert "more than 200 pixels; make it smaller, or raise data.max_image_pixels" in refused.reason
+    (found,) = Predictor(small_file, ["data.max_image_pixels=1200"])(images, preview=1000)
+    assert found.size == (40, 30)

@@ -517,3 +517,26 @@ def test_a_table_with_a_folder_of_its_own(lettered, photos, tmp_path):
     row = validate(lettered, overrides=[*SMALL, f"data.root={photos}"], data=tmp_path / "list.csv")
     other = validate(lettered, overrides=SMALL, data=photos)
     assert (row["n"], row["top1"]) == (30, other["top1"])
+
+
+def test_classes_that_are_numbers(tmp_path):
+    """Weights that do not name them are read alike in folders and in tables, and a note says in which order."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(12):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        noise(tmp_path / "photos" / str(number) / "0.png", (32, 32), rng)
+        rows.append(f"{number}/0.png {number}\n")
+    (tmp_path / "list.txt").write_text("".join(rows))
+    file = network(tmp_path / "twelve.pt", 12)
+    table = ["data.source=csv", f"data.csv={tmp_path / 'list.txt'}"]
+    folder, listed = (validate(file, None, [*SMALL, *words], data=tmp_path / "photos") for words in ([], table))
+    assert (folder["top1"], folder["loss"]) == (listed["top1"], listed["loss"])
+    for row in (folder, listed):
+        assert (
+            sum("the classes are numbers in the order 0, 1, 2, 3, 4, and 7 more" in note for note in row["notes"]) == 1
+        )
+    named = network(tmp_path / "named.pt", 12, sorted(map(str, range(12))))  # as folders were ordered as text
+    row = validate(named, None, SMALL, data=tmp_path / "photos")
+    assert row["top1"] != folder["top1"] or row["loss"] != folder["loss"]
+    assert not [note for note in row["notes"] if "the classes are numbers" in note]
