@@ -5,8 +5,9 @@ python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output fou
 python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output found --explain    # and maps
 
 An INPUT is an image, a folder with all images in and below it, a glob pattern, or '-' for an image on standard input.
-Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode and
-value_range can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with exit code 2.
+Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode,
+value_range and max_image_pixels can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with
+exit code 2.
 """
 
 from __future__ import annotations

@@ -412,3 +412,38 @@ def test_what_timm_notes_beside_a_network_is_no_part_of_its_definition(tmp_path,
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "conv2former_t", "model_args": args}))
     assert find_variant_of(auto(tmp_path)).dims == (8, 16, 24, 32)
+
+
+def test_a_run_whose_classes_were_in_another_order(tmp_path, capsys):
+    """As folders of numbers were, by text: it says how it goes on, and does."""
+    fill(tmp_path / "photos", {"2": 8, "10": 8})
+    config = recipe(tmp_path / "photos", "schedule.epochs=1", "schedule.warmup_epochs=0")
+    train(config, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pt*"):
+        if path.suffix != ".pt":
+            path.unlink()  # checksums
+            continue
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"class_names": ["10", "2"]}, path)
+    with pytest.raises(
+        DataError, match="in another order than when this run was started, 2, 10 instead of 10, 2; to go"
+    ):
+        train(config, tmp_path / "run")
+    (tmp_path / "names.txt").write_text("10\n2\n")
+    allowed = ("checkpoint.allow_changes=[data.class_names]", f"data.class_names={tmp_path / 'names.txt'}")
+    words = ("schedule.epochs=1", "schedule.warmup_epochs=0", *allowed)
+    assert train(recipe(tmp_path / "photos", *words), tmp_path / "run")["epoch"] == 1
+
+
+def test_weights_that_do_not_name_numbers(tmp_path, caplog):
+    fill(tmp_path / "photos", {str(number): 2 for number in range(12)})
+    content = torch.load(OFFICIAL, weights_only=False)
+    weights = dict(content["state_dict"])
+    weights["pred.weight"] = torch.randn(12, weights["pred.weight"].shape[1])
+    weights["pred.bias"] = torch.randn(12)
+    torch.save({"state_dict": weights}, tmp_path / "twelve.pt")
+    config = recipe(tmp_path / "photos", checkpoint=tmp_path / "twelve.pt")
+    model = build_model(config, 12, [str(number) for number in range(12)])
+    assert torch.equal(model.get_classifier().bias, weights["pred.bias"])  # as they are
+    assert "twelve.pt does not name its classes" in caplog.text
+    assert "in the order 0, 1, 2, 3, 4, and 7 more" in caplog.text
