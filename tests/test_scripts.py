@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import time
 import pytest
 import yaml
 
+from conv2former.commands.train import summary
 from conv2former.tools.killing import differing_runs
 from conv2former.tools.table import variants_table
 
@@ -60,6 +62,8 @@ def test_quickstart(tmp_path):
         assert re.search(rf"{label} +{re.escape(path)}\n", result.stdout)
         assert os.path.exists(path)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    assert "Warning" not in result.stderr
+    assert result.stdout.count("of the training time was waiting for images\n") == 1  # without a hint: no workers
     following = re.search(r"next: \S*python\S* (scripts/validate\.py --checkpoint .*)", result.stdout)[1].split()
     alone = run(sys.executable, *following).stdout
     assert accuracy(alone) == (f"{report['top1']:.2f}", 360)
@@ -186,3 +190,18 @@ def test_the_readme_has_the_table_that_the_script_prints():
     ]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.yaml"))
     assert variants_table(names) in (ROOT / "README.md").read_text()
+
+
+def test_the_last_lines_of_a_run_can_be_copied(tmp_path):
+    """A path with a blank is quoted, a small split says how coarse it is."""
+    folder = tmp_path / "my run"
+    report = {
+        "top1": 50.0, "n": 48, "last_top1": 45.83, "weights": "raw", "epoch": 8, "epochs": 26, "seconds": 61.0,
+        "skipped": 0, "checkpoint": f"{folder}/checkpoints/best.pt", "last_checkpoint": f"{folder}/checkpoints/last.pt",
+        "tensorboard": None, "curves": "curves.png", "confusion": None,
+    }  # fmt: skip
+    lines = summary(report, folder)
+    assert shlex.split(lines[-1])[-3:] == ["scripts/validate.py", "--checkpoint", report["checkpoint"]]
+    assert "  precision    one of 48 images is 2.08 points of top-1, whose standard error is 7.22 points" in lines
+    assert f"  last epoch   {report['last_checkpoint']} (top-1 45.83 %)" in lines
+    assert not any("precision" in line for line in summary(report | {"n": 500}, folder))

@@ -52,7 +52,7 @@ def with_error(top1: float, n: int) -> str:
 
 def one_image(n: int) -> str:
     """Returns a sentence's beginning on how coarse an accuracy on `n` images is."""
-    return f"one of {counted(n, 'validation image')} is {100 / n:.2f} points"
+    return f"one of {counted(n, 'image')} is {100 / n:.2f} points"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "batch_figure",
@@ -136,7 +137,7 @@ def _scale(axes: Axes, least: float) -> None:
     """Scales curves: epochs from 0, at whole numbers, and a range of values of `least` or more, for a single point."""
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if not axes.lines:
         return
     axes.set_xlim(0, max(1.0, axes.dataLim.x1) * 1.04)

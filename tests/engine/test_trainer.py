@@ -139,7 +139,7 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(raw_config, tmp_path, mo
     assert torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["epoch"] == 3
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 5
     lines = capsys.readouterr().out.split("\n")
-    assert "one of 7 validation images is 14.29 points of top-1; ± is its standard error" in lines
+    assert "validation: one of 7 images is 14.29 points of top-1; ± is its standard error" in lines
     assert any(line.startswith("epoch 4/5  top-1 50.00 % ± 18.90  ") for line in lines)
     assert not any("top-5" in line for line in lines)
 

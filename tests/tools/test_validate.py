@@ -540,3 +540,17 @@ def test_classes_that_are_numbers(tmp_path):
     row = validate(named, None, SMALL, data=tmp_path / "photos")
     assert row["top1"] != folder["top1"] or row["loss"] != folder["loss"]
     assert not [note for note in row["notes"] if "the classes are numbers" in note]
+
+
+def test_top5_and_the_error_of_small_sets_in_the_summary(lettered, photos, tmp_path):
+    """Among five classes or fewer top-5 says nothing; one of few images is much of an accuracy."""
+    row = validate(lettered, None, SMALL, data=photos, extras=Extras(per_class=True), output=tmp_path)
+    row |= {"top1": 20.0}
+    few = row | {"classes": 5, "top1": 50.0}
+    both = "\n".join(summary([row, few]))
+    assert "top-5" not in "\n".join(summary([few]))
+    tables = [line.split() for line in both.split("\n") if line.startswith((str(lettered) + "  ", "checkpoint  "))]
+    assert [line[3] for line in tables] == ["top-5", f"{row['top5']:.2f}", "-"]
+    assert sum("top-5" in line for line in both.split("\n")) == 2  # in that table, and in one of those per class
+    assert "one of 30 images is 3.33 points of top-1, whose standard error is 7.30 to 9.13 points" in both
+    assert "whose standard error" not in "\n".join(summary([row | {"n": 500}]))
