@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from .._configs import configs_folder
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.predict import positive
@@ -35,7 +35,8 @@ from ..tools.predict import positive
 CONFIG = configs_folder() / "imagenet1k" / "conv2former_t.yaml"
 SMALL = ["train.batch_size=16", "data.img_size=160"]  # steps of some seconds on two CPU cores
 if TYPE_CHECKING:
-    from ..tools.benchmark_models import Report
+    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark_results import Report
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -143,19 +144,16 @@ def finish(report: Report) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
+    from ..tools.benchmark_live import LiveOutput, Outputs, View
     from ..tools.benchmark_machine import native_precisions
-    from ..tools.benchmark_models import Baseline, Plan, measure
+    from ..tools.benchmark_models import measure
     from ..tools.benchmark_networks import parse_networks
-    from ..tools.benchmark_report import (
-        check_outputs,
-        models_figure,
-        models_markdown,
-        models_text,
-        save_outputs,
-    )
+    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark_report import models_figure, models_foot, models_group, models_head, models_markdown
+    from ..tools.benchmark_results import Baseline, Plan
 
-    outputs = (args.json, args.chart, args.markdown)
-    check_outputs(*outputs)
+    outputs = Outputs(args.json, args.chart, args.markdown)
+    outputs.check()
     device = torch.device(args.device)
     native = native_precisions(device)
     plan = Plan(
@@ -174,37 +172,72 @@ def run_models(args: argparse.Namespace) -> None:
         compile_mode=args.compile_mode,
         compile_backend=args.compile_backend,
     )
-    report = measure(plan, Baseline.parse(args.baseline or args.networks[0], plan))
-    print(models_text(report))
-    save_outputs(report, "models", models_markdown(report, args.chart), lambda: models_figure(report), *outputs)
+    baseline = Baseline.parse(args.baseline or args.networks[0], plan)
+    plan.check()
+    view = View("models", models_head, models_group, models_foot, models_markdown, models_figure)
+    with Progress() as progress:
+        live = LiveOutput(plan, view, outputs, progress)
+        report = measure(plan, baseline, watcher=live)
+        live.finish(report)
     finish(report)
 
 
 def run_growth(args: argparse.Namespace) -> None:
-    from ..tools.benchmark_growth import (
-        GROWTH_NETWORKS,
-        GROWTH_SIZES,
-        growth_figure,
-        growth_markdown,
-        growth_text,
-        measure_growth,
-    )
-    from ..tools.benchmark_report import check_outputs, save_outputs
+    from ..tools import benchmark_growth as growth
+    from ..tools.benchmark_live import LiveOutput, Outputs, View
+    from ..tools.benchmark_progress import Progress
 
-    outputs = (args.json, args.chart, args.markdown)
-    check_outputs(*outputs)
-    report = measure_growth(
-        args.networks or GROWTH_NETWORKS,
-        unique(args.size or GROWTH_SIZES),
-        torch.device(args.device),
-        args.precision,
-        args.memory_format,
-        args.rounds,
-        args.threads,
-    )
-    print(growth_text(report))
-    save_outputs(report, "growth", growth_markdown(report, args.chart), lambda: growth_figure(report), *outputs)
+    outputs = Outputs(args.json, args.chart, args.markdown)
+    outputs.check()
+    networks, sizes = args.networks or growth.GROWTH_NETWORKS, unique(args.size or growth.GROWTH_SIZES)
+    how = (args.precision, args.memory_format, args.rounds, args.threads)
+    plan = growth.growth_plan(networks, sizes, torch.device(args.device), *how)
+    plan.check()
+    texts = (growth.growth_head, growth.growth_group, growth.growth_foot, growth.growth_markdown)
+    view = View("growth", *texts, growth.growth_figure, group_is_result=False)
+    with Progress() as progress:
+        live = LiveOutput(plan, view, outputs, progress)
+        report = growth.measure_growth(plan, live)
+        live.finish(report)
     finish(report)
+
+
+def show(lines: Iterable[str], progress: Progress) -> None:
+    """Prints lines as they come."""
+    for line in lines:
+        progress.print(line)
+
+
+def run_input(args: argparse.Namespace) -> None:
+    from ..tools.benchmark_input import compare_input
+    from ..tools.benchmark_progress import Progress
+
+    with Progress(ticking=False) as progress:  # a thread, and the forks of workers, would not go together
+        progress.say(
+            f"comparing this package's loader with timm's on {args.images} JPEGs, without and with a worker process, "
+            f"{counted(args.rounds, 'round')} each; then where the time goes"
+        )
+        show(compare_input(args.images, args.rounds, progress), progress)
+
+
+def run_kernels(args: argparse.Namespace) -> None:
+    from ..tools.benchmark_kernels import measure_kernels
+    from ..tools.benchmark_progress import Progress
+
+    with Progress() as progress:
+        show(measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds, progress), progress)
+
+
+def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:
+    from ..config import load_config
+    from ..tools.benchmark import compare_loop
+    from ..tools.benchmark_progress import Progress
+
+    overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
+    config = load_config(args.config or CONFIG, overrides)
+    with Progress() as progress:
+        progress.say(f"timing {counted(args.steps, 'step')} of both loops in turns, {counted(args.rounds, 'round')}")
+        show(compare_loop(config, args.steps, args.rounds, progress), progress)
 
 
 def main() -> None:
@@ -216,20 +249,11 @@ def main() -> None:
     elif args.what == "growth":
         run_growth(args)
     elif args.what == "input":
-        from ..tools.benchmark_input import compare_input
-
-        print("\n".join(compare_input(args.images, args.rounds)))
+        run_input(args)
     elif args.what == "kernels":
-        from ..tools.benchmark_kernels import measure_kernels
-
-        print("\n".join(measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds)))
+        run_kernels(args)
     else:
-        from ..config import load_config
-        from ..tools.benchmark import compare_loop
-
-        overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
-        config = load_config(args.config or CONFIG, overrides)
-        print("\n".join(compare_loop(config, args.steps, args.rounds)))
+        run_loop(args, overrides)
 
 
 def run() -> None:

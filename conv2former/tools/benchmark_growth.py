@@ -11,12 +11,23 @@ from matplotlib.figure import Figure
 
 from ..errors import counted
 from .benchmark_machine import machine_lines
-from .benchmark_models import MODES, Baseline, Group, Plan, Report, Result, Setting, measure
+from .benchmark_models import Watcher, measure
 from .benchmark_networks import Network, parse_networks
-from .benchmark_report import FORMAT_NAMES, markdown_table
+from .benchmark_report import FORMAT_NAMES, incomplete, markdown_table
+from .benchmark_results import MODES, Baseline, Group, Plan, Report, Result, Setting
 from .output import text_table
 
-__all__ = ["GROWTH_NETWORKS", "GROWTH_SIZES", "growth_figure", "growth_markdown", "growth_text", "measure_growth"]
+__all__ = [
+    "GROWTH_NETWORKS",
+    "GROWTH_SIZES",
+    "growth_figure",
+    "growth_foot",
+    "growth_group",
+    "growth_head",
+    "growth_markdown",
+    "growth_plan",
+    "measure_growth",
+]
 
 # A ViT of similar size twice: the fused operator never stores the attention maps, the plain formula does.
 GROWTH_NETWORKS = (
@@ -33,7 +44,7 @@ FIGURES = {
 }
 
 
-def measure_growth(
+def growth_plan(
     labels: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     device: torch.device,
@@ -41,11 +52,8 @@ def measure_growth(
     memory_format: str = "nchw",
     rounds: int = 3,
     threads: int | None = None,
-) -> Report:
-    """Measures inference and a training step of one image at several sizes.
-
-    A network that would keep more than the free memory at a size is left out there, as far as its growth until then
-    lets one tell.
+) -> Plan:
+    """Returns what to measure: inference and a training step of one image at several sizes.
 
     Args:
         labels: of networks, as `parse_networks` reads them.
@@ -56,9 +64,9 @@ def measure_growth(
         threads: of the CPU; None leaves torch's number.
 
     Raises:
-        ConfigError: a network is not known, or the device is not there.
+        ConfigError: a network is not known.
     """
-    plan = Plan(
+    return Plan(
         networks=parse_networks(labels),
         device=device,
         modes=list(MODES),
@@ -72,12 +80,40 @@ def measure_growth(
         threads=threads,
         details=False,
     )
-    return measure(plan, Baseline(labels[0]), _too_large)
 
 
-def growth_text(report: Report) -> str:
+def measure_growth(plan: Plan, watcher: Watcher | None = None) -> Report:
+    """Measures what `growth_plan` plans.
+
+    A network that would keep more than the free memory at a size is left out there, as far as its growth until then
+    lets one tell.
+
+    Raises:
+        ConfigError: the device is not there, or a network does not take its options.
+    """
+    return measure(plan, Baseline(plan.networks[0].label), _too_large, watcher)
+
+
+def growth_head(report: Report) -> str:
+    """Returns what a terminal shows before the results: the machine."""
+    return "\n".join(machine_lines(report.machine))
+
+
+def growth_group(report: Report, group: Group) -> str:
+    """Returns the figures at one size, a line for each network; the tables with all sizes come at the end."""
+    lines = []
+    for result in group.results:
+        setting = result.setting
+        figures = [(_value(result, name), unit) for name, unit in ((setting.mode, "ms"), ("held", "MB held"))]
+        text = ", ".join(f"{value:,.1f} {unit}" for value, unit in figures if value is not None)
+        error = f"not measured: {result.error}" if result.error else "not measured yet"
+        lines.append(f"{setting.mode} {setting.width} x {setting.height}: {result.network}: {text or error}")
+    return "\n".join(lines)
+
+
+def growth_foot(report: Report) -> str:
     """Returns the tables for a terminal."""
-    lines = [*machine_lines(report.machine), *_notes(report)]
+    lines = [*_notes(report)]
     for name in FIGURES:
         header, rows = _cells(report, name)
         lines += ["", _title(name), text_table(header, rows)]
@@ -111,6 +147,8 @@ def growth_figure(report: Report) -> Figure:
         panel.set_ylim(bottom=0)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
+    if not report.complete:
+        figure.suptitle("incomplete", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -195,7 +233,7 @@ def _title(name: str) -> str:
 def _notes(report: Report) -> list[str]:
     setting: Any = report.groups[0].setting if report.groups else None
     how = f"{setting.precision}, {FORMAT_NAMES[setting.memory_format]}, " if setting else ""
-    ended = ", interrupted: some figures are missing" if report.interrupted else ""
+    ended = f", {mark}" if (mark := incomplete(report, "some figures")) else ""
     return [
         f"one image, {how}median of {counted(report.rounds, 'round')}{ended}",
         "fused_attn=false is the plain formula of attention; timm's default calls the fused operator, which does not "

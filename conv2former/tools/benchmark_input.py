@@ -24,6 +24,7 @@ from ..data.batch import allow_black, collate_augmented
 from ..data.images import open_rgb
 from ..data.sources import open_split
 from .benchmark import compare
+from .benchmark_progress import Progress
 
 __all__ = ["compare_input", "write_photos"]
 
@@ -58,7 +59,7 @@ def write_photos(folder: Path, count: int) -> int:
     return round(sum(sizes) / count)
 
 
-def compare_input(images: int, rounds: int) -> list[str]:
+def compare_input(images: int, rounds: int, progress: Progress | None = None) -> Iterator[str]:
     """Compares `train_loader` with timm's `create_loader` on JPEGs, on one core, in turns.
 
     Both use the ImageNet recipe at 224 pixels and yield normalised float images on the CPU. timm's loader is taken with
@@ -67,25 +68,35 @@ def compare_input(images: int, rounds: int) -> list[str]:
     Args:
         images: how many files, rounded up to whole batches; they stay in the disk cache.
         rounds: how often each loader goes over them.
+        progress: told how far it is.
 
-    Returns:
-        Lines to print: the ratio without and with a worker process, where the time goes, and what the pixels are.
+    Yields:
+        Lines to print, as they come: the ratio without and with a worker process, where the time goes, and what the
+        pixels are.
+
+    Raises:
+        KeyboardInterrupt: the user has ended it; what was measured until then is yielded before.
     """
     count = -(-images // BATCH_SIZE) * BATCH_SIZE
     with tempfile.TemporaryDirectory() as name, _one_core() as core:
         root = Path(name)
         size = write_photos(root / "train", count)
-        lines = [
+        yield (
             f"{count} JPEGs of {WIDTH} x {HEIGHT}, 4:2:0, {size / 1000:.0f} kB on average; 224 x 224, batch "
             f"{BATCH_SIZE}, {core}"
-        ]
-        for workers in (0, 1):
-            times = compare(_our_epoch(root, workers), _timm_epoch(root, workers), rounds, torch.device("cpu"))
+        )
+        for workers, title in enumerate(("no worker process", "one worker process")):
+            epochs = (_our_epoch(root, workers), _timm_epoch(root, workers))
+            times = compare(*epochs, rounds, torch.device("cpu"), progress, title)
             described = times.describe("  this package", "  timm", count, "image")
             described[-1] = f"  images/s, this package over timm: {described[-1].removeprefix('ratio ')}"
-            lines += [f"{['no', 'one'][workers]} worker process", *described]
+            yield from (title, *described)
+            if times.interrupted:
+                raise KeyboardInterrupt
         source = _source(root)
-        return [*lines, *_shares(source), *_decoders(source), _same_pixels(source)]
+        yield from _shares(source)
+        yield from _decoders(source, progress)
+        yield _same_pixels(source)
 
 
 @contextmanager
@@ -194,7 +205,7 @@ def _shares(source: DataSource) -> list[str]:
     return lines
 
 
-def _decoders(source: DataSource) -> list[str]:
+def _decoders(source: DataSource, progress: Progress | None) -> list[str]:
     """Compares Pillow's decoder, which is used, with torchvision's: time, and pixels by colour subsampling."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
@@ -219,7 +230,9 @@ def _decoders(source: DataSource) -> list[str]:
         warnings.simplefilter("ignore")
         lines = ["decoding alone, Pillow's decoder over torchvision's"]
         for name, action in (("into a tensor", with_torchvision), ("into a Pillow image", to_pillow)):
-            times = compare(action, with_pillow, 5, torch.device("cpu"))
+            times = compare(action, with_pillow, 5, torch.device("cpu"), progress, f"decoding, {name}")
+            if times.interrupted:
+                raise KeyboardInterrupt
             lines.append(f"  time, {name}: {times.describe('', '', len(files), 'image')[-1]}")
         for name, subsampling in SUBSAMPLINGS.items():
             lines.append(f"  pixels, {name}: {_difference(source, subsampling, decode_jpeg)}")

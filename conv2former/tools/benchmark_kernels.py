@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..models import kernels
-from .benchmark_machine import copy_probe
+from .benchmark_machine import copy_probe, matmul_probe
+from .benchmark_models import reason
+from .benchmark_progress import Progress
 from .output import text_table
 
 __all__ = ["measure_kernels"]
@@ -113,9 +116,19 @@ def operator_tasks(
     ]
 
 
+@functools.cache
+def filler() -> Callable[[], None]:
+    """Returns some milliseconds of work for the current GPU: one large matrix product."""
+    return matmul_probe(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)[0]
+
+
 def cuda_seconds(action: Callable[[], object]) -> float:
-    """Returns the seconds that the device spends on an action."""
+    """Returns the seconds that the device spends on an action.
+
+    The device is kept busy while Python launches the action, or it would wait for Python between the two events.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    filler()()
     start.record()
     action()
     end.record()
@@ -152,8 +165,13 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
     return float((x.float() - y.float()).norm() / y.float().norm())
 
 
+HEADER = [f"{'operator, channels x map':32}", "     us", "plain us", "ratio", "floor MB", "of copy", "difference"]
+
+
 def describe(timings: Sequence[Timing], copy_bandwidth: float) -> list[str]:
     """Returns the table: medians, the ratio's median, and the share of the copy's bandwidth that the floor takes.
+
+    Its columns are as wide whatever the rows are, so that rows can be printed one by one.
 
     Args:
         timings: of at least one round.
@@ -174,23 +192,27 @@ def describe(timings: Sequence[Timing], copy_bandwidth: float) -> list[str]:
                 f"{timing.difference:.0e}",
             ]
         )
-    header = ["operator, channels x map", "us", "plain us", "ratio", "floor MB", "of copy", "difference"]
-    return text_table(header, rows).splitlines()
+    return text_table(HEADER, rows).splitlines()
 
 
-def measure_kernels(batch_size: int, dtype: torch.dtype, rounds: int) -> list[str]:
+def measure_kernels(
+    batch_size: int, dtype: torch.dtype, rounds: int, progress: Progress | None = None
+) -> Iterator[str]:
     """Times the fused operators at the four stages of conv2former_t, 224 pixels, on the current GPU.
+
+    An operator that fails is a row with the reason.
 
     Args:
         batch_size: images.
         dtype: float32, bfloat16 or float16, of maps and parameters.
         rounds: timings of each.
+        progress: told how far it is.
 
-    Returns:
-        Lines to print.
+    Yields:
+        Lines to print, as they come.
 
     Raises:
-        UserError: there is no GPU, or none that the kernels run on.
+        UserError: there is no GPU, or none that the kernels run on, or nothing could be measured.
     """
     if not torch.cuda.is_available():
         raise UserError(
@@ -205,17 +227,37 @@ def measure_kernels(batch_size: int, dtype: torch.dtype, rounds: int) -> list[st
             f"benchmark kernels: {name} runs no fused operators for {dtype}; they need an NVIDIA GPU of capability 8.0 "
             f"or more, Triton {kernels.MIN_TRITON} or newer, and float32, bfloat16 or float16"
         )
+    if progress is not None:
+        progress.say(
+            f"timing two operators, forward and backward, at {len(STAGES)} stages beside the plain formula, "
+            f"{counted(rounds, 'round')} each; each is compiled before, one to five seconds"
+        )
     copy, copied = copy_probe(device)
-    copies: list[float] = []
-    timings: list[Timing] = []
-    for channels, side in STAGES:
-        tasks = make_tasks(batch_size, channels, side, dtype, device)
-        stage_copies, stage_timings = time_tasks(tasks, copy, rounds, cuda_seconds)
-        copies += stage_copies
-        timings += stage_timings
-    bandwidth = copied / statistics.median(copies)
-    return [
+    bandwidth = copied / statistics.median([cuda_seconds(copy) for _ in range(rounds + 1)][1:])
+    yield (
         f"{name}, batch {batch_size}, {str(dtype).removeprefix('torch.')}, medians of {rounds} rounds; "
-        f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written together",
-        *describe(timings, bandwidth),
-    ]
+        f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written together"
+    )
+    yield text_table(HEADER, [])
+    measured = 0
+    for number, (channels, side) in enumerate(STAGES):
+        where = f"stage {number + 1} of {len(STAGES)}, {channels} x {side} x {side}"
+        if progress is not None:
+            progress.at(f"{where}: making the maps")
+        try:
+            tasks = make_tasks(batch_size, channels, side, dtype, device)
+        except Exception as e:  # of the formula, on this machine: mostly memory
+            yield f"{where}: not measured: {reason(e)}"
+            continue
+        for task in tasks:
+            if progress is not None:
+                progress.at(f"{where}: {task.name}; compiled at the first use, which takes some seconds")
+            try:
+                copies, timings = time_tasks([task], copy, rounds, cuda_seconds)
+            except Exception as e:  # whatever a kernel, its compiler or the formula raises
+                yield f"{task.name}: not measured: {reason(e)}"
+                continue
+            measured += 1
+            yield describe(timings, copied / statistics.median(copies))[-1]
+    if not measured:
+        raise UserError("benchmark kernels: nothing could be measured; the reasons are above")

@@ -12,17 +12,20 @@ from matplotlib.figure import Figure
 
 from ..errors import OutputError, counted
 from .benchmark_machine import machine_lines
-from .benchmark_models import Group, Report, Result, Spread
+from .benchmark_results import Group, Report, Result, Spread
 from .output import check_writable, replacing, save_figure, text_table
 
 __all__ = [
     "FORMAT_NAMES",
     "check_outputs",
     "group_title",
+    "incomplete",
     "markdown_table",
     "models_figure",
+    "models_foot",
+    "models_group",
+    "models_head",
     "models_markdown",
-    "models_text",
     "put_section",
     "save_outputs",
 ]
@@ -115,19 +118,41 @@ def group_title(group: Group) -> str:
     return ", ".join([*parts, f"{setting.width} x {setting.height} pixels", f"batch {setting.batch_size}"])
 
 
-def models_text(report: Report) -> str:
-    """Returns all results for a terminal."""
-    lines = [*machine_lines(report.machine), *_summary(report)]
-    for group in report.groups:
-        header, rows = _cells(report, group)
-        lines += ["", group_title(group), text_table(header, rows), *_failures(group)]
-    return "\n".join(lines)
+def incomplete(report: Report, missing: str) -> str | None:
+    """Returns what to say of a report that lacks something, or None.
+
+    Args:
+        report: so far.
+        missing: what an interrupted measurement lacks, such as `some rounds`.
+    """
+    if report.interrupted:
+        return f"interrupted: {missing} are missing"
+    return None if report.complete else f"incomplete: written while it was being measured; {missing} are missing"
+
+
+def models_head(report: Report) -> str:
+    """Returns what a terminal shows before the results: the machine, and what speeds are relative to."""
+    return "\n".join([*machine_lines(report.machine), _baseline(report)])
+
+
+def models_group(report: Report, group: Group) -> str:
+    """Returns the results of a group for a terminal."""
+    header, rows = _cells(report, group)
+    return "\n".join([group_title(group), text_table(header, rows), *_failures(group)])
+
+
+def models_foot(report: Report) -> str:
+    """Returns what a terminal shows after the results."""
+    notes = [incomplete(report, "some rounds"), _machine_rates(report)]
+    return "\n".join(["", *filter(None, notes)])
 
 
 def models_markdown(report: Report, chart: Path | None) -> str:
     """Returns all results as a section of a page, with a link to the chart if there is one."""
     lines = ["## Networks side by side", "", "```sh", report.command, "```", ""]
-    lines += [f"{line}.  " for line in [*machine_lines(report.machine), *_summary(report)]]
+    notes = [*machine_lines(report.machine), _baseline(report), _machine_rates(report)]
+    lines += [f"**{mark}.**  "] if (mark := incomplete(report, "some rounds")) else []
+    lines += [f"{line}.  " for line in notes if line]
     lines += ["", f"![Images per second]({chart.name})"] if chart else []
     for group in report.groups:
         header, rows = _cells(report, group)
@@ -152,7 +177,8 @@ def models_figure(report: Report) -> Figure:
     panels = figure.subplots(max(1, len(groups)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
     for group, panel in zip(groups, panels, strict=False):
         _draw_group(group, panel)
-    figure.suptitle("Images per second", fontsize=11)
+    mark = "" if report.complete else " (incomplete)"
+    figure.suptitle(f"Images per second{mark}", fontsize=11)
     return figure
 
 
@@ -175,10 +201,12 @@ def _draw_group(group: Group, panel: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------ cells
 
 
-def _summary(report: Report) -> list[str]:
-    lines = [f"baseline {report.baseline.describe()}; {counted(report.rounds, 'round')}"]
-    if report.interrupted:
-        lines[0] += ", interrupted: some rounds are missing"
+def _baseline(report: Report) -> str:
+    return f"baseline {report.baseline.describe()}; {counted(report.rounds, 'round')}"
+
+
+def _machine_rates(report: Report) -> str | None:
+    """Returns the machine's best rates over all groups, or None if they were not timed."""
     probes: dict[str, list[float]] = {}
     for group in report.groups:
         for name, probe in group.probes.items():
@@ -189,7 +217,7 @@ def _summary(report: Report) -> list[str]:
     for kind, values in probes.items():
         best = max(values)
         rates.append(f"{kind} {best / 1e9:,.0f} GB/s" if kind == "copy" else f"{kind} {best / 1e9:,.0f} GMACs/s")
-    return [*lines, *([f"the machine's own best: {', '.join(rates)}"] if rates else [])]
+    return f"the machine's own best: {', '.join(rates)}" if rates else None
 
 
 def _variant(result: Result) -> tuple[str, str, str]:

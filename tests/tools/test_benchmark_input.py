@@ -31,7 +31,7 @@ def test_what_the_comparison_says(monkeypatch):
     """All of it, on one batch; another number of threads and other cores afterwards would slow down what follows."""
     monkeypatch.setattr(benchmark_input, "BATCH_SIZE", 4)
     threads = torch.get_num_threads()
-    lines = compare_input(images=3, rounds=2)
+    lines = list(compare_input(images=3, rounds=2))
     assert torch.get_num_threads() == threads
     assert lines[0].startswith("4 JPEGs of 500 x 375")
     ratios = [line for line in lines if "this package over timm" in line]

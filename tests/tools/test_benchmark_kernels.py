@@ -61,7 +61,7 @@ def test_the_table_has_medians_ratios_and_shares():
 def test_without_a_gpu_one_sentence_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="need an NVIDIA GPU, and torch finds none here"):
-        measure_kernels(1, torch.float32, 1)
+        list(measure_kernels(1, torch.float32, 1))
 
 
 def test_the_whole_measurement_with_the_cpu_in_the_place_of_a_gpu(monkeypatch):
@@ -74,8 +74,37 @@ def test_the_whole_measurement_with_the_cpu_in_the_place_of_a_gpu(monkeypatch):
     monkeypatch.setattr(benchmark_kernels, "STAGES", ((8, 4), (16, 2)))
     monkeypatch.setattr(benchmark_kernels, "cuda_seconds", lambda action: 1e-3 * len(action() or "1"))
     with pytest.raises(UserError, match=r"Some GPU runs no fused operators for torch.float32"):
-        measure_kernels(2, torch.float32, 2)
+        list(measure_kernels(2, torch.float32, 2))
     monkeypatch.setattr(benchmark_kernels.kernels, "usable", lambda x, kernel_size: True)
-    lines = measure_kernels(2, torch.float32, 2)
+    lines = list(measure_kernels(2, torch.float32, 2))
     assert lines[0].startswith("Some GPU, batch 2, float32, medians of 2 rounds; a copy moves 0 GB/s")
     assert len([line for line in lines if "forward" in line or "backward" in line]) == 8
+
+
+def test_an_operator_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("The output of this custom operator may not alias any inputs\nmore")
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch, "device", lambda *args: cpu)
+    monkeypatch.setattr(benchmark_kernels, "copy_probe", lambda device: (lambda: None, 1000))
+    monkeypatch.setattr(benchmark_kernels, "STAGES", ((8, 4),))
+    monkeypatch.setattr(benchmark_kernels, "cuda_seconds", lambda action: 1e-3 * len(action() or "1"))
+    monkeypatch.setattr(benchmark_kernels.kernels, "usable", lambda x, kernel_size: True)
+    monkeypatch.setattr(benchmark_kernels.kernels, "mlp_mix_backward", broken)
+    lines = list(measure_kernels(2, torch.float32, 1))
+    error = "not measured: The output of this custom operator may not alias any inputs"
+    assert lines[-1] == f"mlp_mix 32 x 4 x 4 backward: {error}"
+    assert [line.split("  ")[0] for line in lines[2:-1]] == [
+        "modulate 8 x 4 x 4 forward",
+        "modulate 8 x 4 x 4 backward",
+        "mlp_mix 32 x 4 x 4 forward",
+    ]
+    assert len({len(line) for line in lines[1:-1]}) == 1  # rows are aligned although each is printed by itself
+
+    monkeypatch.setattr(benchmark_kernels, "make_tasks", broken)
+    with pytest.raises(UserError, match="nothing could be measured; the reasons are above"):
+        list(measure_kernels(2, torch.float32, 1))

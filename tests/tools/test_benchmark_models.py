@@ -14,11 +14,29 @@ from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
 from conv2former.models import compiled, cpu_ops
-from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks
+from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks, benchmark_steps
 from conv2former.tools.benchmark_machine import OperatorTraffic
-from conv2former.tools.benchmark_models import Baseline, Group, Plan, Report, Result, Setting, Spread, measure, spread
+from conv2former.tools.benchmark_models import measure
 from conv2former.tools.benchmark_networks import count_macs, parse_networks
-from conv2former.tools.benchmark_report import check_outputs, models_markdown, models_text, put_section
+from conv2former.tools.benchmark_report import (
+    check_outputs,
+    models_foot,
+    models_group,
+    models_head,
+    models_markdown,
+    put_section,
+)
+from conv2former.tools.benchmark_results import (
+    Baseline,
+    Group,
+    Plan,
+    Probe,
+    Report,
+    Result,
+    Setting,
+    Spread,
+    spread,
+)
 
 from ..conftest import ROOT
 
@@ -41,6 +59,11 @@ def small_plan(*labels: str, **changes) -> Plan:
 
 def run(*labels: str, **changes) -> Report:
     return measure(small_plan(*labels, **changes), Baseline(labels[0]))
+
+
+def models_text(report: Report) -> str:
+    """Returns all that a terminal shows."""
+    return "\n".join([models_head(report), *(models_group(report, g) for g in report.groups), models_foot(report)])
 
 
 def script(monkeypatch, *words) -> None:
@@ -184,7 +207,7 @@ MACHINE = {
 
 def test_shares_of_the_machine():
     result = Result("a", SETTING, macs=1000, seconds=[2.0, 4.0])
-    probe = benchmark_models.Probe(work=48_000, seconds=[1.0, 2.0])
+    probe = Probe(work=48_000, seconds=[1.0, 2.0])
     assert result.step_macs == 3 * 1000 * 8
     assert result.share_of(result.step_macs, probe) == pytest.approx(0.25)
     assert result.share_of(None, probe) is None
@@ -272,9 +295,9 @@ def test_warming_up_lasts_until_fp16_takes_a_step():
         if len(steps) == 3:
             optimizer.state["state"] = {}
 
-    benchmark_models._warm_up(step, optimizer)
+    benchmark_steps.warm_up(step, optimizer)
     assert len(steps) == 3
-    benchmark_models._warm_up(step, None)
+    benchmark_steps.warm_up(step, None)
     assert len(steps) == 4
 
 
@@ -303,7 +326,7 @@ def test_a_failure_while_timing(monkeypatch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte\nmore")
         return 1.0
 
-    monkeypatch.setattr(benchmark_models._Clock, "read", read)
+    monkeypatch.setattr(benchmark_steps.Clock, "read", read)
     failed, measured = run("test_vit", OURS, rounds=3).groups[0].results
     assert failed.error == "out of memory"
     assert (failed.seconds, measured.seconds) == ([1.0], [1.0] * 3)
@@ -315,7 +338,7 @@ def test_an_interrupted_measurement_keeps_what_it_has(monkeypatch):
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr(benchmark_models._Clock, "read", read)
+    monkeypatch.setattr(benchmark_steps.Clock, "read", read)
     report = run(OURS, rounds=5)
     assert report.interrupted
     assert report.groups[0].results[0].seconds == [1.0]
