@@ -1,0 +1,242 @@
+"""What the documentation shows exists: commands and their options, keys, files, names that are imported."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from conv2former.config import Config, load_config
+
+from .conftest import ROOT
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = {name_of(page): [page] for page in PAGES} | {"configs": sorted((ROOT / "configs").rglob("*.yaml"))}
+FOLDERS = ("configs", "conv2former", "docs", "scripts", "tests")
+# Files that a reader has or gets, whose names look like those of this project.
+PLACEHOLDERS = {
+    "TRAINING.md",  # ConvNeXt's
+    "classify.py",  # docs/export.md shows the whole file
+    "config.yaml",  # in a run folder
+    "my_variant.yaml",
+}
+
+
+def text_of(path: Path) -> str:
+    """Returns a page, or the comments of a configuration, with lines that a backslash continues in one."""
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        text = "\n".join(re.findall(r"#\s?(.*)", text))
+    return re.sub(r"\s*\\\n\s*", " ", text)
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def commands(path: Path) -> Iterator[tuple[list[str], bool]]:
+    """Yields the words of every command line with one of the scripts, from the script on, and whether it is whole.
+
+    Within a sentence a command may lack what its script asks for. A usage line has its options in square brackets.
+    """
+    for line in text_of(path).splitlines():
+        shown = re.findall(r"`([^`]+)`", line) if "`" in line else [line.strip().removeprefix("$ ")]
+        for command in shown:
+            match = re.match(
+                r"(?:\S*(?:python3?|torchrun|sbatch)\s.*?)?(scripts/(?:slurm/)?\w+\.(?:py|sbatch)\b.*)", command
+            )
+            if match:
+                usage = "[--" in match[1]
+                text = re.sub(r"[][]", "", match[1]) if usage else match[1]
+                words = shlex.split(text, comments=True)
+                yield [word for word in words if word not in ("...", "key=value")], not usage and "`" not in line
+
+
+class Parsed(BaseException):
+    """Ends a script when its command line was read. Not an Exception: nothing may catch it."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Reads a command line as its script does, and returns what the parser left over; runs nothing else."""
+    real, depth, whole = argparse.ArgumentParser.parse_known_args, [0], [True]
+
+    def parse_known_args(self, args=None, namespace=None):
+        depth[0] += 1
+        if not whole[0]:
+            for action in self._actions:
+                action.required = False
+        try:
+            result, rest = real(self, args, namespace)
+        finally:
+            depth[0] -= 1
+        if depth[0]:  # a subcommand's
+            return result, rest
+        raise Parsed(rest)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    monkeypatch.chdir(ROOT)
+
+    def read(words: list[str], is_whole: bool) -> list[str]:
+        whole[0] = is_whole
+        monkeypatch.setattr(sys, "argv", words)
+        depth[0] = 0
+        with pytest.raises(Parsed) as stopped:
+            runpy.run_path(words[0], run_name="__main__")
+        return stopped.value.args[0]
+
+    return read
+
+
+def mistakes_in(words: list[str], whole: bool, parse, capsys) -> list[str]:
+    """Returns what is wrong with a command line that a page shows."""
+    if not (ROOT / words[0]).is_file():
+        return [f"no such script: {words[0]}"]
+    if words[0].endswith(".sbatch"):  # it hands its arguments on to train.py
+        words = ["scripts/train.py", *words[1:]]
+    try:
+        rest = parse(words, whole)
+    except SystemExit:
+        return [capsys.readouterr().err.strip().splitlines()[-1]]
+    keys = [re.fullmatch(r"([a-z_]+\.[a-z_0-9.]+)=.*", word) for word in rest]
+    wrong = [word for word, key in zip(rest, keys, strict=True) if not key]
+    if words[0] == "scripts/predict.py":  # images may stand anywhere
+        wrong = [word for word in wrong if word.startswith("-")]
+    return [f"unrecognized: {word}" for word in wrong] + [f"no such key: {k[1]}" for k in keys if k and not known(k[1])]
+
+
+@pytest.mark.parametrize("paths", SOURCES.values(), ids=SOURCES)
+def test_commands(paths, parse, capsys):
+    """Each script is there, takes the options that are shown with it, and each key of a configuration exists."""
+    shown = [command for path in paths for command in commands(path)]
+    wrong = {" ".join(words): found for words, whole in shown if (found := mistakes_in(words, whole, parse, capsys))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "mistake"),
+    [
+        ("python scripts/none.py --config FILE", "no such script: scripts/none.py"),
+        ("python scripts/train.py --config FILE --dryrun", "unrecognized: --dryrun"),
+        ("python scripts/train.py --config FILE data.rot=photos", "no such key: data.rot"),
+        ("python scripts/train.py data.root=photos", "the following arguments are required: --config"),
+        ("python scripts/benchmark.py models x --executions eager", "unrecognized: --executions"),
+        ("... the option `scripts/validate.py --per-clas` ...", "unrecognized: --per-clas"),
+    ],
+)
+def test_mistakes_in_commands_are_found(tmp_path, parse, capsys, line, mistake):
+    (tmp_path / "page.md").write_text(line)
+    ((words, whole),) = commands(tmp_path / "page.md")
+    assert mistake in mistakes_in(words, whole, parse, capsys)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- keys
+
+SECTIONS = "|".join(Config.model_fields)
+
+
+def known(key: str) -> bool:
+    """Returns whether a configuration has a key such as `data.root`, or a section such as `data`."""
+    model: object = Config
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
+            return False
+        model = model.model_fields[part].annotation
+    return True
+
+
+# What follows `model.` in Python, where it is a network.
+NO_KEYS = {"model.forward_head", "model.load_state_dict", "model.set_grad_checkpointing", "model.stages"}
+FILES = (".py", ".csv", ".log", ".safetensors")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_keys(path):
+    """What looks like a key of a configuration is one."""
+    shown = re.findall(rf"`((?:{SECTIONS})\.[a-z_0-9]+)", path.read_text())
+    assert [key for key in shown if not known(key) and key not in NO_KEYS and not key.endswith(FILES)] == []
+
+
+def test_yaml(tmp_path):
+    """The configurations that docs/recipes.md shows load."""
+    shown = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert shown
+    for content in shown:
+        (tmp_path / "mine.yaml").write_text(content.replace("base: ", f"base: {ROOT}/"))
+        assert load_config(tmp_path / "mine.yaml").to_dict()
+        assert yaml.safe_load(content)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+ENDINGS = "py|yaml|md|cpp|sbatch|toml"
+PROJECT = [
+    path.relative_to(ROOT)
+    for path in ROOT.rglob("*")
+    if not any(p.startswith(".") for p in path.relative_to(ROOT).parts)
+]
+
+
+def exists(name: str, page: Path) -> bool:
+    """Returns whether a file or folder is there, from the project's folder, from the page, or below any folder."""
+    name = name.rstrip("/")
+    if any(folder.joinpath(name).exists() for folder in (ROOT, page.parent)):
+        return True
+    return any(path.match(name) for path in PROJECT)
+
+
+def named_files(text: str) -> list[str]:
+    """Returns what looks like a file or folder of this project."""
+    files = re.findall(rf"(?<![\w/.$~<>*-])((?:\.\./)?[\w*-][\w/.*-]*\.(?:{ENDINGS}))\b(?!\.)", text)
+    folders = re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/(?:[\w-]+/)*)(?![\w.*-])", text)
+    return [name for name in files + folders if not name.startswith("runs/")]
+
+
+@pytest.mark.parametrize("paths", SOURCES.values(), ids=SOURCES)
+def test_files(paths):
+    """Files and folders of this project that are named exist."""
+    missing = {name for path in paths for name in named_files(text_of(path)) if not exists(name, path)}
+    assert sorted(missing - PLACEHOLDERS) == []
+
+
+def test_missing_files_are_found():
+    text = (
+        "see `models/block.py`, `finetune/foldr.yaml` and [x](docs/exprt.md); `configs/finetun/`, `runs/a/config.yaml`"
+    )
+    missing = [name for name in named_files(text) if not exists(name, ROOT / "README.md")]
+    assert missing == ["finetune/foldr.yaml", "docs/exprt.md", "configs/finetun/"]
+
+
+def test_links():
+    for page in PAGES:
+        targets = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text())
+        assert [target for target in targets if not (page.parent / target).exists()] == [], page
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_python(path):
+    """Blocks of Python can be parsed, and what they import from this package is there."""
+    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("conv2former"):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "conv2former":
+                assert hasattr(importlib.import_module("conv2former"), node.attr), node.attr
