@@ -165,11 +165,15 @@ def _members(file: IO[bytes], path: str) -> Iterator[_Member]:
     if file.read(6).startswith(MAGIC):
         raise DataError(f"{path} is compressed, so that no image in it can be reached alone; unpack it to a .tar")
     file.seek(0)
+    end = 0
+    has_members = any(file.read(tarfile.BLOCKSIZE))  # where there are none, Python 3.10 looks for them before the file
+    file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
+        while has_members and (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep a kilobyte for each
             if member.isreg() and not member.issparse():
                 yield _Member(member.name, member.offset_data, member.size)
+            end = tar.offset
         end = tar.offset
     # A broken header, or none, is the end for tarfile. The true end is zeros, at least one block of them.
     file.seek(end)

@@ -35,6 +35,7 @@ __all__ = [
 MAX_KERNEL_SIZE = 31
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
+TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # since torch 2.7
 MIN_TRITON = "3.3"  # the oldest that was seen to compile the kernels
 
 _devices: dict[int, bool] = {}
@@ -53,8 +54,8 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
 
     Returns:
         True for maps in channels_last memory and an odd kernel size of at most 31: float32, bfloat16 or float16 on an
-        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work,
-        float32, bfloat16 or float64 on a CPU for which `compiled.py` has functions.
+        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work (torch
+        2.7 or newer), float32, bfloat16 or float64 on a CPU for which `compiled.py` has functions.
     """
     if is_exporting() or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
         return False
@@ -67,8 +68,9 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
 
 def is_exporting() -> bool:
     """Says whether a program is taken down to run elsewhere."""
-    exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # since torch 2.7
-    return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    # Torch 2.6 does not tell torch.export from torch.compile, which then does without the operators.
+    exporting = torch.compiler.is_exporting if TELLS_EXPORTS else torch.compiler.is_compiling
+    return exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result

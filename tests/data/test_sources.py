@@ -321,7 +321,9 @@ def test_hf_images_in_an_archive(tmp_path):
     ).save_to_disk(tmp_path / "data")
     train, _ = open_train_and_val(config(tmp_path / "data", "hf"))
     assert train.images[0][0].getpixel((0, 0)) == (8, 8, 8)
-    with pytest.raises(UnreadableImage, match=r"row 1 \(zip://bad.png.*\): not a readable image"):
+    stored = datasets.load_from_disk(tmp_path / "data")["train"].cast_column("image", datasets.Image(decode=False))
+    path = r" \(zip://bad.png.*\)" if stored[1]["image"]["bytes"] is None else ""  # `datasets` 3 copies the bytes
+    with pytest.raises(UnreadableImage, match=f"row 1{path}: not a readable image"):
         train.images[1]
 
 
