@@ -16,7 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # which pytest needs there
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = FILE["project"]
 TESTED = ("train", "export", "explain", "test")
 # What is imported under another name than it is installed by, and what comes with another package
 NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
@@ -37,6 +38,8 @@ def test_oldest_versions_are_those_of_pyproject():
         name: [(each.operator, Version(each.version)) for each in req.specifier] for name, req in stated().items()
     }
     assert allowed == {name: [(">=", Version(version))] for name, version in pins.items()}
+    (builder,) = FILE["build-system"]["requires"]
+    assert Requirement(builder).specifier == stated()["hatchling"].specifier
 
 
 def test_oldest_python_is_that_of_pyproject():

@@ -201,10 +201,10 @@ def test_own_variants_with_other_fusions(tmp_path, fusion, ending):
 def test_a_torch_without_the_newer_way_to_say_any_shape(monkeypatch):
     real = builtins.__import__
 
-    def older(name, scope=None, *args):
+    def older(name, scope=None, *args, **kwargs):
         if name.endswith("dynamic_spec") and scope["__name__"] == tool.__name__:
             raise ImportError(name)
-        return real(name, scope, *args)
+        return real(name, scope, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", older)
     model = small_network()
