@@ -66,11 +66,15 @@ def test_source_checkout_then_wheel(empty_environment, wheel, monkeypatch):
     check(run(python, "-c", CREATE_ALL, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}), ROOT)
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     check(run(python, "-c", CREATE_ALL, cwd=folder), folder)
+    command = [python.with_name("conv2former"), "train", "--config", "imagenet1k/conv2former_t", "--print-config"]
+    assert "\n  root: photos\n" in run(*command, "data.root=photos", cwd=folder)  # a recipe out of the wheel
 
 
 def test_what_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "conv2former/configs/models/conv2former_t.yaml" in names
+    recipes = {f"conv2former/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("**/*.yaml")}
+    assert recipes <= names
     assert {"conv2former/data/pixels.cpp", "conv2former/models/cpu_kernels.cpp"} <= names  # compiled where they run
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"conv2former"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
