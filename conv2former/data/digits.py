@@ -7,10 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 
-__all__ = ["write_digits"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["write_digits", "write_samples"]
 
 
 def write_digits(root: Path) -> dict[str, str]:
@@ -53,8 +57,29 @@ def _exist(files: dict[str, str]) -> bool:
     return all(Path(path).is_file() for path in files.values())
 
 
-def _write(root: Path) -> None:
-    import datasets
+def write_samples(folder: Path, count: int = 10) -> list[Path]:
+    """Writes the first validation images as files to predict on, `0_is_7.png`: its number, and the digit that it is.
+
+    Args:
+        folder: made if need be; files of the same names are written anew.
+        count: how many.
+
+    Raises:
+        DataError: the files cannot be written.
+    """
+    images, labels = _digits()["validation"]
+    paths = [folder / f"{i}_is_{label}.png" for i, label in enumerate(labels[:count])]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, image in zip(paths, images, strict=False):
+            image.save(path)
+    except OSError as e:
+        raise DataError(f"{folder}: the digits cannot be written there ({e})") from None
+    return paths
+
+
+def _digits() -> dict[str, tuple[list[Image.Image], list[int]]]:
+    """Returns images, 8 x 8 and grey, and labels of each split."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -62,13 +87,22 @@ def _write(root: Path) -> None:
 
     digits = load_digits()
     indices = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
-    root.mkdir()
+    found = {}
     for split, chosen in zip(("train", "validation"), indices, strict=True):
         pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 shades of grey
-        columns = {"image": [Image.fromarray(p) for p in pixels], "label": digits.target[chosen].tolist()}
+        found[split] = ([Image.fromarray(p) for p in pixels], digits.target[chosen].tolist())
+    return found
+
+
+def _write(root: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    root.mkdir()
+    for split, (images, labels) in _digits().items():
+        columns = {"image": images, "label": labels}
         with _without_progress_bars():
             datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")
 

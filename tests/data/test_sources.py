@@ -444,6 +444,18 @@ def test_processes_that_write_the_digits_at_once(tmp_path):
     assert [path.name for path in root.parent.iterdir()] == ["digits"]
 
 
+def test_digits_to_predict_on(tmp_path):
+    files = digits.write_digits(tmp_path / "digits")
+    rows = datasets.load_dataset("parquet", data_files=files)["validation"]
+    paths = digits.write_samples(tmp_path / "samples", 3)
+    assert [path.name for path in paths] == [f"{i}_is_{rows[i]['label']}.png" for i in range(3)]
+    for path, row in zip(paths, rows, strict=False):
+        assert Image.open(path).tobytes() == row["image"].tobytes()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written there"):
+        digits.write_samples(tmp_path / "file")
+
+
 def test_digits_that_appear_while_the_folder_is_looked_at(tmp_path, monkeypatch):
     exist, looks = digits._exist, []
 

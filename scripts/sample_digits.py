@@ -1,0 +1,23 @@
+"""Writes ten of the digits that the quickstart does not train on as PNG files, to try predict.py on.
+
+python scripts/sample_digits.py digits
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from conv2former.data.digits import write_samples
+from conv2former.tools.cli import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="made if need be")
+    args = parser.parse_args()
+    print(f"in {args.folder}: {', '.join(path.name for path in write_samples(args.folder))}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
