@@ -204,7 +204,9 @@ class Trainer:
             f"validating on {f'{len(val_source)} ' if len(val_source) else ''}({val_source.name})"
         )
         if 0 < len(val_source) < SMALL_SPLIT:  # of a stream the length is not known
-            self.log.say(f"validation: {one_image(len(val_source))} of top-1; ± is its standard error")
+            # without the word error, for which people search their logs
+            small = one_image(len(val_source))
+            self.log.say(f"validation: {small} of top-1; ± is one standard deviation, sqrt(p (1 - p) / n)")
         counts = self.job.class_counts if self.world.is_main else None
         if counts is not None:
             self.log.say(describe_classes(self.config, counts, self.job.class_names))

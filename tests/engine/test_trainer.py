@@ -139,7 +139,8 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(raw_config, tmp_path, mo
     assert torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["epoch"] == 3
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 5
     lines = capsys.readouterr().out.split("\n")
-    assert "validation: one of 7 images is 14.29 points of top-1; ± is its standard error" in lines
+    small = "validation: one of 7 images is 14.29 points of top-1; ± is one standard deviation, sqrt(p (1 - p) / n)"
+    assert small in lines
     assert any(line.startswith("epoch 4/5  top-1 50.00 % ± 18.90  ") for line in lines)
     assert not any("top-5" in line for line in lines)
 
