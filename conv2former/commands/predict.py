@@ -23,10 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data import Skipped
+from ..engine.terminal import bar
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.explain import Explainer
-from ..tools.output import bar
 from ..tools.predict import (
     Predictor,
     check_results_folder,

@@ -12,20 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import OutputError
+from .fonts import drawing
+from .terminal import Bar, PlainProgress, bar_size, clock, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RunLog", "bar_size", "read_metrics", "writing"]
-
-
-def bar_size() -> dict[str, Any]:
-    """Returns tqdm's arguments for the width of a bar. A program that plays the terminal says that it has none."""
-    width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
-    return {"dynamic_ncols": True} if width else {"ncols": 120, "nrows": 20}
+__all__ = ["RunLog", "read_metrics", "writing"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -81,23 +76,23 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._plain = PlainProgress("training", " steps", total_steps, first_step)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
+            self._bar = Bar(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one, and writes it to `train.log` with the time."""
         if not self.is_main:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        say(text)
+        self._plain.rest()
         self._log(text)
 
     def advance(self) -> None:
-        """Moves the bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        """Moves the bar by one step; without a bar, says now and then how far the run is."""
+        if not self.is_main:
+            return
+        (self._plain if self._bar is None else self._bar).update()
 
     def step(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """Writes a training row: loss, lr, grad_norm, images_per_second, data_wait, memory_gib."""
@@ -109,12 +104,13 @@ class RunLog:
             f"data wait {row['data_wait']:.0%}"
         )
         left = (time.perf_counter() - self._start) / (step - self._first_step) * (self.total_steps - step)
-        line = f"epoch {epoch}  step {step}/{self.total_steps}  {text}  {_clock(left)} left"
+        line = f"epoch {epoch}  step {step}/{self.total_steps}  {text}  {clock(left)} left"
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch}", refresh=False)
             self._bar.set_postfix_str(text)
         else:
-            print(line, flush=True)
+            say(line)
+            self._plain.rest()
         self._log(line)
 
     def evaluation(self, step: int, epoch: int, row: dict[str, float]) -> None:
@@ -127,7 +123,8 @@ class RunLog:
         from matplotlib.image import imsave
 
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        with drawing(figure):
+            canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())
         path = self.folder / f"{name}.png"
         with writing(self.folder):
@@ -176,9 +173,3 @@ def writing(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({e}). Make room or repair the disk; the same command goes on from the last "
             "checkpoint"
         ) from None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..text import clipped
+
 __all__ = [
     "batch_figure",
     "confused_pairs",
@@ -49,7 +51,12 @@ def batch_figure(
 
 
 def grid_figure(
-    images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, size: float = 1.7, colours: Any = None
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int = 8,
+    size: float = 1.7,
+    colours: Any = None,
+    title: str = "",
 ) -> Figure:
     """Draws images in rows, each with the caption above it.
 
@@ -59,11 +66,16 @@ def grid_figure(
         columns: images in a row, at most.
         size: width and height of an image, inches.
         colours: of the captions, one for each; None for black.
+        title: above all, of lines for which four images are wide enough.
     """
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=1)
-    figure = Figure(figsize=(size * columns, (size + 0.13 * lines + 0.1) * rows), layout="constrained", dpi=100)
+    height = (size + 0.13 * lines + 0.1) * rows
+    if title:
+        columns, height = max(columns, 4), height + 0.1 + 0.2 * (title.count("\n") + 1)
+    figure = Figure(figsize=(size * columns, height), layout="constrained", dpi=100)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False)
     for i, axes in enumerate(grid.flat):
         axes.set_axis_off()
@@ -88,7 +100,7 @@ def _label(target: torch.Tensor, class_names: list[str], smoothing: float) -> st
 
 
 def _short(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return clipped(name, length)
 
 
 def curves_figure(rows: list[dict[str, Any]], best_epoch: int | None = None) -> Figure:
@@ -168,7 +180,7 @@ def confusion_figure(
     axes.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(ticks, names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(title, fontsize=10, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # above all: beside long names a title of the axes is cut
     for row, column in torch.nonzero(table).tolist():
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(counts[row][column]), ha="center", va="center", fontsize=7, color=colour)
@@ -215,7 +227,12 @@ def many_confusions_figure(counts: torch.Tensor, class_names: list[str], title: 
     together = f", the largest share of {cells} x {cells} in a dot" if cells > 1 else ""
     left.set(xlabel="predicted class, by index", ylabel="true class, by index")
     left.set_title(f"All {len(counts):,} classes{together}")
+    figure.suptitle(title, fontsize=12, parse_math=False)
     pairs = confused_pairs(counts, 30)
+    if not pairs:
+        right.set_axis_off()
+        right.text(0.5, 0.5, "No mistakes", ha="center", va="center", fontsize=14, transform=right.transAxes)
+        return figure
     sizes = counts.sum(1)
     places = range(len(pairs))
     right.barh(places, [count for *_, count in pairs], color="tab:blue", height=0.7)
@@ -226,9 +243,8 @@ def many_confusions_figure(counts: torch.Tensor, class_names: list[str], title: 
     right.set_ylim(29.6, -0.6)
     right.margins(x=0.15)
     right.xaxis.get_major_locator().set_params(integer=True)
-    right.set(xlabel="images", title="Most frequent: true → predicted" if pairs else "No mistakes")
+    right.set(xlabel="images", title="Most frequent: true → predicted")
     right.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
 
 
@@ -250,11 +266,12 @@ def reliability_figure(sums: torch.Tensor, error: float, title: str) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
     upper.bar(middles[used], accuracy, width, color="tab:blue", edgecolor="white", label="accuracy of the bin")
     mean = confidence[used] / images[used]
-    upper.plot(mean, accuracy, "o", color="black", ms=4, label="accuracy at its mean confidence")
+    upper.plot(mean, accuracy, "o", color="black", ms=4, label="accuracy at its mean confidence", clip_on=False)
     upper.plot([0, 1], [0, 1], "--", color="grey", label="confidence equals accuracy")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    upper.set_title(f"{title}\nexpected calibration error {100 * error:.2f} %", fontsize=10, parse_math=False)
-    upper.legend(loc="upper left", fontsize=8)
+    heading = f"{title}\nexpected calibration error {100 * error:.2f} %"
+    figure.suptitle(heading, fontsize=10, parse_math=False)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)  # inside it would hide a bar
     lower.bar(middles, images, width, color="tab:grey", edgecolor="white")
     for middle, count in zip(middles, images, strict=True):
         lower.text(middle, count, f"{int(count):,}" if count else "", ha="center", va="bottom", fontsize=7)

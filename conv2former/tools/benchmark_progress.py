@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..engine.logging import bar_size
+from ..engine.terminal import bar_size
 from .benchmark_results import Plan, Result
 from .benchmark_steps import MIN_SECONDS
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models import Conv2Former
+from ..text import clipped
 from .output import printable, save_figure
 from .predict import Prediction, Predictor
 
@@ -155,7 +156,7 @@ def explain_figure(
     panels[0].set_title(f"what the network sees\n{width} x {height} pixels", fontsize=9)
     panels[0].set(xticks=[], yticks=[])
     scales[0].set_axis_off()
-    what = f"{'what' if activation.values.any() else 'nothing'} speaks for '{_cut(class_name, 24)}'"
+    what = f"{'what' if activation.values.any() else 'nothing'} speaks for '{clipped(class_name, 24)}'"
     unit = "part of the class's score" if activation.stage == 4 else "weight for the class"
     _draw(panels[1], scales[1], pixels, activation, 0.0, "inferno", f"{what}\nGrad-CAM, stage {activation.stage}", unit)
     for axes, scale, one in zip(panels[2:], scales[2:], modulation, strict=True):
@@ -180,12 +181,6 @@ def _draw(
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
     scale.tick_params(labelsize=7)
-
-
-def _cut(text: str, length: int, keep_end: bool = False) -> str:
-    if len(text) <= length:
-        return text
-    return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
 
 
 class Explainer:
@@ -230,7 +225,7 @@ class Explainer:
         seen = (prediction.pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
         activation = activation_map(model, prediction.pixels, index, self.cam_stage)
         modulation = modulation_maps(model, prediction.pixels, self.stages)
-        heading = f"{_cut(printable(prediction.name), 90, keep_end=True)}\n{_cut(str(prediction), 105)}"
+        heading = f"{clipped(printable(prediction.name), 90, keep_end=True)}\n{clipped(str(prediction), 105)}"
         class_name = printable(self.predictor.names[index])
         figure = explain_figure(seen, activation, class_name, modulation, heading)
         stem = re.sub(r"[^\w.-]+", "_", Path(prediction.name).stem, flags=re.ASCII).strip("_.-")[:40]

@@ -1,23 +1,23 @@
-"""What tools write and show: files that appear whole or not at all, pictures, tables, bars."""
+"""What tools write and show: files that appear whole or not at all, pictures, tables."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ..errors import OutputError
+from ..text import columns_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bar", "check_writable", "printable", "replacing", "save_figure", "text_table"]
+__all__ = ["check_writable", "printable", "replacing", "save_figure", "text_table"]
 
-T = TypeVar("T")
+JOINERS = "\u200c\u200d"
 
 
 @contextmanager
@@ -66,33 +66,26 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with replacing(path) as temporary:
+    from ..engine.fonts import drawing  # not above: the engine needs packages that tables and files do not
+
+    with replacing(path) as temporary, drawing(figure):
         figure.savefig(temporary)
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table for a terminal, the first column aligned to the left and the others to the right."""
     lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(columns_of(line[i]) for line in lines) for i in range(len(header))]
 
     def padded(line: Sequence[str]) -> str:
-        first, *others = zip(line, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+        spaces = [" " * (width - columns_of(cell)) for cell, width in zip(line, widths, strict=True)]
+        others = (space + cell for cell, space in zip(line[1:], spaces[1:], strict=True))
+        return "  ".join([line[0] + spaces[0], *others]).rstrip()
 
     return "\n".join(map(padded, lines))
 
 
 def printable(text: str) -> str:
     """Returns text for one line of a terminal or picture: line ends, control characters and broken bytes escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def bar(items: Iterable[T], total: int | None, unit: str, what: str = "") -> Iterator[T]:
-    """Goes over `items` with a bar on a terminal, on the main process; elsewhere without one. ` images` is a unit."""
-    from tqdm import tqdm
-
-    from ..engine.logging import bar_size  # not above: the engine needs packages that tables and files do not
-
-    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with tqdm(items, desc=what or None, total=total, unit=unit, disable=not shown, **bar_size()) as progress:
-        yield from progress
+    # joiners are letters' business: Hindi, Persian and emoji need them
+    return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)

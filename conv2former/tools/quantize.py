@@ -20,9 +20,10 @@ from ..config.schema import NO_SPLIT, DataConfig
 from ..data import Batch, DataSource, StreamSource, batches, eval_loader
 from ..data.holdout import Part
 from ..data.sources import open_split, open_train_and_val
+from ..engine.terminal import bar
 from ..errors import ConfigError, DataError, OutputError, UserError, counted
 from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
-from .output import bar, replacing
+from .output import replacing
 from .validate import EvaluationOptions, prepare_task
 
 __all__ = ["CALIBRATION_IMAGES", "MAX_DROP", "Accuracy", "ImagesFor", "Quantized", "export_int8"]

@@ -7,6 +7,7 @@ As Luo et al. define it (https://arxiv.org/abs/1701.04128), summed over images a
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from torch import nn
 from ..config.schema import DataConfig
 from ..data import eval_transform
 from ..data.images import any_size, open_rgb
+from ..engine.terminal import bar
 from ..errors import CheckpointError, ConfigError, OutputError, closest, counted
 from ..models import Conv2Former, Preprocessing, list_variants, load_model
-from .output import bar, check_writable, printable, text_table
+from ..text import clipped
+from .output import check_writable, printable, text_table
 from .predict import ImageFile, choose_device, find_images, read_settings
 
 __all__ = [
@@ -304,7 +307,9 @@ def fields_figure(fields: Sequence[Field], note: str) -> Figure:
     columns = stages if stages > 1 else min(4, len(fields))  # a row is a network, or else up to four
     rows = -(-len(fields) // columns)
     figure = Figure(figsize=(max(5.0, 3.6 * columns + 0.9), 4.1 * rows + 0.6), layout="compressed", dpi=110)
-    figure.suptitle(note, fontsize=9, parse_math=False)
+    letters = int(figure.get_figwidth() * 12)  # of a line, at that size
+    heading = "\n".join(textwrap.fill(line, letters) for line in note.split("\n"))
+    figure.suptitle(heading, fontsize=9, parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False)
     shown: Any = None
     for axes in grid.flat[len(fields) :]:
@@ -325,7 +330,9 @@ def fields_figure(fields: Sequence[Field], note: str) -> Figure:
         axes.tick_params(labelsize=7)
         half, most = field.squares[2:]
         sides = f"50 % in {half.side} x {half.side} pixels (solid), 99 % in {most.side} x {most.side} (dashed)"
-        name = field.name if len(field.name) <= 60 else "…" + field.name[-59:]
+        name = "\n".join(
+            clipped(line, 44, keep_end=True) for line in field.name.replace(" of ", " of\n", 1).split("\n")
+        )
         axes.set_title(
             f"{name}\nstage {field.stage}, {field.cells[0]} x {field.cells[1]}\n{sides}",
             fontsize=8,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ..engine.fonts import prepare, runs_of
 
 __all__ = ["WHOLE", "Cell", "contact_sheet", "layout_for"]
 
 GAP, LINE, MARGIN = 18, 20, 4  # between cells, of a line of text, inside a bar; pixels
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # the frame of a whole image; it is not drawn
+SIZE = 13  # of the letters, pixels
 FRAME, BAR, GROUND = "#ff9d00", "#bcd7f0", "#f3f3f3"
 # up to so many images in all, columns of a page, and the side of the square that each is fitted into, pixels
 LAYOUTS = ((1, 1, 560), (4, 2, 400), (12, 4, 260), (10**9, 6, 210))
@@ -51,6 +51,7 @@ def contact_sheet(cells: Sequence[Cell], columns: int, side: int, heading: str) 
         side: of the square that an image is fitted into, pixels.
         heading: above all of them; what does not fit into three lines is left out.
     """
+    prepare([heading, *(text for cell in cells for text in (cell.title, *(text for text, _ in cell.bars)))])
     columns = min(columns, len(cells))
     height = 2 * LINE + side + MARGIN + LINE * max(len(cell.bars) for cell in cells)
     width = GAP + columns * (side + GAP)
@@ -59,7 +60,7 @@ def contact_sheet(cells: Sequence[Cell], columns: int, side: int, heading: str) 
     page = Image.new("RGB", (width, top + -(-len(cells) // columns) * (height + GAP)), "white")
     draw = ImageDraw.Draw(page)
     for i, text in enumerate(words):
-        draw.text((GAP, GAP // 2 + i * LINE), text, "#555", _font())
+        _write(draw, GAP, GAP // 2 + i * LINE, text, "#555")
     for i, cell in enumerate(cells):
         _draw_cell(page, cell, GAP + i % columns * (side + GAP), top + i // columns * (height + GAP), side)
     return page
@@ -67,9 +68,9 @@ def contact_sheet(cells: Sequence[Cell], columns: int, side: int, heading: str) 
 
 def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) -> None:
     draw = ImageDraw.Draw(page)
-    bold, right = _font("DejaVuSans-Bold.ttf"), left + side - 1
-    draw.text((left, top), _fitting(cell.title, bold, side, keep_end=True), "black", bold)
-    draw.text((left, top + LINE - 2), f"{cell.size[0]} x {cell.size[1]}", "#777", _font(size=11))
+    right = left + side - 1
+    _write(draw, left, top, _fitting(cell.title, side, bold=True, keep_end=True), "black", bold=True)
+    _write(draw, left, top + LINE - 2, f"{cell.size[0]} x {cell.size[1]}", "#777", size=11)
     top += 2 * LINE
     draw.rectangle((left, top, right, top + side - 1), GROUND)
     x, y = left + (side - cell.image.width) // 2, top + (side - cell.image.height) // 2
@@ -77,12 +78,13 @@ def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) ->
     if cell.frame != WHOLE:
         _draw_frame(draw, cell, x, y)
     top += side + MARGIN
+    column = _length("100.0 %") + MARGIN  # of the percentages, where no bar reaches
+    room = side - column - 2 * MARGIN
     for text, share in cell.bars:
-        draw.rectangle((left, top + 1, left + round(share * (side - 1)), top + LINE - 2), BAR)
         percent = f"{100 * share:.1f} %"
-        room = side - _font().getlength(percent) - 4 * MARGIN
-        draw.text((left + MARGIN, top + 2), _fitting(text, _font(), room), "black", _font())
-        draw.text((right - MARGIN, top + 2), percent, "black", _font(), anchor="ra")
+        draw.rectangle((left, top + 1, left + round(share * (room + MARGIN)), top + LINE - 2), BAR)
+        _write(draw, left + MARGIN, top + 2, _fitting(text, room), "black")
+        _write(draw, right - MARGIN - _length(percent), top + 2, percent, "black")
         top += LINE
 
 
@@ -102,18 +104,27 @@ def _draw_frame(draw: ImageDraw.ImageDraw, cell: Cell, x: int, y: int) -> None:
     draw.rectangle(box, outline=FRAME)
 
 
-@functools.cache
-def _font(name: str = "DejaVuSans.ttf", size: int = 13) -> Any:
-    """Returns a font that matplotlib brings along: the same on every machine, with more letters than Pillow's."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+def _write(
+    draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: str, size: int = SIZE, bold: bool = False
+) -> None:
+    """Writes a line of text with its upper left corner at (x, y), each character in a font that has it."""
+    base = y + runs_of("", size, bold)[0][1].getmetrics()[0]
+    for piece, font in runs_of(text, size, bold):
+        draw.text((x, base), piece, colour, font, anchor="ls")
+        x += font.getlength(piece)
 
 
-def _fitting(text: str, font: Any, room: float, keep_end: bool = False) -> str:
+def _length(text: str, bold: bool = False) -> float:
+    """Returns the width of text in pixels."""
+    return sum(font.getlength(piece) for piece, font in runs_of(text, SIZE, bold))
+
+
+def _fitting(text: str, room: float, bold: bool = False, keep_end: bool = False) -> str:
     """Cuts text to a width in pixels; `keep_end` cuts its beginning, of a path the part that says least."""
     short = text[-200:] if keep_end else text[:200]
-    if short == text and font.getlength(text) <= room:
+    if short == text and _length(text, bold) <= room:
         return text
-    while short and font.getlength(short + "…") > room:
+    while short and _length(short + "…", bold) > room:
         short = short[1:] if keep_end else short[:-1]
     return "…" + short if keep_end else short.rstrip() + "…"
 
@@ -123,7 +134,7 @@ def _wrapped(text: str, room: float) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font().getlength(longer) > room:
+        if lines[-1] and _length(longer) > room:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -30,6 +30,7 @@ from ..engine.build import autocast_for
 from ..engine.distributed import World, join_world
 from ..engine.evaluate import Evaluation, Score, evaluate_views
 from ..engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
+from ..engine.terminal import bar
 from ..errors import (
     CheckpointError,
     ConfigError,
@@ -42,7 +43,6 @@ from ..errors import (
 from ..models import CheckpointInfo, Conv2Former, load_model
 from ..models.preprocessing import Preprocessing, candidates
 from .evaluation_files import Extras, check_folder, folders_of, write_extras, write_results
-from .output import bar
 
 __all__ = [
     "AMONG",

@@ -64,3 +64,8 @@ def test_a_table():
     assert text_table(["file", "top-1"], [["a.pt", "9.5"], ["long.pt", "81.25"]]) == (
         "file     top-1\na.pt       9.5\nlong.pt  81.25"
     )
+
+
+def test_a_table_with_letters_of_two_columns_and_of_none():
+    table = text_table(["class", "images"], [["猫", "9"], ["कु", "8"], ["cats", "10"]])
+    assert table == "class  images\n猫          9\nकु           8\ncats       10"

@@ -1,0 +1,28 @@
+"""Text of a given width, for terminals and pictures."""
+
+from __future__ import annotations
+
+import unicodedata
+
+__all__ = ["clipped", "columns_of"]
+
+
+def columns_of(text: str) -> int:
+    """Returns how wide a text is on a terminal, in columns: Chinese letters have two, accents and joiners none."""
+    if text.isascii():
+        return len(text)
+    seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return len(seen) + sum(unicodedata.east_asian_width(c) in "WF" for c in seen)
+
+
+def clipped(text: str, columns: int, keep_end: bool = False) -> str:
+    """Returns text of at most so many columns, Chinese letters two wide; `keep_end` cuts the start."""
+    if columns_of(text) <= columns:
+        return text
+    taken, room = "", columns - 1
+    for character in reversed(text) if keep_end else text:
+        room -= columns_of(character)
+        if room < 0:
+            break
+        taken = character + taken if keep_end else taken + character
+    return "…" + taken if keep_end else taken + "…"
