@@ -1,8 +1,9 @@
 """C++ files of this package, compiled where they run.
 
-As with torch.compile and Triton, the compiler is called at the first use, here for some seconds, which standard error is
-told before, and the result is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next time. Where there is no compiler, no x86
-processor with AVX2, or CONV2FORMER_COMPILE=0 is set, `library` returns None, and others do the work in more time.
+As with torch.compile and Triton, the compiler is called at the first use, here for some seconds, which a line on
+standard error announces. The result is kept in the user's cache folder (`$CONV2FORMER_HOME/compiled`) for the next
+time. Where there is no compiler, no x86 processor with AVX2, or CONV2FORMER_COMPILE=0 is set, `library` returns None,
+and others do the work in more time.
 """
 
 from __future__ import annotations

@@ -20,10 +20,9 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..data import Skipped
-from ..engine.terminal import bar
+from ..engine.terminal import bar, say
+from ..text import columns_of
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.explain import Explainer
@@ -78,20 +77,22 @@ def main() -> None:
     predictor = Predictor(args.checkpoint, args.overrides, args.device, use_ema=not args.raw)
     explainer = Explainer(predictor, args.class_name, args.cam_stage, args.stage) if args.explain else None
     about = sys.stderr if args.json else sys.stdout
-    print(predictor, file=about)
+    alone = args.output is None  # then there is nothing to do once nobody reads the lines
+    say(str(predictor), about, required=alone)
     total, unreadable = len(images), []
-    width = min(40, max(len(printable(image.name)) for image in images))
+    width = min(40, max(columns_of(printable(image.name)) for image in images))
     with writing_results(args.output, images, predictor, explainer) if args.output else nullcontext() as results:
         found = predictor(images, args.topk, args.batch_size, results.preview if results else None)
-        for prediction in bar(found, total, " images"):
+        for prediction in bar(found, total, " images", "predicting", file=sys.stderr):
             if isinstance(prediction, Skipped):
                 unreadable.append(prediction)
                 continue
             record = results.add(prediction) if results else prediction.to_dict()
-            text = f"{printable(prediction.name):{width}}  {prediction}"
-            tqdm.write(json.dumps(record) if args.json else text)
+            name = printable(prediction.name)
+            text = f"{name}{' ' * (width - columns_of(name))}  {prediction}"
+            say(json.dumps(record) if args.json else text, required=alone)
     if results and results.count:
-        print(f"in {args.output}: {results}", file=about)
+        say(f"in {args.output}: {results}", about)
     raise_unreadable(unreadable, total)
 
 

@@ -15,9 +15,10 @@ import os
 import re
 from pathlib import Path
 
+from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.evaluation_files import summary
+from ..tools.evaluation_files import heading, summary
 from ..tools.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
 
 MAX_WORST = 200  # in one picture
@@ -59,6 +60,11 @@ def main() -> None:
     overrides = [word for word in args.checkpoint if word not in files] + overrides
 
     extras = Extras(args.real, args.per_class, args.confusion, args.calibration, args.worst)
+    folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
+
+    def show(lines: list[str]) -> None:
+        say("\n".join(lines), required=folder is None)
+
     rows = validate_files(
         files,
         args.config,
@@ -70,10 +76,10 @@ def main() -> None:
         among=args.among,
         extras=extras,
         output=args.output,
+        announce=lambda known: show(heading(known)),
     )
     if os.environ.get("RANK", "0") == "0":
-        folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
-        print("\n".join(summary(rows, folder)))
+        show(summary(rows, folder, is_headed=True))
 
 
 def _count(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from ..data import Batch, Skipped
 from ..errors import counted
 from .distributed import World
 from .tallies import Answers, Tally
+from .terminal import bar
 
 __all__ = [
     "MAX_CONFUSION_CLASSES",
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_views",
     "has_top5",
     "one_image",
+    "shown",
     "standard_error",
     "with_error",
 ]
@@ -53,6 +55,23 @@ def with_error(top1: float, n: int) -> str:
 def one_image(n: int) -> str:
     """Returns a sentence's beginning on how coarse an accuracy on `n` images is."""
     return f"one of {counted(n, 'image')} is {100 / n:.2f} points"
+
+
+def shown(loader: Iterable[Batch], total: int, what: str, processes: int = 1, leave: bool = True) -> Iterator[Batch]:
+    """Goes over this process's batches; the main one shows how many images of all processes have had their turn.
+
+    Args:
+        loader: the batches.
+        total: images of all processes; 0 where nobody knows, as of a stream.
+        what: is being evaluated.
+        processes: how many there are; they are taken to be equally far.
+        leave: whether a bar stays on the terminal.
+    """
+
+    def images(batch: Batch) -> int:
+        return processes * (len(batch.images) + len(batch.skipped))
+
+    return bar(loader, total or None, " images", what, images, leave=leave)
 
 
 @dataclass(frozen=True)

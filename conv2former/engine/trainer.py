@@ -39,7 +39,7 @@ from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_p
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
 from .checkpoint import latest_checkpoint, link_last, save_checkpoint
 from .distributed import World, join_world
-from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, with_error
+from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
 from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
@@ -351,9 +351,10 @@ class Trainer:
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         self.world.at("an evaluation")
+        total = len(self.job.val_source)  # 0 of a stream
         result = evaluate(
             model,
-            batches(self.val_loader),
+            shown(batches(self.val_loader), total, "validating", self.world.size, leave=False),
             self.world,
             self.run.autocast,
             self.config.train.channels_last,

@@ -20,6 +20,9 @@ EXTRAS = {
     **dict.fromkeys(("torchvision", "PIL", "numpy"), "train"),
 }
 
+# What a shell says of `cat` or `grep` whose output nobody reads any more: 128 + SIGPIPE.
+CUT = 141
+
 
 def run_cli(
     main: Callable[[], None],
@@ -27,7 +30,7 @@ def run_cli(
     less_memory: str = "take smaller batches or smaller images",
     extra: str = "train",
 ) -> None:
-    """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C.
+    """Runs a script's main function and exits: 0, or the error's `exit_code`; 130 after Ctrl-C, 141 without a reader.
 
     Errors are one message on standard error, without a traceback, from one process where all have the same. Under
     torchrun each process also leaves its message for torchrun's report.
@@ -49,9 +52,9 @@ def run_cli(
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: not all was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(CUT)
     except Exception as e:
         package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
         if package in EXTRAS:

@@ -18,16 +18,27 @@ import torch
 from ..data import DataSource, StreamSource
 from ..data.classes import display_names
 from ..data.images import UnreadableImage
-from ..engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image, standard_error
+from ..engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image
 from ..engine.tallies import Mistake, calibration_error
 from ..errors import OutputError, counted, shorten
 from ..models.preprocessing import Preprocessing
+from ..text import clipped
 from .output import check_writable, printable, replacing, save_figure, text_table
 
-__all__ = ["Extras", "check_folder", "folders_of", "summary", "write_extras", "write_results"]
+__all__ = [
+    "NOT_FINITE",
+    "Extras",
+    "check_folder",
+    "folders_of",
+    "heading",
+    "summary",
+    "write_extras",
+    "write_results",
+]
 
 WORST_CLASSES = 10  # shown on a terminal
 PICTURE_SIDE = 320  # pixels, at most, of a mistake's image
+NOT_FINITE = "the loss is not a finite number: so are some of the network's answers, or its weights"
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text(json.dumps(_plain(rows), indent=2) + "\n", "utf-8")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns = [key for key in columns if key not in ("notes", "worst", "worst_classes", "files", "changed")]
+    columns = [key for key in columns if not key.endswith("top5") or any(row.get(key) is not None for row in rows)]
     cells = ([_cell(row.get(key)) for key in columns] for row in rows)
     _write_csv(folder / "results.csv", columns, cells)
 
@@ -160,7 +172,8 @@ def write_extras(
     from ..engine import pictures
 
     shown = display_names(class_names)
-    title = f"{_tail(row['checkpoint'], 60)}\n{_tail(row['data'], 40)}, {row['preprocessing']} preprocessing"
+    checkpoint, data = (clipped(row[key], 50, keep_end=True) for key in ("checkpoint", "data"))
+    title = f"{checkpoint}\n{data}, {row['preprocessing']} preprocessing"
     files: dict[str, Path] = {}
     found: dict[str, Any] = {}
     if extras.per_class:
@@ -171,7 +184,7 @@ def write_extras(
         found["worst_classes"] = sorted(present, key=lambda line: line["top1"])[:WORST_CLASSES]
     if extras.confusion and result.confusion is not None:
         files["confusion"] = folder / "confusion.png"
-        heading = f"{title}, {counted(int(row['n']), 'image')}, top-1 {row['top1']:.2f} %"
+        heading = f"{title}\n{counted(int(row['n']), 'image')}, top-1 {row['top1']:.2f} %"
         figure = _confusion_figure(result.confusion, shown, heading)
         save_figure(figure, files["confusion"])
     if extras.calibration:
@@ -184,7 +197,8 @@ def write_extras(
         found["worst"] = [_mistake_row(mistake, source, shown) for mistake in result.tallies["worst"]]
         if found["worst"]:
             files["worst"] = folder / "worst.png"
-            save_figure(_worst_figure(result.tallies["worst"], found["worst"], source), files["worst"])
+            heading = f"{title}\nthe {counted(len(found['worst']), 'mistake')} of the highest loss"
+            save_figure(_worst_figure(result.tallies["worst"], found["worst"], source, heading), files["worst"])
     return {**found, "files": {key: str(path) for key, path in files.items()}}
 
 
@@ -207,7 +221,8 @@ def _class_rows(result: Evaluation, class_names: Sequence[str], shown: Sequence[
     for i, (n, top1, top5, answered) in enumerate(result.tallies["per_class"].T.tolist()):
         line: dict[str, Any] = {"class": class_names[i], "name": shown[i], "n": n}
         line["top1"] = 100 * top1 / n if n else None
-        line["top5"] = 100 * top5 / n if n else None
+        if has_top5(len(class_names)):
+            line["top5"] = 100 * top5 / n if n else None
         line["answered"] = answered  # how often it was the network's answer
         line["precision"] = 100 * top1 / answered if answered else None
         if confusion is not None:
@@ -232,7 +247,7 @@ def _mistake_row(mistake: Mistake, source: DataSource, shown: Sequence[str]) -> 
     }
 
 
-def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], source: DataSource) -> Any:
+def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], source: DataSource, title: str) -> Any:
     from ..engine.pictures import grid_figure
 
     images, captions = [], []
@@ -244,40 +259,43 @@ def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], s
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         images.append(np.asarray(image))
         captions.append(
-            f"true: {_head(row['true'])}, {row['true_confidence']:.1%}\n"
-            f"predicted: {_head(row['predicted'])}, {row['confidence']:.1%}\n"
-            f"{_tail(printable(os.path.basename(row['image'])), 32)}"
+            f"true: {clipped(row['true'], 24)}, {row['true_confidence']:.1%}\n"
+            f"predicted: {clipped(row['predicted'], 24)}, {row['confidence']:.1%}\n"
+            f"{clipped(printable(os.path.join(*Path(row['image']).parts[-2:])), 34, keep_end=True)}"
         )
-    return grid_figure(images, captions, columns=5, size=2.2)
-
-
-def _head(text: str, length: int = 24) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _tail(text: str, length: int) -> str:
-    return text if len(text) <= length else "…" + text[1 - length :]
+    return grid_figure(images, captions, columns=5, size=2.2, title=title)
 
 
 # ------------------------------------------------------------------------------------------------------- on a terminal
 
 
-def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> list[str]:
+def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns lines that say what is evaluated, how and on what, which is known before it begins.
+
+    Args:
+        rows: as `validate_files` returns them, at least one; of the metrics `n` alone is needed.
+    """
+    lines = [f"{row['checkpoint']}: {row['variant']}, {row['weights']} weights" for row in rows]
+    lines += [_data_line(row) for row in rows]
+    lines += _view_lines(rows)
+    lines += [f"note: {text}" for row in rows for text in row["notes"] if text != NOT_FINITE]
+    return list(dict.fromkeys(lines))
+
+
+def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_headed: bool = False) -> list[str]:
     """Returns lines that say what was evaluated, and the results as a table.
 
     Args:
         rows: as `validate_files` returns them, at least one.
         folder: where results.json is; None where nothing was written.
+        is_headed: the lines of `heading` are there already.
     """
-    table = ["", *_results_table(rows), ""]
-    head = (
-        [f"skipped: {reason}" for row in rows for reason in row["skipped"]],
-        [f"{row['checkpoint']}: {row['variant']}, {row['weights']} weights" for row in rows],
-        [_data_line(row) for row in rows],
-    )
-    foot = (_view_lines(rows), _precision_lines(rows), [f"note: {text}" for row in rows for text in row["notes"]])
-    once = [[line for group in groups for line in dict.fromkeys(group)] for groups in (head, foot)]
-    lines = [*once[0], *table, *once[1]]
+    lines = list(dict.fromkeys(f"skipped: {reason}" for row in rows for reason in row["skipped"]))
+    if not is_headed:
+        lines += heading(rows)
+    lines += ["", *_results_table(rows)]
+    if notes := _result_notes(rows):
+        lines += ["", *notes]
     for row in rows:
         if "worst_classes" in row:
             lines += ["", *_worst_classes_table(row)]
@@ -291,47 +309,44 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> list[
     return lines
 
 
+def _result_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns lines on what the numbers are worth."""
+    lines = []
+    for row in rows:
+        if NOT_FINITE in row["notes"]:
+            lines.append(f"note: {NOT_FINITE}")
+        if 0 < row["n"] < SMALL_SPLIT:
+            lines.append(f"note: {one_image(row['n'])} of top-1; ± is its standard error, sqrt(p (1 - p) / n)")
+    return list(dict.fromkeys(lines))
+
+
 def _data_line(row: dict[str, Any]) -> str:
-    classes = counted(row["network_classes"], "class", "classes")
+    classes = f"all of the network's {counted(row['network_classes'], 'class', 'classes')}"
     present, scored = row["present_classes"], row["classes"]
     if present is not None and present < row["network_classes"]:
-        classes = f"{present:,} of the network's {classes}, scored among {'all' if scored > present else 'these'}"
+        classes = f"{present:,}{classes.removeprefix('all')}, scored among {'all' if scored > present else 'these'}"
     processes = "" if row["processes"] == 1 else f", {row['processes']} processes"
-    return f"{row['data']}: {counted(row['n'], 'image')}, {classes}, {row['precision']}{processes}"
-
-
-def _precision_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns a line on how coarse the accuracies on a small set of images are, for each number of images."""
-    errors: dict[int, list[float]] = {}
-    for row in rows:
-        if row["n"] < SMALL_SPLIT:
-            errors.setdefault(row["n"], []).append(standard_error(row["top1"], row["n"]))
-    return [
-        f"{one_image(n)} of top-1, whose standard error is "
-        f"{' to '.join(dict.fromkeys(f'{choose(found):.2f}' for choose in (min, max)))} points"
-        for n, found in errors.items()
-    ]
+    images = counted(row["n"], "image") if row["n"] else "a stream of images"
+    return f"{row['data']}: {images}, {classes}, {row['precision']}{processes}"
 
 
 def _results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     has_real, has_ece = (any(key in row for row in rows) for key in ("real_top1", "ece"))
-    five = ["top-5"] * any(has_top5(row["classes"]) for row in rows)
-    header = ["checkpoint", "preprocessing", "top-1", *five, "loss"]
-    header += ["ReaL", *(f"ReaL {name}" for name in five)] * has_real + ["ECE"] * has_ece + ["images", "images/s"]
+    has_top5, is_small = any(row["top5"] is not None for row in rows), any(row["n"] < SMALL_SPLIT for row in rows)
+    header = ["checkpoint", "preprocessing", "top-1", *["±"] * is_small, *["top-5"] * has_top5, "loss"]
+    header += ["ReaL"] * has_real + ["ReaL top-5"] * (has_real and has_top5) + ["ECE"] * has_ece
     body = []
     for row in rows:
-        top5, real_top5 = ([_top5_cell(row, key) for _ in five] for key in ("top5", "real_top5"))
-        line = [row["checkpoint"], row["preprocessing"], f"{row['top1']:.2f}", *top5, f"{row['loss']:.4f}"]
-        if has_real:
-            line += [f"{row['real_top1']:.2f}", *real_top5]
-        if has_ece:
-            line.append(f"{row['ece']:.2f}")
+        line = [row["checkpoint"], row["preprocessing"], f"{row['top1']:.2f}"]
+        line += [f"{row['top1_error']:.2f}"] * is_small + [_percent(row["top5"])] * has_top5 + [f"{row['loss']:.4f}"]
+        line += [_percent(row.get("real_top1"))] * has_real + [_percent(row.get("real_top5"))] * (has_real and has_top5)
+        line += [_percent(row.get("ece"))] * has_ece
         body.append([*line, str(row["n"]), f"{row['images_per_second']:,.0f}"])
-    return text_table(header, body).split("\n")
+    return text_table([*header, "images", "images/s"], body).split("\n")
 
 
-def _top5_cell(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]:.2f}" if key in row and has_top5(row["classes"]) else "-"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _view_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -348,12 +363,12 @@ def _view_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _worst_classes_table(row: dict[str, Any]) -> list[str]:
     lines = row["worst_classes"]
     has_confusion = "taken_for" in lines[0]
-    keys = {"top1": "top-1", "top5": "top-5"} if has_top5(row["classes"]) else {"top1": "top-1"}
+    keys = {key: text for key, text in {"top1": "top-1", "top5": "top-5"}.items() if key in lines[0]}
     header = ["lowest classes", "images", *keys.values(), *["most often taken for"] * has_confusion]
     body = []
     for line in lines:
-        cells = [_head(line["name"], 40), str(line["n"]), *(f"{line[key]:.2f}" for key in keys)]
+        cells = [clipped(line["name"], 40), str(line["n"]), *(f"{line[key]:.2f}" for key in keys)]
         if has_confusion:
-            cells.append(f"{_head(line['taken_for'], 32)} ({line['times']})" if line["times"] else "-")
+            cells.append(f"{clipped(line['taken_for'], 32)} ({line['times']})" if line["times"] else "-")
         body.append(cells)
     return [f"{row['checkpoint']}, {row['preprocessing']}", *text_table(header, body).split("\n")]

@@ -485,22 +485,16 @@ def writing_results(
     """
     folder = Path(os.path.realpath(folder))  # a link stays one
     check_results_folder(folder, images)
-    gone: BrokenPipeError | None = None
     with replacing(folder) as temporary:
         temporary.mkdir()
         results = Results(temporary, images, predictor, explainer)
-        try:
-            yield results
-            results.write_sheet()
-        except BrokenPipeError as e:  # the terminal's reader has gone: no error of the folder
-            gone = e
-        if gone or not results.count:
+        yield results
+        results.write_sheet()
+        if not results.count:
             shutil.rmtree(temporary)
         elif folder.exists():
             check_results_folder(folder, images)  # again: it may have been used in the meantime
             os.replace(folder, temporary.with_name("replaced"))  # goes with the temporary folder
-    if gone:
-        raise gone
 
 
 def check_results_folder(folder: Path, images: Sequence[ImageFile] = ()) -> None:

@@ -20,7 +20,7 @@ from ..config.schema import NO_SPLIT, DataConfig
 from ..data import Batch, DataSource, StreamSource, batches, eval_loader
 from ..data.holdout import Part
 from ..data.sources import open_split, open_train_and_val
-from ..engine.terminal import bar
+from ..engine.evaluate import shown
 from ..errors import ConfigError, DataError, OutputError, UserError, counted
 from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
 from .output import replacing
@@ -307,8 +307,8 @@ def _evaluate(float_run: Run, int8_run: Run, source: Source, data: DataConfig, s
     n = same = 0
     right = np.zeros(2, np.int64)
     skipped: list[str] = []
-    length = -(-len(source) // size) if isinstance(source, DataSource) else None
-    for batch in bar(_loaded(source, data, size, most), length, " batches"):
+    total = most if most and isinstance(source, StreamSource) else len(source)
+    for batch in shown(_loaded(source, data, size, most), total, "evaluating both files"):
         skipped += [item.reason for item in batch.skipped]
         count = len(batch.images)
         if not count:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from .. import _private
 from ..config import Config, apply_overrides, check_config, load_config
@@ -28,9 +27,8 @@ from ..data.tables import TABLE_ENDINGS, read_class_list
 from ..data.tars import COMPRESSED
 from ..engine.build import autocast_for
 from ..engine.distributed import World, join_world
-from ..engine.evaluate import Evaluation, Score, evaluate_views
+from ..engine.evaluate import Evaluation, Score, evaluate_views, has_top5, shown, standard_error
 from ..engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
-from ..engine.terminal import bar
 from ..errors import (
     CheckpointError,
     ConfigError,
@@ -42,7 +40,14 @@ from ..errors import (
 )
 from ..models import CheckpointInfo, Conv2Former, load_model
 from ..models.preprocessing import Preprocessing, candidates
-from .evaluation_files import Extras, check_folder, folders_of, write_extras, write_results
+from .evaluation_files import (
+    NOT_FINITE,
+    Extras,
+    check_folder,
+    folders_of,
+    write_extras,
+    write_results,
+)
 
 __all__ = [
     "AMONG",
@@ -115,6 +120,7 @@ def validate_files(
     among: str | None = None,
     extras: Extras | None = None,
     output: str | Path | None = None,
+    announce: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates weight files; under torchrun every process calls it. All are checked before the first is evaluated.
 
@@ -132,12 +138,14 @@ def validate_files(
         extras: what else to find out; it needs files.
         output: a folder for results.json, results.csv and those files; None for no files, or runs/evaluation if
             `extras` needs some.
+        announce: called on the main process before the first image is read, with the rows as far as they are known:
+            without metrics, and `n` is the number of images that there are.
 
     Returns:
         A row for each file and preprocessing, the same on all processes but for `files`, which only the main one has:
-        `top1`, `top5`, `loss` and `n`, as `evaluate`; `variant`, `weights`, `data`, `preprocessing` and `precision`,
-        what was evaluated; `images_per_second`; `skipped`, a sentence for each unreadable image; and more, as in
-        docs/evaluate.md.
+        `top1`, `top5` (None with five classes or fewer), `loss` and `n`, as `evaluate`; `top1_error`, the standard
+        error of `top1`; `variant`, `weights`, `data`, `preprocessing` and `precision`, what was evaluated;
+        `images_per_second`; `skipped`, a sentence for each unreadable image; and more, as in docs/evaluate.md.
 
     Raises:
         UserError: a file, the configuration, the data or the folder is wrong, or they do not go together.
@@ -162,12 +170,14 @@ def validate_files(
         _check_agreement(tasks, world)
         if folder:
             world.on_main(partial(check_folder, folder))
+        if announce and world.is_main:
+            announce([_known(task, name, view, world, options) for task in tasks for name, view in task.views.items()])
         folders = folders_of(folder, [(task.path, name) for task in tasks for name in task.views])
         for task in tasks:
             results, shared = _evaluate(task, world, options)
             first = len(rows)
             for (name, view), result in zip(task.views.items(), results, strict=True):
-                rows.append(_row(task, name, view, result, world) | shared)
+                rows.append(_row(_known(task, name, view, world, options), result) | shared)
             if folder:
                 write = partial(_write, task, results, rows, first, folders, folder, extras)
                 world.on_main(write)  # after every file, so that nothing is lost if a later one fails
@@ -457,7 +467,7 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
     """
     model = task.model or load_model(task.path, options.use_ema, options.model)[0]
     train = task.settings.train
-    precision, autocast = autocast_for(train.precision, world.device)
+    autocast = autocast_for(train.precision, world.device)[1]
     loader = eval_loader(
         task.source,
         task.data.model_copy(update=vars(next(iter(task.views.values())))),
@@ -469,8 +479,8 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
     )
     scores = [_score(task, options.extras, world.device) for _ in task.views]
     start = time.perf_counter()
-    shown = bar(batches(loader), _length(loader), " batches", task.path.name)
-    results = evaluate_views(model.to(world.device), shown, world, autocast, scores, train.channels_last)
+    loaded = shown(batches(loader), len(task.source), task.path.name, world.size)  # of a stream 0
+    results = evaluate_views(model.to(world.device), loaded, world, autocast, scores, train.channels_last)
     seconds = max(world.gather(time.perf_counter() - start))
     assert results is not None
     skipped = [item for items in world.gather(results[0].skipped) for item in items]
@@ -486,20 +496,10 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
         error.scope = "run"
         raise error
     return results, {
-        "weights": "average" if task.info.has_ema and options.use_ema else "raw",
-        "precision": precision,
-        "processes": world.size,
         "seconds": round(seconds, 3),
         "images_per_second": round(n / max(seconds, 1e-9), 1),
         "skipped": [item.reason for item in skipped],
     }
-
-
-def _length(loader: DataLoader) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # a stream
-        return None
 
 
 def _score(task: Task, extras: Extras, device: torch.device) -> Score:
@@ -517,14 +517,12 @@ def _score(task: Task, extras: Extras, device: torch.device) -> Score:
     return Score(device, task.among, limit, tallies)
 
 
-def _row(task: Task, name: str, view: Preprocessing, result: Evaluation, world: World) -> dict[str, Any]:
-    """Returns what is known of one result, but for what all views share."""
-    notes = list(task.notes)
-    if not math.isfinite(result.metrics["loss"]):
-        notes.append("the loss is not a finite number: so are some of the network's answers, or its weights")
-    row = {
+def _known(task: Task, name: str, view: Preprocessing, world: World, options: EvaluationOptions) -> dict[str, Any]:
+    """Returns a row as far as it is known before the evaluation."""
+    return {
         "checkpoint": str(task.path),
         "variant": task.info.name or "unnamed variant",
+        "weights": "average" if task.info.has_ema and options.use_ema else "raw",
         "preprocessing": name,
         "changed": task.changed,
         **view.to_dict(),
@@ -532,13 +530,23 @@ def _row(task: Task, name: str, view: Preprocessing, result: Evaluation, world: 
         "classes": len(task.class_names),
         "network_classes": task.info.num_classes,
         "present_classes": len(_present(task.source)) if isinstance(task.source, DataSource) else None,
-        **result.metrics,
-        "notes": notes,
+        "precision": autocast_for(task.settings.train.precision, world.device)[0],
+        "processes": world.size,
+        "n": len(task.source),
+        "notes": list(task.notes),
     }
+
+
+def _row(known: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+    """Returns a row with its metrics; top-5 of five classes or fewer is always 100 %, and None."""
+    row = {**known, **result.metrics}
+    if not math.isfinite(row["loss"]):
+        row["notes"] = [*known["notes"], NOT_FINITE]
+    row["top1_error"] = standard_error(row["top1"], row["n"])
     if "real" in result.tallies:
         n, top1, top5 = result.tallies["real"].tolist()
         row |= {"real_top1": 100 * top1 / max(n, 1), "real_top5": 100 * top5 / max(n, 1), "real_n": n}
-    return row
+    return row if has_top5(row["classes"]) else row | {key: None for key in row if key.endswith("top5")}
 
 
 def _write(

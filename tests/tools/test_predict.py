@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,7 @@ from timm.data import create_transform
 
 from conv2former.config.schema import DataConfig
 from conv2former.data import Skipped, eval_transform
+from conv2former.engine import terminal
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError
 from conv2former.models import Conv2Former
 from conv2former.tools.output import printable
@@ -342,6 +345,7 @@ def test_printable():
 def predict(monkeypatch, *words) -> int:
     """Runs scripts/predict.py in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+    monkeypatch.setattr(terminal, "SECONDS", math.inf)  # a slow machine prints nothing more
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **kwargs: None, raising=False)
     try:
         runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
@@ -406,6 +410,33 @@ def test_pipes(small_file, photos):
     assert json.loads(result.stdout)["image"] == "-"
     assert "Traceback" not in result.stderr
     assert "error" not in result.stderr
+
+
+def test_a_reader_that_has_gone(small_file, photos, tmp_path, monkeypatch, capsys):
+    """Files that were asked for are written all the same; without any, it ends as `cat` does: 128 + SIGPIPE."""
+    for words, code in (([], 141), (["--output", tmp_path / "found"], 0)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "argv", ["predict.py", *map(str, ["--checkpoint", small_file, photos, *words])])
+            with pytest.raises(SystemExit) if code else nullcontext() as stop:
+                runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
+            assert not code or stop.value.code == code
+    assert sorted(os.listdir(tmp_path / "found")) == ["predictions.jsonl", "sheet.png"]
+    assert len((tmp_path / "found" / "predictions.jsonl").read_text().splitlines()) == len(SIZES)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_end_before_the_percentages(monkeypatch):
+    """So that no digit is crossed by the end of a bar, whatever its length."""
+    image = Image.new("RGB", (210, 210), "white")
+    bars = [("", share / 40) for share in range(41)]
+    pixels = np.asarray(contact_sheet([Cell(image, "", (1, 1), WHOLE, bars)], 1, 210, "")).astype(int)
+    bar = np.argwhere((pixels == (188, 215, 240)).all(2))
+    digits = np.argwhere((pixels == 0).all(2))
+    assert bar[:, 1].max() < digits[:, 1].min()
+    assert bar[:, 1].max() > 120  # a certain class still has a long one
 
 
 def test_no_image_of_the_users_is_replaced(small_file, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -18,6 +19,7 @@ from timm.data.real_labels import RealLabelsImagenet
 
 from conv2former import CheckpointError, ConfigError, Conv2Former, DataError, UserError, load_model
 from conv2former.engine import train
+from conv2former.engine.evaluate import evaluate_views
 from conv2former.errors import OutputError
 from conv2former.models.preprocessing import Preprocessing, candidates
 from conv2former.tools.evaluation_files import summary
@@ -61,12 +63,14 @@ def by_hand(model, samples, view: Preprocessing) -> dict[str, float]:
         right, right5 = right + (order[0] == label), right5 + (label in order[:5])
         loss += float(torch.logsumexp(logits, 0) - logits[label])
     n = len(samples)
-    return {"top1": 100 * right / n, "top5": 100 * right5 / n, "loss": loss / n, "n": n}
+    top5 = 100 * right5 / n if len(order) > 5 else None
+    return {"top1": 100 * right / n, "top5": top5, "loss": loss / n, "n": n}
 
 
 def check(row: dict, expected: dict) -> None:
-    for key in ("top1", "top5", "n"):
+    for key in ("top1", "n"):
         assert row[key] == pytest.approx(expected[key], rel=1e-12)
+    assert row["top5"] == (None if expected["top5"] is None else pytest.approx(expected["top5"], rel=1e-12))
     assert row["loss"] == pytest.approx(expected["loss"], rel=2e-6)
 
 
@@ -495,6 +499,67 @@ def test_the_script(lettered, photos, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "runs" / "evaluation" / path).is_file()
 
 
+def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch, capsys):
+    """A wrong folder is seen before the first image is read."""
+    heads = []
+    monkeypatch.setattr(
+        "conv2former.tools.validate.evaluate_views",
+        lambda *args: heads.append(capsys.readouterr().out) or evaluate_views(*args),
+    )
+    script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")
+    assert heads == [
+        f"{lettered}: unnamed variant, raw weights\n"
+        f"{photos}/val: 30 images, all of the network's 10 classes, fp32\n"
+        f"preprocessing checkpoint with data.img_size as given: {Preprocessing(32)}\n"
+        f"note: {lettered} does not say its mean, std, crop_pct: --preprocessing both compares the two likely ones\n"
+    ]
+    rest = capsys.readouterr().out
+    assert "30 images" not in rest
+    assert "top-1" in rest
+
+
+def test_how_much_a_small_set_says(lettered, photos):
+    row = validate(lettered, None, SMALL, data=photos)
+    share = row["top1"] / 100
+    assert row["top1_error"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 30))
+    text = "\n".join(summary([row]))
+    assert re.search(rf"top-1 +± .*\n.* {row['top1']:.2f} +{row['top1_error']:.2f} ", text)
+    assert "note: one of 30 validation images is 3.33 points of top-1; ± is its standard error" in text
+    assert "±" not in "\n".join(summary([row | {"n": 500}]))
+
+
+def test_five_classes_have_no_five_best(photos, tmp_path):
+    few, many = (network(tmp_path / f"{n}.pt", n, LETTERS[:n]) for n in (5, 10))
+    for name in LETTERS[:5]:
+        shutil.copytree(photos / "val" / name, tmp_path / "five" / name)
+    extras = Extras(per_class=True, confusion=True)
+    rows = validate_files([few], None, SMALL, data=tmp_path / "five", extras=extras, output=tmp_path / "out")
+    assert rows[0]["top5"] is None
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[0]["top5"] is None
+    for file in ("results.csv", "per_class.csv"):
+        assert "top5" not in (tmp_path / "out" / file).read_text().splitlines()[0]
+    assert "top-5" not in "\n".join(summary(rows))
+    rows += validate_files([many], None, SMALL, data=tmp_path / "five", extras=extras, output=tmp_path / "more")
+    assert "top5" in (tmp_path / "more" / "per_class.csv").read_text()
+    text = "\n".join(summary(rows))
+    assert re.search(r"top-1 +± +top-5 .*\n.*5\.pt .* - .*\n.*10\.pt .*\d", text)
+
+
+def test_the_picture_of_the_worst_names_folders_and_has_a_title(lettered, photos, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "conv2former.engine.pictures.grid_figure",
+        lambda images, captions, **more: drawn.update(more, captions=captions),
+    )
+    monkeypatch.setattr("conv2former.tools.evaluation_files.save_figure", lambda figure, path: None)
+    extras = Extras(worst=3)
+    row = validate(lettered, None, SMALL, data=photos, extras=extras, output=tmp_path / "out")
+    assert str(lettered)[-30:] in drawn["title"]
+    assert "the 3 mistakes of the highest loss" in drawn["title"]
+    names = [Path(item["image"]) for item in row["worst"]]
+    assert [text.split("\n")[2] for text in drawn["captions"]] == [f"{p.parent.name}/{p.name}" for p in names]
+
+
 def test_a_mistake_in_the_script_is_one_line(lettered, photos, tmp_path, monkeypatch, capsys):
     for words, text in (
         (["--checkpoint", tmp_path / "none.pt"], f"error: {tmp_path}/none.pt: no such file\n"),
@@ -540,17 +605,3 @@ def test_classes_that_are_numbers(tmp_path):
     row = validate(named, None, SMALL, data=tmp_path / "photos")
     assert row["top1"] != folder["top1"] or row["loss"] != folder["loss"]
     assert not [note for note in row["notes"] if "the classes are numbers" in note]
-
-
-def test_top5_and_the_error_of_small_sets_in_the_summary(lettered, photos, tmp_path):
-    """Among five classes or fewer top-5 says nothing; one of few images is much of an accuracy."""
-    row = validate(lettered, None, SMALL, data=photos, extras=Extras(per_class=True), output=tmp_path)
-    row |= {"top1": 20.0}
-    few = row | {"classes": 5, "top1": 50.0}
-    both = "\n".join(summary([row, few]))
-    assert "top-5" not in "\n".join(summary([few]))
-    tables = [line.split() for line in both.split("\n") if line.startswith((str(lettered) + "  ", "checkpoint  "))]
-    assert [line[3] for line in tables] == ["top-5", f"{row['top5']:.2f}", "-"]
-    assert sum("top-5" in line for line in both.split("\n")) == 2  # in that table, and in one of those per class
-    assert "one of 30 images is 3.33 points of top-1, whose standard error is 7.30 to 9.13 points" in both
-    assert "whose standard error" not in "\n".join(summary([row | {"n": 500}]))
