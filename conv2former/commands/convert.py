@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..data.tables import read_class_list
 from ..errors import ConfigError
+from ..models.installed import say_if_unverified
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.convert import convert, summary
@@ -77,6 +78,7 @@ def main() -> None:
         args.preprocessing,
         overrides,
         read_class_list(args.class_names) if args.class_names else None,
+        needs_tag=args.install is not None,
     )
     print(summary(export))
     if args.install is not None:
@@ -88,6 +90,7 @@ def main() -> None:
         folder, is_new = install(export, args.force)
         print(f"{'installed in' if is_new else 'nothing to do, installed already in'} {folder}")
         print(f'use it: timm.create_model("{export.name}", pretrained=True)')
+        say_if_unverified(export.name)
     if args.push_to_hub:
         print(f"sent: {push(export, args.push_to_hub, args.private)}")
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from ..errors import counted
+from ..models.weights import weights_text
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.export import (
@@ -77,6 +78,7 @@ def say(text: str) -> None:
 def describe(exported: Exported) -> str:
     info = exported.info
     names = "with their names" if "class_names" in exported.metadata else "without names"
+    classes = f"{counted(info.num_classes, 'class', 'classes')} {names}"
     rows = [
         (" x ".join(map(str, case.shape)), f"{case.scale:.4g}", f"{case.difference:.3g}", f"{case.relative:.2g}")
         for case in exported.cases
@@ -84,8 +86,9 @@ def describe(exported: Exported) -> str:
     facts = ", ".join([exported.format, *exported.facts, f"{exported.size / 1e6:.2f} MB"])
     return "\n".join(
         [
-            f"{info.name or 'unnamed variant'}, {info.num_parameters:,} parameters, {exported.metadata['weights']} "
-            f"weights, {counted(info.num_classes, 'class', 'classes')} {names}",
+            f"{info.name or 'unnamed variant'}, {info.num_parameters:,} parameters, "
+            f"{weights_text(exported.metadata['weights'])}, "
+            f"{classes if info.num_classes else 'no classifier: it gives features'}",
             f"images: {exported.preprocessing}",
             text_table(("noise, N x C x H x W", "largest logit", "largest difference", "relative"), rows),
             f"{exported.path}: {facts}",

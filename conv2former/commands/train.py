@@ -20,6 +20,7 @@ from ..config import load_config
 from ..engine import dry_run, train
 from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
 from ..errors import counted
+from ..models.weights import weights_text
 from ..tools.arguments import Parser, command_line
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
@@ -69,7 +70,7 @@ def summary(report: dict, output: Path) -> list[str]:
     last_top1 = "" if last is None else f" (top-1 {last:.2f} %)"
     return [
         "",
-        f"top-1 {top1:.2f} % on {counted(n, 'image')} ({report['weights']} weights, epoch {report['epoch']} "
+        f"top-1 {top1:.2f} % on {counted(n, 'image')} ({weights_text(report['weights'])}, epoch {report['epoch']} "
         f"of {report['epochs']}), trained in {minutes} min {seconds} s",
         *([small] if n < SMALL_SPLIT else []),
         *([f"  skipped      {counted(report['skipped'], 'unreadable image')}"] if report["skipped"] else []),

@@ -2,6 +2,7 @@
 
 python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 python scripts/validate.py --checkpoint conv2former_t.pth.tar --data /data/imagenet --preprocessing both
+python scripts/validate.py --checkpoint conv2former_t.hvision_in1k --data /data/imagenet --confirm
 python scripts/validate.py --checkpoint a.pt b.safetensors --data photos/val --confusion --worst 20 --output results
 
 A checkpoint of this project brings its data section along; any key of it can be changed, data.val_split=test. The
@@ -18,6 +19,7 @@ from pathlib import Path
 from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
+from ..tools.confirm import check_confirmable, confirm
 from ..tools.evaluation_files import heading, summary
 from ..tools.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
 
@@ -53,12 +55,14 @@ def main() -> None:
         metavar="FOLDER",
         help=f"for results.json, results.csv and pictures (default: none, or {DEFAULT_FOLDER} if there are pictures)",
     )
+    add("--confirm", action="store_true", help="note beside installed weights that they have the published accuracy")
     args, overrides = parser.parse_known_args()
     # `--checkpoint` takes all words up to the next option, overrides too
     is_override = re.compile(r"\w+(\.\w+)+=").match
     files = [word for word in args.checkpoint if not is_override(word) or os.path.exists(word)]
     overrides = [word for word in args.checkpoint if word not in files] + overrides
 
+    confirmable = check_confirmable(files) if args.confirm else None
     extras = Extras(args.real, args.per_class, args.confusion, args.calibration, args.worst)
     folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
 
@@ -80,6 +84,8 @@ def main() -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         show(summary(rows, folder, is_headed=True))
+        if confirmable:
+            say(confirm(confirmable, rows))
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -98,10 +99,12 @@ def name_network(config: Config) -> Config:
         return config
     if not path:
         raise ConfigError("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
-    content = read_checkpoint(path)
+    content = _read_start(path)
     info = describe_checkpoint(content, path)
-    if len(info.dims) != 4 or not info.head_hidden_size:
-        raise CheckpointError(f"{path} holds a part of a network; all four stages and the head are needed")
+    if info.is_part:
+        raise CheckpointError(
+            f"{path} holds a part of a network; all four stages and the whole head or none are needed"
+        )
     if info.in_chans != 3:
         raise CheckpointError(
             f"{path} is for images of {counted(info.in_chans, 'channel')}; training needs one for 3, RGB"
@@ -114,6 +117,27 @@ def name_network(config: Config) -> Config:
     noted = {key: value for key, value in definition_in(content).items() if key in untold}
     own = parse_variant({"name": "conv2former_custom", **plain, **noted}, path)
     return _with_model(config, name=own.name, variant=own.to_dict())
+
+
+def _read_start(path: str) -> dict[str, Any]:
+    """Reads the starting weights.
+
+    Raises:
+        CheckpointError: they cannot be read; names the key, and what to give where nothing is.
+    """
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e} (model.checkpoint){_example(path)}") from None
+
+
+def _example(path: str) -> str:
+    if Path(path.removeprefix("local-dir:")).exists():
+        return ""
+    return (
+        "; give the weights to start from: model.checkpoint=runs/NAME/checkpoints/best.pt, or a downloaded file, or "
+        "the name of installed weights"
+    )
 
 
 def _with_model(config: Config, **values: Any) -> Config:
@@ -170,20 +194,26 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
     )
     assert isinstance(model, Conv2Former)
     if config.model.checkpoint:
-        _load(model, config.model.checkpoint, class_names)
+        _load(model, config.model.checkpoint, class_names, config.model.freeze)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     return model
 
 
-def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None) -> None:
+def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, frozen: str) -> None:
     """Loads starting weights. A classifier of as many classes is only taken for the same ones, by name.
 
-    Where the file has them in another order, so has the classifier; where they are others, the fresh one stays.
+    Where the file has them in another order, so has the classifier; where they are others, the fresh one stays. So does
+    the whole head where the file has none; it must not be `frozen` then.
     """
     classifier = model.get_classifier()
     fresh = copy.deepcopy(classifier.state_dict())
-    content = read_checkpoint(path)
+    content = _read_start(path)
     info = describe_checkpoint(content, path)
+    if not info.has_head and frozen == "backbone":
+        raise ConfigError(
+            f"model.freeze: backbone would freeze the 1x1 convolution before the classifier, which {path} does not "
+            "have, as it is drawn; train it too: model.freeze=stage4"
+        )
     load_content(model, content, path)
     noted = class_names_of(info.num_classes, info.class_names)
     is_unnamed = noted is None and info.num_classes == len(class_names or ())

@@ -217,6 +217,19 @@ def _list(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*.pt") if _NAME.fullmatch(path.name))
 
 
+def _not_a_file(folder: Path) -> str:
+    """Returns what to say about a folder that was given for a checkpoint to go on from."""
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    steps = _list(inside)
+    if not steps:
+        return f"{folder} is a folder without checkpoints; give the checkpoint to go on from"
+    run = inside.parent if inside.name == "checkpoints" else inside
+    return (
+        f"{folder} is a folder; give the checkpoint to go on from: {steps[-1]}. To go on with that run itself, in its "
+        f"own folder: --output {run} --resume auto"
+    )
+
+
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a file that `save_checkpoint` wrote.
 
@@ -224,6 +237,8 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: it is damaged, cannot be read, is not a training checkpoint of this project, or is of a newer
             format.
     """
+    if path.is_dir():
+        raise CheckpointError(_not_a_file(path))
     _verify(path)
     content = read_checkpoint(path)
     if _KEYS - content.keys():

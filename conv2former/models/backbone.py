@@ -23,7 +23,7 @@ from torch import nn
 from . import fused, fused_stem
 from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
-from .weights import CLASSIFIER, adapt_classifier, check_fit, native_state_dict
+from .weights import CLASSIFIER, adapt_head, check_fit, lacking_head, native_state_dict
 
 __all__ = ["Conv2Former"]
 
@@ -398,14 +398,15 @@ class Conv2Former(RenamesForeignKeys):
         """Loads a state dict, or a checkpoint with one inside, in this project's, the authors' or birder's layout.
 
         As `torch.nn.Module.load_state_dict`, with two differences while `strict`: a classifier for another number of
-        classes is left out with a warning, and what differs otherwise is explained before any weight is changed.
+        classes is left out, and a head that the weights lack stays as it is, both with a warning; and what differs
+        otherwise is explained before any weight is changed.
 
         Raises:
-            CheckpointError: `strict`, and the networks differ in more than the number of classes.
+            CheckpointError: `strict`, and the networks differ in more than the head.
         """
-        state_dict = native_state_dict(state_dict)
+        state_dict = native_state_dict(state_dict, path="the state dict")
         if strict:
-            check_fit(self, state_dict, ignore=CLASSIFIER)
-            adapt_classifier(self, state_dict)
+            check_fit(self, state_dict, ignore=[*CLASSIFIER, *lacking_head(self, state_dict)])
+            adapt_head(self, state_dict)
             check_fit(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)

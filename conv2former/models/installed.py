@@ -12,17 +12,28 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shorten
-from .variants import differences, list_variants, names_of_same_file, parse_variant, variant
+from .contents import announce
+from .variants import PretrainedTag, differences, list_variants, names_of_same_file, parse_variant, variant
 
-__all__ = ["InstalledModel", "file_sha256", "find_installed", "list_installed", "store_folder"]
+__all__ = [
+    "InstalledModel",
+    "file_sha256",
+    "find_installed",
+    "list_installed",
+    "published_tag",
+    "say_if_unverified",
+    "store_folder",
+]
 
 HUB_CONFIG = "config.json"  # of timm's hub layout, beside one of these, in the order in which timm looks for them
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+CONFIRMATION = "confirmation.json"  # beside them, where the published accuracy was measured; see tools/confirm.py
 SECTION = "conv2former"  # of config.json, with what timm has no place for
 MAX_CONFIG = 1 << 25  # bytes; with the names and descriptions of ImageNet-22k it has 2 million
 NAME = re.compile(r"[a-z][a-z0-9_]{0,99}\.[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -49,6 +60,8 @@ class InstalledModel:
         source, source_sha256: name and checksum of the file that it was converted from.
         metric, epoch: as the training script noted them, None where it did not.
         config: its whole config.json.
+        confirmation: what `scripts/validate.py --confirm` has measured with these weights, if it was near what is
+            published: `top1`, `n`, `date` and more; None where it was not measured.
     """
 
     name: str
@@ -61,6 +74,17 @@ class InstalledModel:
     metric: float | None = None
     epoch: int | None = None
     config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    confirmation: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def published(self) -> PretrainedTag | None:
+        """The published file that it was taken for; None with a tag of one's own."""
+        return published_tag(self.name)
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether it bears the name of a published file, and its accuracy has not been measured to be that one's."""
+        return self.published is not None and self.confirmation is None
 
     @property
     def variant(self) -> str:
@@ -76,6 +100,11 @@ class InstalledModel:
     def weights(self) -> Path:
         """The weight file."""
         return next((self.path / name for name in HUB_FILES if (self.path / name).is_file()), self.path / HUB_FILES[0])
+
+    @property
+    def weights_word(self) -> str:
+        """What its config.json calls its weights: 'averaged', 'raw', 'soup of 3'; empty where it does not say."""
+        return weights_word(self.config.get(SECTION, {}))
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -103,6 +132,39 @@ class InstalledModel:
         found = {key: self.config[key] for key in names if key in self.config}
         own = {"num_classes": self.num_classes, "architecture": self.variant, "tag": self.tag}
         return {**cfg, **found, **own, "file": str(self.weights)}
+
+
+def weights_word(section: Mapping[str, Any]) -> str:
+    """Returns what this project's section of a config.json calls the weights; empty where it does not say."""
+    parts, source = section.get("averaged_from"), section.get("source")
+    if isinstance(parts, list) and parts:
+        return f"soup of {len(parts)}"
+    return str(source.get("weights", "")) if isinstance(source, dict) else ""
+
+
+def published_tag(name: str) -> PretrainedTag | None:
+    """Returns the published file of that name, `variant.tag`, if it is one's."""
+    own, _, tag = name.partition(".")
+    tags = variant(own).pretrained if own in list_variants() else ()
+    return next((source for source in tags if source.tag == tag), None)
+
+
+def say_if_unverified(path: object, once: bool = True) -> None:
+    """Logs a warning if `path` is the name of installed weights of unverified accuracy.
+
+    Args:
+        path: a name, or the path of a file, of which nothing is said.
+        once: not again in this process.
+    """
+    if Path(str(path)).exists() or not (found := find_installed(str(path))):
+        return
+    if found.is_unverified and found.published:
+        announce(
+            f"{found.name} is unverified: it was taken for that published file by its shape, and its own accuracy is "
+            f"unknown (published: {found.published.top1} % top-1); measure it: python scripts/validate.py --checkpoint "
+            f"{found.name} --data IMAGENET --confirm",
+            once,
+        )
 
 
 def file_sha256(path: str | Path) -> str:
@@ -208,7 +270,18 @@ def _read(name: str) -> InstalledModel:
         epoch=own["epoch"] if isinstance(own.get("epoch"), int) else None,
         config=config,
     )
+    found = replace(found, confirmation=_confirmation(found))
     return replace(found, problem=_problem(found, own.get("bytes")))
+
+
+def _confirmation(found: InstalledModel) -> dict[str, Any] | None:
+    """Returns what was measured with just these weights; what cannot be read confirms nothing."""
+    try:
+        noted = json.loads((found.path / CONFIRMATION).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_right = isinstance(noted, dict) and type(noted.get("n")) is int and isinstance(noted.get("top1"), (int, float))
+    return noted if is_right and found.sha256 and noted.get("sha256") == found.sha256 else None
 
 
 def _check(config: Any) -> None:

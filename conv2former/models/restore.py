@@ -27,7 +27,7 @@ def load_model(
 
     Returns:
         The network, whose `pretrained_cfg` has the file's preprocessing where timm looks for it, and what the file
-        says about itself.
+        says about itself. Of weights without a head it has none either, and gives the last stage's features, pooled.
 
     Raises:
         CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, or another than expected.
@@ -43,13 +43,17 @@ def restore(
     info = describe_checkpoint(content, path)
     if expect is not None:
         _check_expected(info, path, expect)
-    if len(info.dims) != 4 or not info.head_hidden_size:
-        raise CheckpointError(f"{path} holds a part of a network; all four stages and the head are needed")
+    if info.is_part:
+        raise CheckpointError(
+            f"{path} holds a part of a network; all four stages and the whole head or none are needed"
+        )
     if len(info.class_names or ()) not in (0, info.num_classes):
         raise CheckpointError(
             f"{path} names {len(info.class_names or ())} classes, and its classifier has {info.num_classes}"
         )
     model = Conv2Former(in_chans=info.in_chans, num_classes=info.num_classes, **info.model_args())
+    if not info.has_head:
+        model.reset_classifier(0, reset_other=True)
     load_content(model, content, path, use_ema)
     size = info.preprocessing.img_size
     cfg = {

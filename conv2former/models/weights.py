@@ -1,233 +1,45 @@
-"""Weight files: safe reading, the layouts of others, which network a file holds, and loading that says what differs.
-
-Three layouts of the same network are understood: this project's, that of the authors' code
-(github.com/HVision-NKU/Conv2Former), and that of birder (github.com/birder-project/birder).
-"""
+"""What a weight file is: which network it holds, what its training noted, and loading that says what differs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import logging
-import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CheckpointError, shorten
-from .installed import HUB_CONFIG, HUB_FILES, SECTION, find_installed
+from .contents import EMA_NAMES, Taken, announce, native_state_dict, take_network
+from .installed import SECTION, say_if_unverified, weights_word
+from .layouts import layout_of_keys, rename_keys_in_place
 from .preprocessing import Preprocessing, noted_preprocessing
+from .reading import read_checkpoint, weight_file
 from .variants import FUSION_NAMES, find_variant, is_builtin
 
-__all__ = ["CheckpointInfo", "describe_checkpoint", "inspect_checkpoint", "load_weights", "read_checkpoint"]
-
-_logger = logging.getLogger(__name__)
+__all__ = [
+    "CheckpointInfo",
+    "describe_checkpoint",
+    "inspect_checkpoint",
+    "load_weights",
+    "native_state_dict",
+    "noted_kind",
+    "read_checkpoint",
+    "rename_keys_in_place",
+    "weight_file",
+    "weights_text",
+]
 
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+HEAD = ("head_conv.", "head.fc.")  # what comes after the last stage
+HEAD_HIDDEN_SIZE = 1280  # of every published network; assumed where a file has no head
 FIRST_CONV = "stem.conv1"
-EMA_NAMES = ("state_dict_ema", "model_ema")  # of averaged weights in a checkpoint, as timm has them
-
-# ------------------------------------------------------------------------------------------------ layouts of others
-
-_STEM = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2", "6": "conv3"}
-_RULES: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # the backbone: the authors' downsample_layers, stages.S.B, head, pred; birder's stem, body.stageN, features
-        (r"^(?:downsample_layers\.0|stem)\.([02356])\.", lambda m: f"stem.{_STEM[m[1]]}."),
-        (r"^downsample_layers\.(\d+)\.([01])\.", lambda m: f"stages.{m[1]}.downsample.{('norm', 'conv')[int(m[2])]}."),
-        (
-            r"^body\.stage(\d+)\.downsample\.([01])\.",
-            lambda m: f"stages.{int(m[1]) - 1}.downsample.{('norm', 'conv')[int(m[2])]}.",
-        ),
-        (r"^body\.stage(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"^(?:head|features)\.([02])\.", lambda m: f"head_conv.{'conv' if m[1] == '0' else 'norm'}."),
-        (r"^(?:pred|classifier)\.", "head.fc."),
-        # a block, and its halves when they are loaded alone
-        (r"(^|\.)attn\.(?:att|attn)\.([02])\.", lambda m: f"{m[1]}attn.{'a' if m[2] == '0' else 'conv_dw'}."),
-        (r"^(?:att|attn)\.([02])\.", lambda m: "a." if m[1] == "0" else "conv_dw."),
-        (r"(^|\.)mlp\.pos\.", r"\1mlp.conv_dw."),
-        (r"^pos\.", "conv_dw."),
-        (r"(^|\.)layer_scale_([12])$", r"\1ls\2.gamma"),
-    )
-]
-_FOREIGN = {
-    "authors": re.compile(r"(?:^|\.)(?:downsample_layers\.\d|att\.[02]\.|pred\.)"),
-    "birder": re.compile(r"(?:^|\.)(?:body\.stage\d|attn\.attn\.[02]\.|features\.[02]\.)"),
-}
-
-
-def _native_key(key: str) -> str:
-    key = re.sub(r"(^|\.)_orig_mod\.", r"\1", key)  # torch.compile
-    key = re.sub(r"^(?:module\.)+", "", key)  # DistributedDataParallel, ModelEma
-    for pattern, replacement in _RULES:
-        key = pattern.sub(replacement, key)
-    return key
-
-
-def rename_keys_in_place(state_dict: dict[str, Any], prefix: str = "") -> None:
-    """Renames the keys below `prefix` from any known layout, wrapper prefixes removed, to this project's own.
-
-    Keys that are already right, and keys of other modules, stay as they are.
-    """
-    for key in [k for k in state_dict if isinstance(k, str) and k.startswith(prefix)]:
-        native = prefix + _native_key(key[len(prefix) :])
-        value = state_dict[key]
-        if native.endswith("norm.eps") and value.numel() == 1 and abs(float(value) - 1e-6) < 1e-12:
-            del state_dict[key]  # birder keeps it as a buffer
-        elif native != key:
-            del state_dict[key]
-            if native.endswith(".gamma") and value.ndim > 1:
-                value = value.reshape(-1)  # birder keeps layer scale as (1, C, 1, 1)
-            state_dict[native] = value
-
-
-def _layout(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    return next((name for name, pattern in _FOREIGN.items() if any(pattern.search(key) for key in keys)), "conv2former")
-
-
-# -------------------------------------------------------------------------------------------------- reading of files
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a `.safetensors` or `torch.save` file to the CPU without running any code from it.
-
-    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` (the recipe in the
-    authors' and timm's checkpoints) are allowed.
-
-    Args:
-        path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be
-            untarred. Or a folder in timm's hub layout, also as `local-dir:FOLDER`, or the weight file in one. Or the
-            name of installed weights, such as `conv2former_t.hvision_in1k`, where no file has that name.
-
-    Returns:
-        What the file holds: a state dict, or a training checkpoint with the state dict inside. For a folder the state
-        dict under `state_dict`, and its config.json under `hub_config`.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
-    """
-    path = weight_file(path)
-    content = _read_file(path)
-    if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
-        return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
-    return content
-
-
-def weight_file(path: str | Path) -> Path:
-    """Returns the file that `read_checkpoint` reads the weights from.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(str(path).removeprefix("local-dir:"))
-    if not path.exists() and (installed := find_installed(str(path))):
-        path = installed.path
-    if path.is_dir():
-        weights = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
-        if weights is None or not (path / HUB_CONFIG).is_file():
-            raise CheckpointError(
-                f"{path} is a folder without {HUB_CONFIG} and {HUB_FILES[0]}, so not in timm's layout; give a weight "
-                "file (a '.pth.tar' file must not be unpacked)"
-            )
-        return weights
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path}: no permission to read it")
-    return path
-
-
-def _read_hub_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:  # a broken encoding, too, is a ValueError
-        raise CheckpointError(f"{path} is not readable as JSON ({e})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
-    return config
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        import safetensors.torch  # a dependency of timm, slow to import
-
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(_refusal(path)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
-    return content
-
-
-def _refusal(path: Path) -> str:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it only names things for the message, and a file that is no pickle at all ends here too
-        names = []
-    if names:
-        return (
-            f"{path} is refused: to open it, code outside the file would run ({', '.join(names)}). "
-            "If you trust its source, load it there and save the state dict alone with torch.save"
-        )
-    return f"{path} is not a checkpoint that torch can read"
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return f" ({text})" if " " in text else ""  # the text of a bare EOFError or KeyError tells nobody anything
-
-
-def unwrap_checkpoint(content: Mapping[str, Any], use_ema: bool = True) -> tuple[Mapping[str, Any], str]:
-    """Finds the state dict in what a file holds, averaged weights first.
-
-    Returns:
-        The state dict, keys as in the file, and the name it has in the file: '' where the file is the state dict
-        itself.
-    """
-    names = (EMA_NAMES if use_ema else ()) + ("state_dict", "model", "state")
-    for name in names:
-        if isinstance(content.get(name), dict) and content[name]:
-            return content[name], name
-    return content, ""
-
-
-def native_state_dict(content: Mapping[str, Any], use_ema: bool = True) -> dict[str, Any]:
-    """Returns a new state dict in this project's layout from a state dict or checkpoint in any known one.
-
-    Raises:
-        CheckpointError: it holds something else than tensors.
-    """
-    state_dict = dict(unwrap_checkpoint(content, use_ema)[0])
-    for key, value in state_dict.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"this is not a state dict of tensors: the key {key!r} is no text")
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            kind = f"{value.layout} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise CheckpointError(f"this is not a state dict of tensors: {key!r} is a {kind}")
-    rename_keys_in_place(state_dict)
-    return state_dict
+NOT_NOTED = "not noted"
+_KINDS = {"averaged": "average", "average": "average", "raw": "raw"}  # in converted files, and their canonical names
 
 
 # -------------------------------------------------------------------------------------------- which network is this
@@ -297,7 +109,8 @@ class CheckpointInfo(Architecture):
         name: name of the variant; None if its shape is none of the known ones and the file does not say.
         num_parameters: of the network in the file.
         layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
-        has_ema: whether averaged weights are in the file; they are what loading takes.
+        has_ema: whether averaged weights are in the file beside raw ones; they are what loading takes.
+        noted_weights: what the file says about the others: 'raw', 'average', 'soup of N' or 'not noted'.
         fusion: as in the variants' YAML files; the tensors do not tell it, so it is 'product' where the file does not.
         epoch, metric: as the training script saved them, None where it did not.
         recipe: the training arguments or configuration in the file; empty where there is none.
@@ -310,6 +123,7 @@ class CheckpointInfo(Architecture):
     num_parameters: int
     layout: str
     has_ema: bool
+    noted_weights: str = NOT_NOTED
     fusion: str = "product"
     epoch: int | None = None
     metric: float | None = None
@@ -318,28 +132,55 @@ class CheckpointInfo(Architecture):
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     preprocessing_noted: tuple[str, ...] = ()
 
+    @property
+    def has_head(self) -> bool:
+        """Whether anything comes after the last stage."""
+        return bool(self.head_hidden_size or self.num_classes)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether stages are missing, or of the head just the 1x1 convolution before the classifier."""
+        return len(self.dims) != 4 or bool(self.num_classes and not self.head_hidden_size)
+
+    def weights(self, use_ema: bool = True) -> str:
+        """Returns of which kind the weights are that loading takes: 'average', 'raw', 'soup of N' or 'not noted'."""
+        return "average" if self.has_ema and use_ema else self.noted_weights
+
     def model_args(self) -> dict[str, Any]:
-        """Returns the arguments of `Conv2Former` that define the network."""
+        """Returns the arguments of `Conv2Former` that define the network, with the usual head where it has none."""
         return {
             "dims": self.dims,
             "depths": self.depths,
             "kernel_size": self.kernel_size,
             "mlp_ratio": self.mlp_ratio,
             "ls_init_value": 1e-6 if self.layer_scale else None,
-            "head_hidden_size": self.head_hidden_size,
+            "head_hidden_size": self.head_hidden_size or HEAD_HIDDEN_SIZE,
             "fusion": self.fusion,
         }
 
     def __str__(self) -> str:
         best = "" if self.metric is None else f", metric {self.metric:g}"
+        without = "no classifier" if self.has_head else "no head"
+        classes = f"{self.num_classes} classes" if self.num_classes else without
         lines = [
-            f"{super().__str__()}, {self.num_classes} classes, {self.num_parameters:,} parameters",
-            f"  layout: {self.layout}, {'averaged' if self.has_ema else 'raw'} weights",
+            f"{super().__str__()}, {classes}, {self.num_parameters:,} parameters",
+            f"  layout: {self.layout}, {weights_text(self.weights())}",
             f"  epoch: {'not noted' if self.epoch is None else self.epoch}{best}",
             f"  images: {self.preprocessing}",
             "  recipe: " + (", ".join(f"{key}={value!r}" for key, value in self.recipe.items()) or "not noted"),
         ]
         return "\n".join(lines)
+
+
+def noted_kind(word: str) -> str:
+    """Returns the kind of weights, see `CheckpointInfo.weights`, that a converted file calls so."""
+    return _KINDS.get(word, word if word.startswith("soup of ") else NOT_NOTED)
+
+
+def weights_text(kind: str) -> str:
+    """Returns what to call weights of a kind, see `CheckpointInfo.weights`, in a sentence: 'raw weights'."""
+    texts = {"average": "averaged weights (EMA)", "raw": "raw weights", NOT_NOTED: "weights"}
+    return texts.get(kind, f"{kind} files")
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
@@ -353,14 +194,14 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointInfo:
     """As `inspect_checkpoint`, of what `read_checkpoint` returned; `path` is named in errors."""
-    raw, _ = unwrap_checkpoint(content)
     try:
+        taken = take_network(content)
         state_dict = native_state_dict(content)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from None
     architecture = identify(state_dict)
     if architecture is None:
-        raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(raw, 5)}")
+        raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}")
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     hub_config = _hub_config(content)
     own = hub_config.get(SECTION)
@@ -385,8 +226,9 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         name=name,
         fusion=fusion,
         num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
-        layout=_layout(raw),
-        has_ema=any(isinstance(content.get(name), dict) and content[name] for name in EMA_NAMES),
+        layout=layout_of_keys(taken.state_dict),
+        has_ema=taken.is_average,
+        noted_weights=_noted_weights(content, own if isinstance(own, dict) else {}, recipe, taken),
         epoch=epoch if isinstance(epoch, int) else None,
         metric=float(metric) if isinstance(metric, (int, float)) else None,
         recipe=recipe,
@@ -394,6 +236,23 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         preprocessing=preprocessing,
         preprocessing_noted=tuple(key for key in noted if key not in (assumed if isinstance(assumed, list) else ())),
     )
+
+
+def _noted_weights(content: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], taken: Taken) -> str:
+    """Returns what a file says about its weights that are not averaged ones beside others.
+
+    Args:
+        content: of the file.
+        own: this project's section of the config.json beside it.
+        recipe: the training arguments or configuration in it.
+        taken: the network in it.
+    """
+    if word := weights_word(own or content):
+        return noted_kind(word)
+    # a training script that saves averaged weights beside these, if there are any, as timm's and this project's do
+    is_training = "optimizer" in content and taken.place in ("state_dict", "model")
+    says = taken.is_average or is_training or any(name in content for name in EMA_NAMES)
+    return "raw" if says or recipe.get("model_ema") is False else NOT_NOTED
 
 
 def _birder_class_names(content: Mapping[str, Any]) -> list[str] | None:
@@ -475,6 +334,28 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], ignore: Iterable[
     raise CheckpointError("\n".join(lines))
 
 
+def lacking_head(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of the model's head if `state_dict`, in this project's layout, has none at all, else nothing."""
+    if any(key.startswith(HEAD) for key in state_dict):
+        return []
+    return [key for key in model.state_dict() if key.startswith(HEAD)]
+
+
+def adapt_head(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Makes the head in `state_dict` fit the model's, in place, and logs a warning where it is not used.
+
+    Weights without a head, as self-supervised training and feature extractors leave them, leave the model's own as it
+    is, and so does a classifier for another number of classes, or none.
+    """
+    if not (keys := lacking_head(model, state_dict)):
+        adapt_classifier(model, state_dict)
+        return
+    own = model.state_dict()
+    classes = f", for {own[CLASSIFIER[0]].shape[0]} classes" if CLASSIFIER[0] in own else ""
+    announce(f"the checkpoint has no head: the model keeps its own, untrained{classes}; all other weights are loaded")
+    state_dict.update({key: own[key] for key in keys})
+
+
 def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
     """Makes the classifier in `state_dict` fit the model's, in place, and logs a warning where it is not used.
 
@@ -490,7 +371,7 @@ def adapt_classifier(model: nn.Module, state_dict: dict[str, Any]) -> None:
         return
     found = "no classifier" if theirs is None or not theirs.ndim else f"a classifier for {theirs.shape[0]} classes"
     kept = f"the model keeps its own for {own[CLASSIFIER[0]].shape[0]} classes" if own else "it is left out"
-    _logger.warning("the checkpoint has %s: %s; all other weights are loaded", found, kept)
+    announce(f"the checkpoint has {found}: {kept}; all other weights are loaded")
     for key in CLASSIFIER:
         state_dict.pop(key, None)
     state_dict.update(own)
@@ -514,7 +395,8 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
     if not isinstance(model, Conv2Former):
         raise CheckpointError(
             f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
-            "call timm.create_model with pretrained=True and pretrained_cfg_overlay=dict(file=FILE)"
+            "call timm.create_model with checkpoint_path=FILE, or with pretrained=True and "
+            "pretrained_cfg_overlay=dict(file=FILE)"
         )
     load_content(model, read_checkpoint(path), path, use_ema)
 
@@ -525,8 +407,9 @@ def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use
     fusion = definition.get("fusion", "product") if definition else model.fusion
     if fusion != model.fusion:  # the tensors would fit
         raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")
+    say_if_unverified(path)
     try:
-        model.load_state_dict(native_state_dict(content, use_ema))
+        model.load_state_dict(native_state_dict(content, use_ema, path))
     except CheckpointError as e:
         text = str(e)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None

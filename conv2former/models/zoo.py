@@ -21,9 +21,10 @@ from timm.models import (
 )
 
 from .. import _private
-from ..errors import CheckpointError, ConfigError, shorten
+from ..errors import CheckpointError, ConfigError, closest, shorten
 from .backbone import Conv2Former
-from .installed import InstalledModel, find_installed, names_installed, variants_installed
+from .features import accept_any_layout
+from .installed import InstalledModel, find_installed, names_installed, say_if_unverified, variants_installed
 from .variants import (
     PretrainedTag,
     Variant,
@@ -35,7 +36,7 @@ from .variants import (
     read_variant,
     variant,
 )
-from .weights import CLASSIFIER, FIRST_CONV, adapt_classifier, check_fit, native_state_dict
+from .weights import CLASSIFIER, FIRST_CONV, HEAD, adapt_head, check_fit, lacking_head, native_state_dict
 
 __all__ = ["register_variant"]  # timm adds every entry point
 
@@ -78,15 +79,18 @@ def _filter_fn(state_dict: dict[str, Any], model: Conv2Former, is_backbone: bool
     check is made here. It also takes the class count from the registry instead of from the file, so the file's is
     noted for it.
     """
-    state_dict = native_state_dict(state_dict)
+    state_dict = native_state_dict(state_dict, path="the state dict")
     first_conv = state_dict.get(f"{FIRST_CONV}.weight")
     chans = model.pretrained_cfg["input_size"][0]
     adapts_input = first_conv is not None and first_conv.ndim == 4 and first_conv.shape[1] == chans
-    check_fit(model, state_dict, ignore=[*CLASSIFIER, *([f"{FIRST_CONV}.weight"] if adapts_input else [])])
+    ignored = [*CLASSIFIER, *lacking_head(model, state_dict), *([f"{FIRST_CONV}.weight"] if adapts_input else [])]
+    check_fit(model, state_dict, ignore=ignored)
     classifier = state_dict.get(CLASSIFIER[0])
     model.pretrained_cfg["num_classes"] = 0 if classifier is None or not classifier.ndim else classifier.shape[0]
     if not is_backbone:
-        adapt_classifier(model, state_dict)
+        adapt_head(model, state_dict)
+    else:  # the head is taken off after loading; until then the model's own fills in for what the file lacks of it
+        state_dict = {**{key: own for key, own in model.state_dict().items() if key.startswith(HEAD)}, **state_dict}
     return state_dict
 
 
@@ -116,6 +120,8 @@ def _create(
     )
     if args:
         _private.note_model_args(model, **args)  # timm's export writes down what differs from the entry point
+    if kwargs.get("features_only"):
+        accept_any_layout(model)
     return model
 
 
@@ -145,6 +151,8 @@ def _choose(name: str, tag: str, pretrained: bool, overlay: dict[str, Any]) -> t
             if pretrained or not published:  # else they are not needed
                 raise
     if found:
+        if pretrained and not is_given:
+            say_if_unverified(found.name, once=False)
         cfg = _cfg_of(found)
         return {**cfg, "file": None} if is_given else cfg, _args_of(found)
     if (pretrained and not is_given) or (tag and not published):
@@ -179,7 +187,8 @@ def _not_installed(name: str, tag: str) -> CheckpointError:
         )
     if tag:
         known = shorten(source.tag for source in tags) or "none"
-        return CheckpointError(f"{name} has no weights '{tag}'; published: {known}{also}")
+        hint = closest(tag, [*(source.tag for source in tags), *(full.partition(".")[2] for full in installed)])
+        return CheckpointError(f"{name} has no weights '{tag}'{hint}; published: {known}{also}")
     return CheckpointError(
         f"no weights are published or installed for {name}; use pretrained=False, or install a file of your own: "
         f"python scripts/convert.py FILE --install {name}.TAG"

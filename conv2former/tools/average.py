@@ -220,9 +220,8 @@ def _read(path: str | Path, use_ema: bool) -> tuple[dict[str, torch.Tensor], dic
     content = read_checkpoint(path)
     info = describe_checkpoint(content, path)
     file = weight_file(path)
-    weights = "averaged" if use_ema and info.has_ema else "raw"
-    source = {"file": file.name, "sha256": file_sha256(file), "weights": weights, "metric": info.metric}
-    return native_state_dict(content, use_ema), source
+    source = {"file": file.name, "sha256": file_sha256(file), "weights": info.weights(use_ema), "metric": info.metric}
+    return native_state_dict(content, use_ema, path), source
 
 
 def _write(

@@ -17,15 +17,15 @@ from .._yaml import cut
 from ..data.classes import SYNSET, class_names_of
 from ..errors import CheckpointError, ConfigError, DataError, closest, counted, shorten
 from ..models import CheckpointInfo, Conv2Former, Preprocessing, list_variants, variant
-from ..models.installed import NAME, SECTION, file_sha256
+from ..models.installed import NAME, SECTION, file_sha256, published_tag
 from ..models.preprocessing import candidates
 from ..models.restore import restore
 from ..models.variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants
-from ..models.weights import definition_in, read_checkpoint, weight_file
+from ..models.weights import definition_in, describe_checkpoint, noted_kind, read_checkpoint, weight_file, weights_text
 from ..models.zoo import make_cfg
 from .output import printable
 
-__all__ = ["Export", "convert", "fitting_files", "layout_of", "noted_metric", "published_tag", "summary"]
+__all__ = ["Export", "choose_a_name", "convert", "fitting_files", "layout_of", "noted_metric", "summary"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def convert(
     preprocessing: str | None = None,
     overrides: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
+    needs_tag: bool = False,
 ) -> Export:
     """Reads a weight file, and puts together all that its folder in timm's hub layout will hold.
 
@@ -80,20 +81,26 @@ def convert(
         preprocessing: 'imagenet' or 'inception' instead of what the file notes; see `candidates`.
         overrides: single values of it, `data.mean=[0.5,0.5,0.5]`.
         class_names: in index order, instead of those in the file.
+        needs_tag: it is to be installed; a missing tag is then said before the work.
 
     Raises:
         CheckpointError: the file cannot be read, or is not what its name says.
-        ConfigError: an override is wrong.
+        ConfigError: an override is wrong, or the tag is missing; says which it could have.
         DataError: the class names are more or fewer than the classes.
     """
     content = read_checkpoint(checkpoint)
-    model, info = restore(content, checkpoint, use_ema is not False)
-    if use_ema and not info.has_ema:
+    info = describe_checkpoint(content, checkpoint)
+    if use_ema and info.weights() != "average":
         raise CheckpointError(f"{checkpoint} has no averaged weights; leave --ema out")
     if not info.num_classes:
         raise CheckpointError(f"{checkpoint} has no classifier; there is nothing to convert for classification")
     path = weight_file(checkpoint)
     earlier = _earlier(content, path)
+    layout = earlier.get("source", {}).get("layout", info.layout)
+    name, notes = _name(name or earlier.get("name", ""), info, layout, checkpoint)
+    if needs_tag and "." not in name:
+        raise ConfigError(choose_a_name(info, name, layout))
+    model, info = restore(content, checkpoint, use_ema is not False)
     definition = definition_in(content)
     averaged_from = earlier.get("averaged_from", _plain(content.get("averaged_from")))
     del content
@@ -101,9 +108,8 @@ def convert(
         "file": printable(path.name),
         "sha256": file_sha256(path),
         "layout": info.layout,
-        "weights": "averaged" if info.has_ema and use_ema is not False else "raw",
+        "weights": {"average": "averaged"}.get(kind := info.weights(use_ema is not False), kind),
     }
-    name, notes = _name(name or earlier.get("name", ""), info, source["layout"], checkpoint)
     tag = published_tag(name)
     chosen, assumed = _preprocessing(info, tag, checkpoint, preprocessing, overrides)
     labels, labels_from = _labels(info, class_names, earlier)
@@ -179,13 +185,6 @@ def _entry_point(info: CheckpointInfo) -> str:
 # ------------------------------------------------------------------------------------------------------- which file
 
 
-def published_tag(name: str) -> PretrainedTag | None:
-    """Returns the published file of that name, `variant.tag`, if it is one's."""
-    own, _, tag = name.partition(".")
-    tags = variant(own).pretrained if own in list_variants() else ()
-    return next((source for source in tags if source.tag == tag), None)
-
-
 def fitting_files(info: CheckpointInfo, own: str) -> tuple[list[str], list[str]]:
     """Returns the published files that a file can be, and also those that differ in kernel or image size only."""
     fitting, near = [], []
@@ -231,7 +230,7 @@ def _name(given: str, info: CheckpointInfo, layout: str, path: object) -> tuple[
         fitting, _ = fitting_files(info, own)
         if layout == "conv2former" or len(fitting) != 1:  # this project's are not the authors' files
             return own or info.name or "", []
-        return fitting[0], [f"this is taken for {fitting[0]}, the only published file of this shape"]
+        return fitting[0], [f"this is taken for {fitting[0]}, the only published file of this shape, by that alone"]
     published = published_tag(given)
     if published is None:
         tags = [source.tag for source in variant(own).pretrained] if own in list_variants() else []
@@ -246,6 +245,31 @@ def _name(given: str, info: CheckpointInfo, layout: str, path: object) -> tuple[
             f"has {published.num_classes:,} and takes 3; choose a tag of your own: {own}.TAG"
         )
     return given, _kernel_note(info, own, published)
+
+
+def choose_a_name(info: CheckpointInfo, name: str, layout: str) -> str:
+    """Returns what to say where no single published file is meant.
+
+    Args:
+        info: what the file is.
+        name: what is known of its name, `variant` or nothing.
+        layout: whose names the tensors of the original file have.
+    """
+    fitting, near = fitting_files(info, name)
+    own = f"--install {name or 'VARIANT'}.TAG"
+    if layout == "conv2former":
+        also = f"; or, if this is a published file, its name: {shorten(near)}" if near else ""
+        return f"the weights need a name: {own}, with a tag of your own{also}"
+    if fitting:
+        return f"{len(fitting)} published files have this network; say which this is: {_options(fitting)}"
+    if near:
+        found = f"kernel size {info.kernel_size}, images of {info.preprocessing.img_size} pixels"
+        return f"no published file is known to be quite this ({found}); say which it is: {_options(near)}, or {own}"
+    return f"no published file has this network; it needs a name: {own}"
+
+
+def _options(names: list[str]) -> str:
+    return " or ".join(f"--install {name}" for name in names)
 
 
 def _check_variant(own: str, info: CheckpointInfo, path: object) -> None:
@@ -376,9 +400,10 @@ def summary(export: Export) -> str:
     shape = f"{info.num_parameters:,} parameters, {counted(info.num_classes, 'class', 'classes')}"
     lines = [
         f"{export.title}: {shape}",
-        f"  source    {source['file']}, {layout_of(source)} layout, {source['weights']} weights",
+        f"  source    {source['file']}, {layout_of(source)} layout, {weights_text(noted_kind(source['weights']))}",
         f"            sha256 {source['sha256']}",
-        f"  metric    {noted_metric(section)}" + (f"; published: {tag.top1} % top-1, not measured here" if tag else ""),
+        f"  metric    {noted_metric(section)}",
+        *([f"  accuracy  not measured here; published for {export.name}: {tag.top1} % top-1"] if tag else []),
         f"  images    {export.preprocessing}" + (f"; assumed: {', '.join(assumed)}" if assumed else ""),
         f"  classes   names {LABELS[section['class_names']]}",
         f"  weights   sha256 {section['sha256']}",

@@ -22,6 +22,7 @@ from ..engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, ha
 from ..engine.tallies import Mistake, calibration_error
 from ..errors import OutputError, counted, shorten
 from ..models.preprocessing import Preprocessing
+from ..models.weights import weights_text
 from ..text import clipped
 from .output import check_writable, printable, replacing, save_figure, text_table
 
@@ -275,7 +276,7 @@ def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
     Args:
         rows: as `validate_files` returns them, at least one; of the metrics `n` alone is needed.
     """
-    lines = [f"{row['checkpoint']}: {row['variant']}, {row['weights']} weights" for row in rows]
+    lines = [f"{row['checkpoint']}: {row['variant']}, {weights_text(row['weights'])}" for row in rows]
     lines += [_data_line(row) for row in rows]
     lines += _view_lines(rows)
     lines += [f"note: {text}" for row in rows for text in row["notes"] if text != NOT_FINITE]

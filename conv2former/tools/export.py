@@ -237,7 +237,7 @@ def describe(
     names = class_names_of(info.num_classes, info.class_names)
     texts = {
         "preprocessing": json.dumps(preprocessing.to_dict()),
-        "weights": "average" if info.has_ema and options.use_ema else "raw",
+        "weights": info.weights(options.use_ema),
         "source": printable(source.name),
         "source_sha256": file_sha256(source),
         "conv2former_version": __version__,

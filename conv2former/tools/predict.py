@@ -27,6 +27,7 @@ from ..data.images import IMAGE_ENDINGS, UnreadableImage, any_size, open_rgb, un
 from ..data.loader import workers_for
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
+from ..models.weights import weights_text
 from .output import printable, replacing
 from .sheet import WHOLE, Cell, contact_sheet, layout_for
 
@@ -332,13 +333,13 @@ class Predictor:
         self.class_names = class_names_of(self.info.num_classes, self.info.class_names)
         numbered = [f"class {i}" for i in range(self.info.num_classes)]
         self.names = display_names(self.class_names) if self.class_names else numbered
-        self._weights = "averaged" if self.info.has_ema and use_ema else "raw"
+        self._weights = weights_text(self.info.weights(use_ema))
         self.title = f"{self.info.name or 'a network of its own'} of {printable(Path(checkpoint).name)}"
 
     def __str__(self) -> str:
         size = Preprocessing(**{key: getattr(self.settings, key) for key in Preprocessing().to_dict()})
         classes = counted(self.info.num_classes, "class", "classes")
-        return f"{self.title}: {classes}, {self._weights} weights, on {self.device}\nimages: {size}"
+        return f"{self.title}: {classes}, {self._weights}, on {self.device}\nimages: {size}"
 
     def class_index(self, text: str) -> int:
         """Returns the index of a class that the user names: as the checkpoint or a person does, or by its index.

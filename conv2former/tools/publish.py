@@ -16,10 +16,11 @@ from .. import _private
 from .._yaml import cut, dump_yaml
 from ..errors import CheckpointError, ConfigError, OutputError, closest, shorten
 from ..models import InstalledModel, list_installed
-from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, store_folder
+from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, published_tag, store_folder
 from ..models.variants import names_of_same_file
+from ..models.weights import noted_kind, weights_text
 from ..models.zoo import register_installed
-from .convert import LABELS, Export, fitting_files, layout_of, noted_metric, published_tag
+from .convert import LABELS, Export, choose_a_name, layout_of, noted_metric
 from .output import replacing
 
 __all__ = ["check_folder", "check_hub", "install", "push", "uninstall", "write_folder"]
@@ -113,7 +114,7 @@ def _card(export: Export, where: str) -> dict[str, Any]:
         "Source file": {
             "name": f"`{source['file']}`",
             "sha256": f"`{source['sha256']}`",
-            "layout": f"{layout_of(source)}, {source['weights']} weights",
+            "layout": f"{layout_of(source)}, {weights_text(noted_kind(source['weights']))}",
         },
         **({"The mean of": _parts(section["averaged_from"])} if section.get("averaged_from") else {}),
         f"sha256 of {WEIGHTS}": f"`{section['sha256']}`",
@@ -197,7 +198,7 @@ def check_install(export: Export, force: bool = False) -> None:
         OutputError: other weights are installed under its name.
     """
     if "." not in export.name:
-        raise ConfigError(_choose_a_name(export))
+        raise ConfigError(choose_a_name(export.info, export.name, export.section["source"]["layout"]))
     before = _stored(export.name)
     if before is not None and not force and not _is_same(export, before):
         state = f"damaged ({before.problem})" if before.problem else "with other weights, preprocessing or class names"
@@ -207,25 +208,6 @@ def check_install(export: Export, force: bool = False) -> None:
         )
     if (store_folder() / export.name).is_file():
         raise OutputError(f"{store_folder() / export.name} is a file; remove it")
-
-
-def _choose_a_name(export: Export) -> str:
-    """Returns what to say where no single published file is meant."""
-    fitting, near = fitting_files(export.info, export.name)
-    own = f"--install {export.name or 'VARIANT'}.TAG"
-    if export.section["source"]["layout"] == "conv2former":
-        also = f"; or, if this is a published file, its name: {shorten(near)}" if near else ""
-        return f"the weights need a name: {own}, with a tag of your own{also}"
-    if fitting:
-        return f"{len(fitting)} published files have this network; say which this is: {_options(fitting)}"
-    if near:
-        found = f"kernel size {export.info.kernel_size}, images of {export.preprocessing.img_size} pixels"
-        return f"no published file is known to be quite this ({found}); say which it is: {_options(near)}, or {own}"
-    return f"no published file has this network; it needs a name: {own}"
-
-
-def _options(names: list[str]) -> str:
-    return " or ".join(f"--install {name}" for name in names)
 
 
 def _stored(name: str) -> InstalledModel | None:

@@ -8,10 +8,13 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import list_installed, list_variants, variant
+from ..models import InstalledModel, list_installed, list_variants, variant
+from ..models.weights import noted_kind
 from .output import text_table
 
 __all__ = ["installed_table", "measure", "variants_table"]
+
+UNVERIFIED = "unverified: taken for the published file by its shape alone; scripts/validate.py --confirm measures it"
 
 
 def measure(name: str, size: int) -> tuple[int, float]:
@@ -62,7 +65,7 @@ def installed_table(verify: bool = False) -> str:
         verify: also compare the checksums of the weight files.
     """
     found = list_installed(verify)
-    header = ["name", "classes", "metric", "source", "sha256", "state"]
+    header = ["name", "classes", "metric", "source", "sha256", "state", "weights", "accuracy"]
     rows = [
         [
             model.name,
@@ -71,8 +74,20 @@ def installed_table(verify: bool = False) -> str:
             model.source or "-",
             model.sha256[:12] or "-",
             "damaged" if model.problem else "verified" if verify and model.sha256 else "ok",
+            noted_kind(model.weights_word),
+            _accuracy(model),
         ]
         for model in found
     ]
     problems = [f"{model.name}: {model.problem}" for model in found if model.problem]
-    return "\n".join([text_table(header, rows), *problems]) if rows else "nothing is installed"
+    notes = [UNVERIFIED] if any(row[-1] == "unverified" for row in rows) else []
+    return "\n".join([text_table(header, rows), *problems, *notes]) if rows else "nothing is installed"
+
+
+def _accuracy(model: InstalledModel) -> str:
+    """Returns the accuracy that was measured to be the published one, if it was; '-' where none is published."""
+    if model.published is None or model.problem:
+        return "-"
+    if model.confirmation is None:
+        return "unverified"
+    return f"{model.confirmation['top1']:.2f} % of {model.confirmation['n']:,}"

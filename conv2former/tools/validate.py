@@ -522,7 +522,7 @@ def _known(task: Task, name: str, view: Preprocessing, world: World, options: Ev
     return {
         "checkpoint": str(task.path),
         "variant": task.info.name or "unnamed variant",
-        "weights": "average" if task.info.has_ema and options.use_ema else "raw",
+        "weights": task.info.weights(options.use_ema),
         "preprocessing": name,
         "changed": task.changed,
         **view.to_dict(),

@@ -91,7 +91,7 @@ def test_a_foreign_file(zoo, tmp_path, layout):  # noqa: F811
     assert (config["input_size"], config["crop_pct"]) == ((3, 64, 64), 0.875)  # of the published file
     noted = section(tmp_path / "out")
     assert noted["source"] == {
-        "file": "a.pth.tar", "sha256": file_sha256(path), "layout": layout, "weights": "raw"
+        "file": "a.pth.tar", "sha256": file_sha256(path), "layout": layout, "weights": "not noted"
     }  # fmt: skip
     assert noted["sha256"] == file_sha256(tmp_path / "out" / "model.safetensors")
     assert noted["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -618,9 +618,10 @@ def test_the_list_of_what_is_installed(zoo, tmp_path):  # noqa: F811
     install(convert(authors_file(tmp_path / "a.pth.tar", network())))
     install(convert(authors_file(tmp_path / "b.pth.tar", network(1)), "pub_a.mine"))
     (zoo / "pub_a.mine" / "config.json").write_text("{}")
-    header, mine, one, problem = installed_table(verify=True).splitlines()
-    assert header.split() == ["name", "classes", "metric", "source", "sha256", "state"]
-    assert mine.split()[0::5] == ["pub_a.mine", "damaged"]
+    header, mine, one, problem, note = installed_table(verify=True).splitlines()
+    assert header.split() == ["name", "classes", "metric", "source", "sha256", "state", "weights", "accuracy"]
+    assert mine.split()[0:6:5] == ["pub_a.mine", "damaged"]
     assert one.split()[:4] == ["pub_a.one", "5", "79.5", "a.pth.tar"]
-    assert one.split()[5] == "verified"
+    assert one.split()[5:] == ["verified", "not", "noted", "unverified"]
+    assert note.startswith("unverified: taken for the published file by its shape alone")
     assert problem.startswith("pub_a.mine: config.json: ")

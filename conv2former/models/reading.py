@@ -1,0 +1,177 @@
+"""Safe reading of weight files: no code from them is run, and what cannot be read is said in one message."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, closest, shorten
+from .installed import HUB_CONFIG, HUB_FILES, find_installed, list_installed
+from .variants import list_variants, variant
+
+__all__ = ["read_checkpoint", "weight_file"]
+
+WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".tar", ".bin", ".ckpt")
+BEST = Path("checkpoints", "best.pt")  # in a run folder
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a `.safetensors` or `torch.save` file to the CPU without running any code from it.
+
+    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` (the recipe in the
+    authors' and timm's checkpoints) are allowed.
+
+    Args:
+        path: the file, whatever its name ends with: `.pth.tar` files are ordinary `torch.save` files, never to be
+            untarred. Or a folder in timm's hub layout, also as `local-dir:FOLDER`, or the weight file in one. Or the
+            name of installed weights, such as `conv2former_t.hvision_in1k`, where no file has that name.
+
+    Returns:
+        What the file holds: a state dict, or a training checkpoint with the state dict inside. For a folder the state
+        dict under `state_dict`, and its config.json under `hub_config`.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
+    """
+    path = weight_file(path)
+    content = _read_file(path)
+    if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
+        return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
+    return content
+
+
+def weight_file(path: str | Path) -> Path:
+    """Returns the file that `read_checkpoint` reads the weights from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(str(path).removeprefix("local-dir:"))
+    if not path.exists() and (installed := find_installed(str(path))):
+        path = installed.path
+    if path.is_dir():
+        weights = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
+        if weights is None or not (path / HUB_CONFIG).is_file():
+            raise CheckpointError(_not_a_hub_folder(path))
+        return weights
+    if not path.exists():
+        raise CheckpointError(_no_such_file(path))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: no permission to read it")
+    return path
+
+
+def _not_a_hub_folder(folder: Path) -> str:
+    """Returns what to say about a folder that was given for a weight file: which file in it may be meant."""
+    if (folder / BEST).is_file():
+        return f"{folder} is a run folder; give the weight file in it: {folder / BEST}"
+    if (folder / BEST.name).is_file():
+        return f"{folder} is a folder; give the weight file in it: {folder / BEST.name}"
+    runs = sorted(folder.glob(f"*/{BEST}"))
+    if runs:
+        return f"{folder} holds run folders; give the weight file of one: {shorten(runs, 5)}"
+    steps = sorted(folder.glob("step_*.pt")) or sorted((folder / BEST.parent).glob("step_*.pt"))
+    files = steps[-1:] or sorted(file for file in folder.iterdir() if file.name.endswith(WEIGHT_ENDINGS))
+    if files:
+        return f"{folder} is a folder; give a weight file in it: {shorten(files, 5)}"
+    return (
+        f"{folder} is a folder without {HUB_CONFIG} and {HUB_FILES[0]}, so not in timm's layout; give a weight "
+        "file (a '.pth.tar' file must not be unpacked)"
+    )
+
+
+def _no_such_file(path: Path) -> str:
+    """Returns what to say about a path where nothing is: which file or which installed weights may be meant."""
+    own, _, tag = str(path).partition(".")
+    if own in list_variants() and not path.name.endswith(WEIGHT_ENDINGS):
+        installed = [found.name for found in list_installed()]
+        if hint := closest(path, installed):
+            return f"{path}: no such file, nor installed weights of that name{hint}"
+        tags = [source.tag for source in variant(own).pretrained]
+        if not tag or tag in tags:
+            name = f"{own}.{tag or next(iter(tags), 'TAG')}"
+            return (
+                f"{path}: no such file, and no weights of that name are installed; install them once: "
+                f"python scripts/convert.py FILE --install {name}"
+            )
+        return f"{path}: no such file, nor installed weights of that name; installed: {shorten(installed) or 'nothing'}"
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [file.name for file in beside if file.name.endswith(WEIGHT_ENDINGS)]
+    names = [*siblings, *(found.name for found in list_installed())] if path.parent == Path(".") else siblings
+    return f"{path}: no such file{closest(path.name, names)}"
+
+
+def _read_hub_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:  # a broken encoding, too, is a ValueError
+        raise CheckpointError(f"{path} is not readable as JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
+    return config
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        import safetensors.torch  # a dependency of timm, slow to import
+
+        try:
+            return dict(safetensors.torch.load_file(path))
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
+            raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
+    if _is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is an exported network (TorchScript); give the weight file that it was made from"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(_refusal(path)) from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
+        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
+    return content
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _refusal(path: Path) -> str:
+    """Returns why a file is not opened, and how its weights can be saved without what stands in the way."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it only names things for the message, and a file that is no pickle at all ends here too
+        names = []
+    if not names:
+        return f"{path} is not a checkpoint that torch can read"
+    is_module = any(name.startswith(("torch.nn.modules.", "conv2former.")) for name in names)
+    weights = ".state_dict()" if is_module else '["state_dict"]'
+    also = "" if is_module else ", with the key under which it has them"
+    what = "it is a whole network as an object, not its state dict" if is_module else "not weights alone"
+    return (
+        f"{path} is refused: to open it, code outside the file would run ({shorten(names, 5)}); {what}. If you trust "
+        f'its source, save the weights alone where it can be opened: torch.save(torch.load("{path.name}", '
+        f'weights_only=False){weights}, "weights.pt"){also}'
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].split(". ")[0]
+    return f" ({text})" if " " in text else ""  # the text of a bare EOFError or KeyError tells nobody anything
