@@ -19,6 +19,7 @@ from .variants import list_variants, variant
 __all__ = ["read_checkpoint", "weight_file"]
 
 WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".tar", ".bin", ".ckpt")
+NOT_UNPACKED = " (a '.pth.tar' file must not be unpacked)"
 BEST = Path("checkpoints", "best.pt")  # in a run folder
 
 
@@ -82,10 +83,10 @@ def _not_a_hub_folder(folder: Path) -> str:
     steps = sorted(folder.glob("step_*.pt")) or sorted((folder / BEST.parent).glob("step_*.pt"))
     files = steps[-1:] or sorted(file for file in folder.iterdir() if file.name.endswith(WEIGHT_ENDINGS))
     if files:
-        return f"{folder} is a folder; give a weight file in it: {shorten(files, 5)}"
+        return f"{folder} is a folder; give a weight file in it: {shorten(files, 5)}{NOT_UNPACKED}"
     return (
         f"{folder} is a folder without {HUB_CONFIG} and {HUB_FILES[0]}, so not in timm's layout; give a weight "
-        "file (a '.pth.tar' file must not be unpacked)"
+        f"file{NOT_UNPACKED}"
     )
 
 
@@ -129,9 +130,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
     if _is_torchscript(path):
-        raise CheckpointError(
-            f"{path} is an exported network (TorchScript); give the weight file that it was made from"
-        )
+        raise CheckpointError(f"{path} is an exported network (TorchScript); give the weight file that it is of")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -265,6 +265,47 @@ def test_files_without_a_network_for_photographs(tmp_path, official_content):
         auto(tmp_path / "bad.pt")
 
 
+@pytest.mark.parametrize("lacks", [("pred.",), ("pred.", "head.")])
+def test_weights_without_a_head_start_one_anew(photos, tmp_path, official_content, caplog, lacks):
+    """As self-supervised training leaves them: the network is the file's, its head is fresh, and a line says so."""
+    state = {key: tensor for key, tensor in official_content["state_dict"].items() if not key.startswith(lacks)}
+    torch.save({"state_dict": {f"model.{key}": tensor for key, tensor in state.items()}}, tmp_path / "ssl.ckpt")
+    config = recipe(photos, checkpoint=tmp_path / "ssl.ckpt")
+    assert find_variant_of(config).head_hidden_size == 1280
+    model = build_model(config, 3, ["cat", "dog", "emu"])
+    first = official_content["state_dict"]["downsample_layers.0.0.weight"]
+    assert torch.equal(model.stem.conv1.weight, first)
+    assert model.head.fc.out_features == 3
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"the checkpoint has no {'head' if lacks[1:] else 'classifier'}: the model keeps its own" in text
+    probe = recipe(photos, name="linear_probe/folder", checkpoint=tmp_path / "ssl.ckpt")
+    if lacks[1:]:
+        with pytest.raises(ConfigError, match="model.freeze: backbone would freeze .* model.freeze=stage4$"):
+            build_model(probe, 3, ["cat", "dog", "emu"])
+    else:
+        build_model(probe, 3, ["cat", "dog", "emu"])
+
+
+@pytest.mark.parametrize("name", ["finetune/folder", "linear_probe/folder", "imagenet1k_384/conv2former_t_384"])
+def test_a_forgotten_checkpoint(name):
+    """The recipe's own is not there: one sentence names the key and an example."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml", ["data.root=photos"])
+    with pytest.raises(CheckpointError) as error:
+        build_model(config, 3)
+    text = str(error.value)
+    assert text.startswith(
+        f"{config.model.checkpoint}: no such file (model.checkpoint); give the weights to start from"
+    )
+    assert "model.checkpoint=runs/NAME/checkpoints/best.pt" in text
+
+
+def test_a_run_folder_as_the_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    with pytest.raises(CheckpointError, match=r"give the weight file in it: .*best\.pt \(model\.checkpoint\)$"):
+        auto(tmp_path)
+
+
 def test_a_dry_run_names_the_network(photos):
     text = "\n".join(dry_run(recipe(photos, "train.batch_size=64")))
     assert f"conv2former_custom from {OFFICIAL}" in text

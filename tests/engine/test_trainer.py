@@ -271,6 +271,11 @@ def test_resume_never_and_from_a_path(raw_config, tmp_path):
     assert (finished["steps"], finished["top1"]) == (20, last["ema_top1"])
     with pytest.raises(CheckpointError, match="no such file"):
         train(configure(raw_config), tmp_path / "other2", resume=str(tmp_path / "none.pt"))
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(CheckpointError) as error:
+            train(configure(raw_config), tmp_path / "other2", resume=str(folder))
+        assert f"{folder} is a folder; give the checkpoint to go on from: {newest[-1]}. " in str(error.value)
+        assert f"--output {tmp_path / 'run'} --resume auto" in str(error.value)
 
 
 def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):

@@ -11,11 +11,15 @@ from PIL import Image
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, Conv2Former
+from conv2former.commands.export import describe
 from conv2former.data import eval_transform
 from conv2former.errors import OutputError
 from conv2former.tools.average import average, greedy
-from conv2former.tools.convert import convert
-from conv2former.tools.publish import write_folder
+from conv2former.tools.convert import convert, summary
+from conv2former.tools.export import Options, export
+from conv2former.tools.predict import Predictor
+from conv2former.tools.publish import install, write_folder
+from conv2former.tools.table import installed_table
 
 from ..conftest import ROOT
 
@@ -58,6 +62,37 @@ def assert_weights(path, expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+
+
+def test_the_kind_of_weights_is_said_everywhere(store, tmp_path, capsys):
+    """Of a soup, of averaged weights that are installed, and of a file that does not say."""
+    for seed in range(2):
+        ema = network(seed + 5).state_dict()
+        save(tmp_path / f"{seed}.pt", network(seed), model_ema=ema, optimizer={})
+    average([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "soup.pt")
+    install(convert(tmp_path / "soup.pt", "soup_net.soup"))
+    install(convert(tmp_path / "0.pt", "soup_net.ema"))
+    install(convert(tmp_path / "0.pt", "soup_net.raw", use_ema=False))
+    torch.save(network(0).state_dict(), tmp_path / "plain.pt")
+    for path, kind, text in (
+        (tmp_path / "0.pt", "average", "averaged weights (EMA)"),
+        (tmp_path / "soup.pt", "soup of 2", "soup of 2 files"),
+        ("soup_net.soup", "soup of 2", "soup of 2 files"),
+        ("soup_net.ema", "average", "averaged weights (EMA)"),
+        ("soup_net.raw", "raw", "raw weights"),
+        (tmp_path / "plain.pt", "not noted", " weights"),
+    ):
+        assert conv2former.inspect_checkpoint(path).weights() == kind
+        assert f"3 classes, {text.strip()}, on cpu" in str(Predictor(path, device="cpu"))
+        assert text in summary(convert(path, "soup_net.again"))
+        assert "raw weights" not in summary(convert(path, "soup_net.again")) or kind == "raw"
+        done = export(path, tmp_path / "out.ts", Options(overrides=("data.img_size=32",)), lambda text: None)
+        assert done.metadata["weights"] == kind
+        assert text.strip() in describe(done)
+    table = {line.split()[0]: line for line in installed_table().splitlines()}
+    assert "soup of 2" in table["soup_net.soup"]
+    assert " average " in table["soup_net.ema"]
+    assert " raw " in table["soup_net.raw"]
 
 
 def test_uniform(files, tmp_path):
