@@ -280,7 +280,7 @@ def test_weights_without_a_head_start_one_anew(photos, tmp_path, official_conten
     assert f"the checkpoint has no {'head' if lacks[1:] else 'classifier'}: the model keeps its own" in text
     probe = recipe(photos, name="linear_probe/folder", checkpoint=tmp_path / "ssl.ckpt")
     if lacks[1:]:
-        with pytest.raises(ConfigError, match="model.freeze: backbone would freeze .* model.freeze=stage4$"):
+        with pytest.raises(ConfigError, match=r"model\.freeze: backbone would freeze .* model\.freeze=stage4$"):
             build_model(probe, 3, ["cat", "dog", "emu"])
     else:
         build_model(probe, 3, ["cat", "dog", "emu"])

@@ -98,7 +98,7 @@ def test_confirmed(installed, caplog):
         ([row(present_classes=200)], "of 200 classes; the accuracy is published for all 1,000 of ImageNet-1k"),
         ([row(network_classes=10, classes=10)], "is published for all 1,000"),
         ([row(view=Preprocessing(img_size=96))], r"other settings than it is installed with \(64 x 64"),
-        ([row(70.0), row(80.1, view=Preprocessing(64, (0.5,) * 3))], r"with 64 x 64, .*0\.5.* it is 80\.10 %: install it so"),
+        ([row(70.0), row(80.1, view=Preprocessing(64, (0.5,) * 3))], r"with 64 x 64, .*0\.5.* it is 80\.10 %: install"),
     ],
 )  # fmt: skip
 def test_not_confirmed(installed, rows, expected):
@@ -143,8 +143,8 @@ def test_damage_is_found_before_the_work(installed):
 @pytest.mark.parametrize(("top1", "code"), [(80.3, 0), (12.0, 2)])
 def test_the_command(installed, monkeypatch, capsys, top1, code):
     found = {
-        **row(top1), "checkpoint": "pub_a.one", "variant": "pub_a", "weights": "not noted", "preprocessing": "checkpoint",
-        "changed": [], "loss": 1.0, "notes": [], "processes": 1, "images_per_second": 1.0, "skipped": [],
+        **row(top1), "checkpoint": "pub_a.one", "variant": "pub_a", "weights": "not noted",
+        "preprocessing": "checkpoint", "changed": [], "loss": 1.0, "notes": [], "processes": 1, "images_per_second": 1.0, "skipped": [],
     }  # fmt: skip
     monkeypatch.setattr(command, "validate_files", lambda *args, **kwargs: [found])
     monkeypatch.setattr(sys, "argv", ["validate.py", "--checkpoint", "pub_a.one", "--data", "x", "--confirm"])

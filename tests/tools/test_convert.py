@@ -21,9 +21,12 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, Conv2Former, DataError
 from conv2former.errors import OutputError
 from conv2former.models.installed import file_sha256
+from conv2former.tools import convert as tool
 from conv2former.tools.convert import convert, summary
+from conv2former.tools.predict import Predictor
 from conv2former.tools.publish import check_hub, install, push, uninstall, write_folder
 from conv2former.tools.table import installed_table
+from conv2former.tools.validate import validate
 
 from ..conftest import ROOT
 from ..models.test_installed import CLASSES, SHAPE, zoo  # noqa: F401 - a fixture
@@ -576,6 +579,26 @@ MISTAKES = [
     (["FILE", "--output", "out", "surplus"], "'surplus': expected key=value"),
     (["--uninstall", "pub_a.one"], "pub_a.one is not installed; installed: nothing"),
 ]
+
+
+def test_a_missing_name_is_said_before_the_work(zoo, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """No network is built and no checksum computed for it."""
+    monkeypatch.setattr(tool, "restore", None)
+    monkeypatch.setattr(tool, "file_sha256", None)
+    path = authors_file(tmp_path / "a.pth.tar", network(kernel_size=5))
+    code, out, err = script(monkeypatch, capsys, path, "--install")
+    assert (code, out) == (2, "")
+    assert "say which it is: --install pub_a.one or --install pub_a.two" in err
+
+
+@pytest.mark.parametrize("lacks", [("pred.",), ("pred.", "head.")])
+def test_weights_without_a_classifier_are_refused(tmp_path, official_content, lacks):
+    """By whatever answers with classes; each says what is missing."""
+    state = {key: t for key, t in official_content["state_dict"].items() if not key.startswith(lacks)}
+    torch.save(state, tmp_path / "x.pt")
+    for use in (convert, Predictor, lambda path: validate(path, data=tmp_path)):
+        with pytest.raises(CheckpointError, match=r"x\.pt has no classifier"):
+            use(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES)
