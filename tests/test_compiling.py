@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conv2former.tools.killing import ForkedProcesses
 
 SOURCE = """
 extern "C" int answer() { return LANE_BYTES; }
+extern "C" void compiled_to_the_end() {}
 """
 
 
@@ -37,10 +39,11 @@ def compiler(source):
     if compiling.library(source) is None:
         pytest.skip("no C++ compiler")
     compiling._library.cache_clear()
+    compiling._cache_folder.cache_clear()
 
 
 def compiled(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "store" / "compiled").iterdir())
+    return sorted((tmp_path / "store" / "compiled").glob("*.so"))
 
 
 def test_a_function(compiler, source):
@@ -144,3 +147,88 @@ def test_the_store_with_compiled_functions_lists_no_model(tmp_path):
 
     os.makedirs(tmp_path / "store" / "compiled")
     assert list_installed() == []
+
+
+@pytest.fixture
+def planted(compiler, source, tmp_path) -> Path:
+    """The library that an earlier process left."""
+    (path,) = compiled(tmp_path)
+    copy = path.with_name("copy")
+    shutil.copyfile(path, copy)  # this process has loaded the other file, which must stay as it is
+    copy.chmod(0o600)
+    copy.replace(path)
+    return path
+
+
+def assert_compiled_again(path: Path, source: Path, caplog, said: str) -> None:
+    library = compiling.library(source)
+    assert library is not None
+    assert library.answer() in (32, 64)
+    assert caplog.text.count(said) == 1
+    assert compiling._is_intact(path)  # so that the next process takes it
+
+
+def make_foreign(path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    os.chown(path, 12345, -1)
+
+
+DOUBTS = {
+    "truncated": lambda path: os.truncate(path, 1000),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(5000)),
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
+    "writable by others": lambda path: path.chmod(0o666),
+    "another user's": make_foreign,
+    "a link": lambda path: (path.rename(path.with_name("real")), path.symlink_to("real")),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "without a checksum": lambda path: path.with_name(path.name + ".sha256").unlink(),
+    "another user's checksum": lambda path: make_foreign(path.with_name(path.name + ".sha256")),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_a_library_that_cannot_be_trusted_is_compiled_again(planted, source, caplog, doubt):
+    DOUBTS[doubt](planted)
+    assert_compiled_again(planted, source, caplog, f"{planted} is damaged, or somebody else could have written it")
+
+
+def test_a_library_without_the_functions_is_compiled_again(planted, source, caplog):
+    empty = planted.with_name("empty.cpp")
+    empty.write_text("")
+    compiling.subprocess.run(["c++", "-shared", "-fPIC", empty, "-o", planted], check=True)
+    planted.with_name(planted.name + ".sha256").write_text(compiling.hashlib.sha256(planted.read_bytes()).hexdigest())
+    assert_compiled_again(planted, source, caplog, "cannot be loaded")
+
+
+def test_a_compiler_that_leaves_functions_out_is_not_believed(compiler, source, caplog):
+    source.write_text("int other;")
+    assert compiling.library(source) is None
+    assert caplog.text.count("lacks functions") == 1
+
+
+def test_a_folder_that_others_can_write_is_closed(planted, source, caplog):
+    planted.parent.chmod(0o777)
+    assert compiling.library(source) is not None
+    assert planted.parent.stat().st_mode & 0o777 == 0o700
+    assert planted.stat().st_mode & 0o777 == 0o600
+    assert not caplog.text
+
+
+def test_the_folder_of_another_user_is_not_used(planted, source, caplog):
+    make_foreign(planted.parent)
+    library = compiling.library(source)
+    assert library is not None
+    assert not Path(library._name).is_relative_to(planted.parent)
+    assert caplog.text.count("belongs to another user") == 1
+
+
+def test_a_compiler_whose_output_is_no_text(compiler, source, monkeypatch, caplog, tmp_path):
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"#!/bin/sh\nprintf '\\377\\376 no' >&2\nexit 1\n")
+    odd.chmod(0o755)
+    monkeypatch.setenv("CXX", str(odd))
+    assert compiling.library(source) is None
+    assert caplog.text.count("cannot compile answer.cpp") == 1
