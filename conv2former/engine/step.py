@@ -43,8 +43,8 @@ class FiniteCheck:
     Either way no weight has changed. The norm is that of the averaged gradients, so all processes stop at the same
     step without asking each other.
 
-    In fp16 an overflow is the scaler's business: it leaves the step out and lowers the scale. Only `limit` of them in a
-    row are an error.
+    In fp16 an overflow is the scaler's business: it leaves the step out and lowers the scale, and `train_step` undoes
+    what the forward passes did to BatchNorm's statistics. Only `limit` of them in a row are an error.
 
     Args:
         world: the processes.
@@ -133,6 +133,8 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     if not run.model.training:  # after an evaluation
         run.forward.train()
         freeze(run.model, run.config.model.freeze)
+    scaled = run.scaler.is_enabled()
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if scaled else []
     loss_sum = torch.zeros((), device=run.world.device)
     run.world.at(f"the forward pass of step {step}")
     for i, batch in enumerate(batches):
@@ -155,10 +157,13 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in run.optimizer.param_groups)
     result = StepResult(loss_sum, grad_norm, lr)
-    check.note(step, result, run.scaler.is_enabled())
+    check.note(step, result, scaled)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.ema:
+    is_left_out = ~torch.isfinite(grad_norm)  # otherwise the check has raised, or will before anything is saved
+    for buffer, before in buffers:
+        buffer.copy_(torch.where(is_left_out, before, buffer))
+    if run.ema and not (scaled and is_left_out):  # in fp16 with an average the program waits for a GPU here
         run.ema.update(run.model, step + 1)
     return result
 

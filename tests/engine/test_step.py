@@ -249,6 +249,26 @@ def test_an_overflow_in_fp16_is_not_an_error_until_it_stays(raw_config):
         step_of(run, [bad], 7, check)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_step_left_out_in_fp16_leaves_no_trace(raw_config, value, place):
+    run = make_run(raw_config, **{**PLAIN, "train__precision": "fp16", "ema__decay": 0.5, "train__accum_steps": 2})
+    check = FiniteCheck(WORLD, run.optimizer, limit=4)
+    step_of(run, [batch(4), batch(4)], 0, check)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    average = {k: v.clone() for k, v in run.ema.module.state_dict().items()}
+    bad = batch(4)
+    bad.images[0, 0, 0, 0] = value
+    result = step_of(run, [bad, batch(4)] if place == 0 else [batch(4), bad], 1, check)
+    assert not torch.isfinite(result.grad_norm)
+    for old, model in ((before, run.model), (average, run.ema.module)):
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, old[key]), key
+    step_of(run, [batch(4), batch(4)], 2, check)
+    assert not torch.equal(run.model.state_dict()["stem.norm1.running_mean"], before["stem.norm1.running_mean"])
+    assert not torch.equal(run.ema.module.stem.conv1.weight, average["stem.conv1.weight"])
+
+
 def test_mixing_ends_before_the_run_does(raw_config):
     run = make_run(raw_config, augment__mix_off_epochs=2)  # of 4, of 5 steps each
     for step, is_mixed in ((0, True), (9, True), (10, False), (19, False)):
