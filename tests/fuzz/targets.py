@@ -1,0 +1,306 @@
+"""What reads files, each as a function that makes a hostile file and one that reads it.
+
+`prepare(folder)` writes what is right, once. `make(random, folder, base)` writes a hostile copy of it into an empty folder
+and returns what to call. A call may return, or raise a UserError or TrainingError; all else is a find. It returns a text
+if what it read is silently wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from conv2former import inspect_checkpoint, list_installed, load_model
+from conv2former.config.schema import DataConfig
+from conv2former.data import open_train_and_val
+from conv2former.data.tables import read_class_list
+from conv2former.engine import train
+from conv2former.engine.checkpoint import latest_checkpoint, read_training_checkpoint
+from conv2former.errors import CheckpointError
+
+from ..conftest import FIXTURES
+from . import values
+
+Call = Callable[[], "str | None"]
+SHAPE = {"name": "conv2former_fuzzed", "dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
+
+
+def _settings(root: Path, **schedule: Any) -> dict[str, Any]:
+    return {
+        "model": {"variant": SHAPE},
+        "data": {"source": "folder", "root": str(root), "img_size": 32, "workers": 0},
+        "train": {"batch_size": 6, "channels_last": False},
+        "schedule": {"epochs": 1, "warmup_epochs": 0, "cooldown_epochs": 0, **schedule},
+        "checkpoint": {"every_steps": 1, "keep": 3},
+        "log": {"tensorboard": False, "every_steps": 1},
+        "ema": {"decay": 0.9},
+    }
+
+
+def prepare(base: Path) -> None:
+    """Writes a small data set and a run on it."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 9), ("val", 2)):
+        for name in ("a", "b"):
+            (base / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(base / "photos" / split / name / f"{i}.png")
+    train(_settings(base / "photos"), base / "run")
+
+
+def _newest(base: Path) -> Path:
+    return sorted((base / "run" / "checkpoints").glob("step_*.pt"))[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def weights(random: random.Random, folder: Path, base: Path) -> Call:
+    """Damaged and foreign weight files."""
+    source = random.choice([FIXTURES / "official_format.pth.tar", FIXTURES / "model_k7.safetensors", _newest(base)])
+    path = folder / f"file{source.suffix}"
+    kind = random.randrange(4)
+    if kind < 2 or source.suffix == ".safetensors":
+        path.write_bytes(values.damaged(random, source.read_bytes()))
+    elif kind == 2:
+        content = read_any(source)
+        _change(random, content)
+        torch.save(content, path)
+    else:
+        path.write_bytes(_odd_zip(random, source.read_bytes()))
+
+    def call() -> None:
+        inspect_checkpoint(path)
+        load_model(path)
+
+    return call
+
+
+def read_any(path: Path) -> dict:
+    """Reads one of our own files, whatever is in it."""
+    return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def _change(random: random.Random, content: dict) -> None:
+    """Changes entries somewhere in nested dictionaries."""
+    for _ in range(random.choice([1, 1, 2, 4])):
+        node = content
+        while random.random() < 0.7:
+            inner = [v for v in node.values() if isinstance(v, dict) and v]
+            if not inner:
+                break
+            node = random.choice(inner)
+        key = random.choice(list(node))
+        change = random.randrange(4)
+        if change == 0:
+            del node[key]
+        elif change == 1 and isinstance(key, str):
+            node[random.choice([key + "x", "stages.0.blocks.999999999.ls1.gamma", values.TERMINAL, key.upper()])] = (
+                node[key]
+            )
+        else:
+            node[key] = values.anything(random)
+
+
+def _odd_zip(random: random.Random, content: bytes) -> bytes:
+    """Returns a zip archive with its entries compressed, renamed, left out, inflated or doubled."""
+    made, kind = io.BytesIO(), random.randrange(5)
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if kind == 0 and random.random() < 0.3:
+                continue
+            if kind == 1 and random.random() < 0.3:
+                data = values.damaged(random, data) if data else data
+            if kind == 2 and entry.filename.endswith("data.pkl"):
+                data = pickle.dumps(values.plain(random, 3), protocol=2)
+            if kind == 3 and random.random() < 0.1:
+                data = bytes(300 << 20)
+            name = entry.filename if kind != 4 or random.random() < 0.8 else "../" + entry.filename
+            new.writestr(name, data, zipfile.ZIP_DEFLATED if kind == 3 else zipfile.ZIP_STORED)
+    return made.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def checkpoints(random: random.Random, folder: Path, base: Path) -> Call:
+    """Damaged training checkpoints, with and without their checksums: a flipped bit must be seen."""
+    run = folder / "checkpoints"
+    shutil.copytree(base / "run" / "checkpoints", run)
+    newest = sorted(run.glob("step_*.pt"))[-1]
+    whole = read_any(newest)
+    newest.write_bytes(values.damaged(random, newest.read_bytes()))
+    if random.random() < 0.7:
+        newest.with_name(newest.name + ".sha256").unlink()
+
+    def call() -> str | None:
+        found = latest_checkpoint(run)
+        assert found is not None
+        try:
+            read_training_checkpoint(newest)
+        except CheckpointError:
+            return None if found[0] != newest else "the newest is taken although it is damaged"
+        return None if _same(whole, found[1]) else "a damage is not seen"
+
+    return call
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and [*a] == [*b] and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def resuming(random: random.Random, folder: Path, base: Path) -> Call:
+    """Runs that go on from checkpoints with foreign values, beside foreign files."""
+    shutil.copytree(base / "run", folder / "run")
+    newest = _newest(folder)
+    content = read_any(newest)
+    kind = random.randrange(3)
+    if kind == 0:
+        content[random.choice(list(content))] = values.anything(random)
+    elif kind == 1:
+        _change(random, content)
+    if kind < 2:
+        torch.save(content, newest)
+        newest.with_name(newest.name + ".sha256").unlink()
+    else:
+        metrics = folder / "run" / "metrics.jsonl"
+        metrics.write_bytes(values.text_lines(random, metrics.read_bytes().splitlines()))
+    resume = random.choice(["auto", str(newest)])
+
+    def call() -> None:
+        train(_settings(base / "photos", epochs=2) if resume == "auto" else _settings(base / "photos"),
+              folder / "run" if resume == "auto" else folder / "other", resume)  # fmt: skip
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def tables(random: random.Random, folder: Path, base: Path) -> Call:
+    """CSV files and class lists."""
+    rows = [
+        f"{split}/{name}/{i}.png,{name},{split}".encode() for split in ("train", "val") for name in "ab" for i in (0, 1)
+    ]
+    lines = [b"image,label,split", *rows]
+    for _ in range(random.choice([1, 2])):
+        place, (old, new) = random.randrange(len(lines)), random.choice(
+            [(b",a,", b"," + random.choice(values.TEXTS).encode() + b","), (b"train/", b"../photos/train/"), (b",", b";"),
+             (b".png", b"\0.png"), (b"image", b"label"), (b",b,", b",-1,"), (b"train", b'"train')]
+        )  # fmt: skip
+        lines[place] = lines[place].replace(old, new)
+    data = values.text_lines(random, lines) if random.random() < 0.5 else b"\n".join(lines)
+    (folder / "table.csv").write_bytes(data if random.random() < 0.7 else values.damaged(random, data))
+    (folder / "names.txt").write_bytes(values.text_lines(random, [b"a", b"b"]))
+
+    def call() -> None:
+        if random.random() < 0.3:
+            read_class_list(folder / "names.txt")
+        _look_at(DataConfig(source="csv", root=str(base / "photos"), csv=str(folder / "table.csv")))
+
+    return call
+
+
+def _look_at(config: DataConfig) -> None:
+    for source in open_train_and_val(config):
+        assert len(source.class_names) > 0  # type: ignore[union-attr]
+        for i in range(min(4, len(source))):
+            source.images[i]  # type: ignore[union-attr]
+
+
+def tars(random: random.Random, folder: Path, base: Path) -> Call:
+    """WebDataset tars with odd members, labels and bytes."""
+    labels = [
+        b"0",
+        b"1",
+        b"a",
+        b"-1",
+        b"9" * 30,
+        b"9" * 5000,
+        b"1.5",
+        b"\xff",
+        values.TERMINAL.encode(),
+        b"",
+        b"[" * 100_000,
+    ]
+    for split in ("train", "val"):
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            for i in range(3):
+                label = random.choice(labels) if random.random() < 0.3 else str(i % 2).encode()
+                image = (base / "photos" / split / "a" / f"{i % 2}.png").read_bytes()
+                if random.random() < 0.2:
+                    image = values.damaged(random, image)
+                ending = random.choice(["cls", "cls", "json"])
+                label = b'{"label": ' + label + b"}" if ending == "json" else label
+                stem = random.choice([f"{i}", f"{i}", f"../{i}", f"{i}.x", f"a\n{i}", "x" * 300])
+                for name, content in ((f"{stem}.png", image), (f"{stem}.{ending}", label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        data = made.getvalue()
+        (folder / f"{split}-0.tar").write_bytes(values.damaged(random, data) if random.random() < 0.3 else data)
+    return lambda: _look_at(DataConfig(source="wds", root=str(folder)))
+
+
+def folders(random: random.Random, folder: Path, base: Path) -> Call:
+    """Folders with odd names, and images that are none."""
+    for split in ("train", "val"):
+        names = ["a", random.choice(["b", "b\x1b[31m", "x" * 200, "a b", "-1", "ü", "b\n", "=b"])]
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(2):
+                data = (base / "photos" / split / "a" / "0.png").read_bytes()
+                path = folder / split / name / random.choice([f"{i}.png", f"{i}.jpg", f"{i}.tif", f"{i}\n.png"])
+                path.write_bytes(values.damaged(random, data) if random.random() < 0.5 else data)
+    return lambda: _look_at(DataConfig(source="folder", root=str(folder)))
+
+
+def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
+    """config.json of timm's hub layout."""
+    config: dict[str, Any] = {
+        "architecture": "conv2former_n",
+        "num_classes": 10,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic",
+            "crop_pct": 0.9, "label_names": ["a"] * 10,
+        },
+    }  # fmt: skip
+    node = config if random.random() < 0.3 else config["pretrained_cfg"]
+    node[random.choice(list(node))] = random.choice(
+        [values.plain(random), [3, 0, 0], [0, 0, 0], True, [True] * 3, [1e400] * 3, [3, 10**9, 10**9], -1, "x" * 10**6]
+    )
+    data = json.dumps(config).encode()
+    (folder / "config.json").write_bytes(values.damaged(random, data) if random.random() < 0.3 else data)
+    shutil.copy(FIXTURES / "model_k7.safetensors", folder / "model.safetensors")
+
+    def call() -> None:
+        list_installed()
+        load_model(folder)
+
+    return call
+
+
+TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {
+    function.__name__: function for function in (weights, checkpoints, resuming, tables, tars, folders, hub_configs)
+}
