@@ -1,8 +1,7 @@
-"""What reads files, each as a function that makes a hostile file and one that reads it.
+"""What reads files, each as a function that writes a hostile file into an empty folder and returns what reads it.
 
-`prepare(folder)` writes what is right, once. `make(random, folder, base)` writes a hostile copy of it into an empty folder
-and returns what to call. A call may return, or raise a UserError or TrainingError; all else is a find. It returns a text
-if what it read is silently wrong.
+`prepare` writes, once, what they damage. What a target returns may come back, or raise a UserError or TrainingError; all
+else is a find. It returns a text if what it read is silently wrong.
 """
 
 from __future__ import annotations
@@ -204,10 +203,10 @@ def tables(random: random.Random, folder: Path, base: Path) -> Call:
     ]
     lines = [b"image,label,split", *rows]
     for _ in range(random.choice([1, 2])):
-        place, (old, new) = random.randrange(len(lines)), random.choice(
-            [(b",a,", b"," + random.choice(values.TEXTS).encode() + b","), (b"train/", b"../photos/train/"), (b",", b";"),
-             (b".png", b"\0.png"), (b"image", b"label"), (b",b,", b",-1,"), (b"train", b'"train')]
-        )  # fmt: skip
+        label = random.choice(values.TEXTS).encode()
+        changes = [(b",a,", b"," + label + b","), (b"train/", b"../photos/train/"), (b",", b";"), (b".png", b"\0.png")]
+        changes += [(b"image", b"label"), (b",b,", b",-1,"), (b"train", b'"train')]
+        place, (old, new) = random.randrange(len(lines)), random.choice(changes)
         lines[place] = lines[place].replace(old, new)
     data = values.text_lines(random, lines) if random.random() < 0.5 else b"\n".join(lines)
     (folder / "table.csv").write_bytes(data if random.random() < 0.7 else values.damaged(random, data))
