@@ -1,19 +1,15 @@
-"""Safe reading of weight files: no code from them is run, and what cannot be read is said in one message."""
+"""Weight files by whatever name users give them: a file, a folder, or installed weights."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError, closest, shorten
 from .installed import HUB_CONFIG, HUB_FILES, find_installed, list_installed
+from .safe_load import load_tensors
 from .variants import list_variants, variant
 
 __all__ = ["read_checkpoint", "weight_file"]
@@ -42,7 +38,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, not a checkpoint, or holds code.
     """
     path = weight_file(path)
-    content = _read_file(path)
+    content = load_tensors(path)
     if path.name in HUB_FILES and (path.parent / HUB_CONFIG).is_file():
         return {"state_dict": content, "hub_config": _read_hub_config(path.parent / HUB_CONFIG)}
     return content
@@ -119,58 +115,3 @@ def _read_hub_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
     return config
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        import safetensors.torch  # a dependency of timm, slow to import
-
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
-    if _is_torchscript(path):
-        raise CheckpointError(f"{path} is an exported network (TorchScript); give the weight file that it is of")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(_refusal(path)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as e:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
-    return content
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def _refusal(path: Path) -> str:
-    """Returns why a file is not opened, and how its weights can be saved without what stands in the way."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it only names things for the message, and a file that is no pickle at all ends here too
-        names = []
-    if not names:
-        return f"{path} is not a checkpoint that torch can read"
-    is_module = any(name.startswith(("torch.nn.modules.", "conv2former.")) for name in names)
-    weights = ".state_dict()" if is_module else '["state_dict"]'
-    also = "" if is_module else ", with the key under which it has them"
-    what = "it is a whole network as an object, not its state dict" if is_module else "not weights alone"
-    return (
-        f"{path} is refused: to open it, code outside the file would run ({shorten(names, 5)}); {what}. If you trust "
-        f'its source, save the weights alone where it can be opened: torch.save(torch.load("{path.name}", '
-        f'weights_only=False){weights}, "weights.pt"){also}'
-    )
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return f" ({text})" if " " in text else ""  # the text of a bare EOFError or KeyError tells nobody anything

@@ -1,7 +1,7 @@
 """What reads files, each as a function that writes a hostile file into an empty folder and returns what reads it.
 
-`prepare` writes, once, what they damage. What a target returns may come back, or raise a UserError or TrainingError; all
-else is a find. It returns a text if what it read is silently wrong.
+`prepare` writes, once, what they damage. What a target returns may come back, or raise a UserError or TrainingError;
+all else is a find. It returns a text if what it read is silently wrong.
 """
 
 from __future__ import annotations

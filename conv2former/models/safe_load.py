@@ -1,0 +1,212 @@
+"""Reads weight files that anybody may have made: no code from them runs, and a small file cannot eat the machine.
+
+`torch.load(weights_only=True)` keeps code out. It trusts the rest: it allocates what a file claims, inflates what is
+compressed, and ignores the checksums in the file. So a file is looked at before it is loaded, and what came out of it
+once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import pickletools
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..errors import CheckpointError, shorten
+
+__all__ = ["load_tensors"]
+
+MAX_OPERATIONS = 4_000_000  # of a pickle; a training checkpoint of the largest variant has 200,000
+MAX_REPEATS = 8  # bytes of all tensors over those of the file: tensors may share memory, a few times
+SLACK = 1 << 20  # bytes that tensors may have whatever the file's size
+BLOCK = 1 << 22
+ALLOWED: list[Any] = [argparse.Namespace]  # the recipe in the authors' and timm's checkpoints
+LEGACY_PICKLES = 5  # magic number, protocol, system, content and storage keys, before the storages
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads a `.safetensors` or `torch.save` file to the CPU.
+
+    Of the classes that a pickle may hold, only tensors, built-in types and `argparse.Namespace` are allowed.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        CheckpointError: it is not a regular file, damaged, refused, or no dictionary.
+    """
+    try:
+        size = _regular_size(path)
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
+        _check_tensors(path, content, size)
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise CheckpointError(
+            f"{path} claims more memory than this machine has: it is damaged or made to harm"
+        ) from None
+    except Exception as e:  # whatever the readers of three formats raise, of bytes that are wrong
+        raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
+    return content
+
+
+def _regular_size(path: Path) -> int:
+    """Returns the bytes of a file.
+
+    Raises:
+        CheckpointError: it is something else than a regular file, such as a pipe, which nobody may ever write to.
+        OSError: it cannot be looked at.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: not a file")
+    return found.st_size
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    import safetensors.torch  # a dependency of timm, slow to import
+
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is not a complete .safetensors file ({e})") from None
+
+
+def _load_torch(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # by which torch tells its two formats apart
+        names = _check_zip(path, file) if is_zip else _check_legacy(path, file)
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(_refusal(path, names)) from None
+
+
+def _check_zip(path: Path, file: IO[bytes]) -> list[str]:
+    """Checks the entries of a zip archive, and returns the names that its pickle refers to.
+
+    Raises:
+        CheckpointError: they are compressed, larger than the archive, or do not match their checksums.
+        zipfile.BadZipFile: it is not whole.
+    """
+    names: list[str] = []
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise CheckpointError(f"{path} is an exported network (TorchScript); give the weight file that it is of")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError(f"{path} is refused: it is compressed, which torch.save never does; unpack it first")
+        if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{path} is refused: its parts claim more bytes than the file has")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                with archive.open(entry) as part:
+                    names += _names_in_pickle(path, part)
+            try:
+                with archive.open(entry) as part:
+                    while part.read(BLOCK):
+                        pass  # zipfile compares the checksum at the end
+            except zipfile.BadZipFile:
+                raise CheckpointError(
+                    f"{path} is damaged: {entry.filename!r} in it does not match its checksum; copy or download it anew"
+                ) from None
+    return names
+
+
+def _check_legacy(path: Path, file: IO[bytes]) -> list[str]:
+    """Returns the names that the pickles at the start of a file of torch before 1.6 refer to."""
+    file.seek(0)
+    names: list[str] = []
+    for _ in range(LEGACY_PICKLES):
+        try:
+            names += _names_in_pickle(path, file)
+        except CheckpointError:
+            raise
+        except Exception:  # no pickle, or no more: what it is, torch says
+            break
+    return names
+
+
+def _names_in_pickle(path: Path, file: IO[bytes]) -> list[str]:
+    """Returns the classes and functions, `module.name`, that a pickle refers to, without running it.
+
+    Raises:
+        CheckpointError: it is longer than any checkpoint's.
+    """
+    names: list[str] = []
+    texts: list[str] = []
+    for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if number == MAX_OPERATIONS:
+            raise CheckpointError(f"{path} is refused: more than {MAX_OPERATIONS:,} entries besides its tensors")
+        if operation.name == "GLOBAL":
+            names.append(str(argument).replace(" ", "."))
+        elif operation.name == "STACK_GLOBAL":
+            names.append(".".join(texts[-2:]))
+        elif isinstance(argument, str):
+            texts = [*texts[-1:], argument]
+    return names
+
+
+def _refusal(path: Path, names: list[str]) -> str:
+    """Returns why a file is not opened, and how its weights can be saved without what stands in the way."""
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it only names things for the message, and knows zip archives alone
+        found = [name for name in names if not name.startswith(("torch.", "collections.OrderedDict", "argparse."))]
+    if not found:
+        return f"{path} is not a checkpoint that torch can read"
+    is_module = any(name.startswith(("torch.nn.modules.", "conv2former.")) for name in names)
+    weights = ".state_dict()" if is_module else '["state_dict"]'
+    also = "" if is_module else ", with the key under which it has them"
+    what = "it is a whole network as an object, not its state dict" if is_module else "not weights alone"
+    return (
+        f"{path} is refused: to open it, code outside the file would run ({shorten(sorted({*found}), 5)}); {what}. If "
+        f'you trust its source, save the weights alone where it can be opened: torch.save(torch.load("{path.name}", '
+        f'weights_only=False){weights}, "weights.pt"){also}'
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].split(". ")[0][:200]
+    return f" ({text})" if " " in text else ""  # the text of a bare EOFError or KeyError tells nobody anything
+
+
+def _check_tensors(path: Path, content: dict[Any, Any], size: int) -> None:
+    """Checks that tensors are ordinary ones, and no larger than their file can be.
+
+    Raises:
+        CheckpointError: one is not, such as a view of petabytes of a single number.
+    """
+    total = 0
+    for tensor in _tensors_in(content):
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            continue  # refused by its name where weights are expected; claims no memory before
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path} is refused: a tensor of shape {tuple(tensor.shape)} claims bytes it has not")
+        total += tensor.nbytes
+    if total > MAX_REPEATS * size + SLACK:
+        raise CheckpointError(f"{path} is refused: {size:,} bytes claim {total:,} bytes of tensors")
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """Returns all tensors in nested dictionaries and sequences, each container once."""
+    todo, seen = [content], set()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set, argparse.Namespace)) and id(value) not in seen:
+            seen.add(id(value))
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            todo += value.values() if isinstance(value, dict) else value
