@@ -144,7 +144,8 @@ def test_damage_is_found_before_the_work(installed):
 def test_the_command(installed, monkeypatch, capsys, top1, code):
     found = {
         **row(top1), "checkpoint": "pub_a.one", "variant": "pub_a", "weights": "not noted",
-        "preprocessing": "checkpoint", "changed": [], "loss": 1.0, "notes": [], "processes": 1, "images_per_second": 1.0, "skipped": [],
+        "preprocessing": "checkpoint", "changed": [], "top1_error": 0.2, "loss": 1.0, "notes": [], "processes": 1,
+        "images_per_second": 1.0, "skipped": [],
     }  # fmt: skip
     monkeypatch.setattr(command, "validate_files", lambda *args, **kwargs: [found])
     monkeypatch.setattr(sys, "argv", ["validate.py", "--checkpoint", "pub_a.one", "--data", "x", "--confirm"])
