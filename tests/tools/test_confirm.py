@@ -147,7 +147,12 @@ def test_the_command(installed, monkeypatch, capsys, top1, code):
         "preprocessing": "checkpoint", "changed": [], "top1_error": 0.2, "loss": 1.0, "notes": [], "processes": 1,
         "images_per_second": 1.0, "skipped": [],
     }  # fmt: skip
-    monkeypatch.setattr(command, "validate_files", lambda *args, **kwargs: [found])
+
+    def validate_files(*args, announce, **kwargs) -> list:
+        announce([found])
+        return [found]
+
+    monkeypatch.setattr(command, "validate_files", validate_files)
     monkeypatch.setattr(sys, "argv", ["validate.py", "--checkpoint", "pub_a.one", "--data", "x", "--confirm"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "validate.py"), run_name="__main__")
