@@ -633,7 +633,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     return [
         *lines,
         f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
-        f"{counted(num_classes, 'class', 'classes')}",
+        f"{num_classes} {'class' if num_classes == 1 else 'classes'}",
         f"one step on {counted(batch_size, 'random image')}: loss {loss:.4f}, gradient norm "
         f"{float(result.grad_norm):.3g}, {seconds:.1f} s{memory}",
     ]

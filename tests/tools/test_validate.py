@@ -414,10 +414,11 @@ def test_what_wins(lettered, photos, tmp_path):
 
 
 def test_mistakes(lettered, imagenet, official_file, photos, tmp_path):
-    for folder in ("empty", "noimages/val/a", "nosplit/x/y"):
+    for folder in ("empty", "noimages/val/a"):
         (tmp_path / folder).mkdir(parents=True)
     noise(tmp_path / "flat" / "0.png", (32, 32), np.random.default_rng(0))
-    noise(tmp_path / "nosplit" / "x" / "y" / "0.png", (32, 32), np.random.default_rng(0))
+    for folder in ("nosplit/vla/y", "deep/x/y"):
+        noise(tmp_path / folder / "0.png", (32, 32), np.random.default_rng(0))
     (tmp_path / "file").write_text("x")
     ok = {"data": photos}
     cases: list[tuple[type[UserError], str, dict]] = [
@@ -427,6 +428,7 @@ def test_mistakes(lettered, imagenet, official_file, photos, tmp_path):
         (DataError, "flat has no class folders; expected", {"data": tmp_path / "flat"}),
         (DataError, "noimages/val has 1 class folder without images: a", {"data": tmp_path / "noimages"}),
         (DataError, "nosplit has no validation split: none of", {"data": tmp_path / "nosplit"}),
+        (DataError, "deep has 1 class not in the class list: x; the list has 10", {"data": tmp_path / "deep"}),
         (DataError, "val has 10 classes not in the class list: a, b", {**ok, "files": [imagenet]}),
         (CheckpointError, ": dims [8, 16, 24, 32] for [72, 144, 288, 576], depths", {**ok, "model": "conv2former_t"}),
         (ConfigError, "did you mean 'conv2former_t'", {**ok, "model": "conv2former_tt"}),
