@@ -510,13 +510,13 @@ def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch,
     )
     script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")
     assert heads == [
-        f"{lettered}: unnamed variant, raw weights\n"
+        f"{lettered}: unnamed variant, weights\n"
         f"{photos}/val: 30 images, all of the network's 10 classes, fp32\n"
         f"preprocessing checkpoint with data.img_size as given: {Preprocessing(32)}\n"
         f"note: {lettered} does not say its mean, std, crop_pct: --preprocessing both compares the two likely ones\n"
     ]
     rest = capsys.readouterr().out
-    assert "30 images" not in rest
+    assert "of the network's" not in rest
     assert "top-1" in rest
 
 
@@ -526,7 +526,7 @@ def test_how_much_a_small_set_says(lettered, photos):
     assert row["top1_error"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 30))
     text = "\n".join(summary([row]))
     assert re.search(rf"top-1 +± .*\n.* {row['top1']:.2f} +{row['top1_error']:.2f} ", text)
-    assert "note: one of 30 validation images is 3.33 points of top-1; ± is its standard error" in text
+    assert "note: one of 30 images is 3.33 points of top-1; ± is its standard error" in text
     assert "±" not in "\n".join(summary([row | {"n": 500}]))
 
 
