@@ -14,10 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conv2former.config import load_config
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
-from conv2former.tools.killing import kill_and_compare
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 EVERYTHING_ON = [
@@ -38,6 +36,9 @@ EVERYTHING_ON = [
 
 
 def main() -> None:
+    from conv2former.config import load_config  # here, so that a missing package is one sentence
+    from conv2former.tools.killing import kill_and_compare
+
     parser = Parser(text=__doc__, sections=())
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill (default: 20)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run (default: 1)")

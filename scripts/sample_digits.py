@@ -5,15 +5,16 @@ python scripts/sample_digits.py digits
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from conv2former.data.digits import write_samples
+from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from conv2former.data.digits import write_samples  # here, so that a missing package is one sentence
+
+    parser = Parser(text=__doc__)
     parser.add_argument("folder", type=Path, help="made if need be")
     args = parser.parse_args()
     print(f"in {args.folder}: {', '.join(path.name for path in write_samples(args.folder))}")

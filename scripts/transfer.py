@@ -14,13 +14,15 @@ from pathlib import Path
 
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
-from conv2former.tools.output import replacing
-from conv2former.tools.transfer import compare, comparison_table, prepare, tune, tuning_table, write_results
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "finetune"
 
 
 def main() -> None:
+    # here, so that a missing package is one sentence
+    from conv2former.tools.output import replacing
+    from conv2former.tools.transfer import compare, comparison_table, prepare, tune, tuning_table, write_results
+
     parser = Parser(text=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare|compare|tune")
     images = commands.add_parser("prepare", help="write the images")

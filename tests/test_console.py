@@ -43,7 +43,7 @@ def test_every_script_is_a_command_and_the_other_way_round():
         script = SCRIPTS.get(name, name)
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
-    assert scripts.keys() == {"kill_test", "transfer"}
+    assert scripts.keys() == {"kill_test", "sample_digits", "transfer"}  # of the clone alone
 
 
 def test_help_and_version(monkeypatch, capsys):
@@ -225,12 +225,13 @@ MINIMAL = """
 import json, sys
 for name in "pydantic datasets pyarrow tensorboard matplotlib sklearn onnx onnxruntime onnxscript captum".split():
     sys.modules[name] = None
+import runpy
 from conv2former.commands import console
 for words in json.loads(sys.argv[1]):
     sys.argv = ["conv2former", *words]
     code = 0
     try:
-        console.run()
+        runpy.run_path(words[0], run_name="__main__") if words[0].endswith(".py") else console.run()
     except SystemExit as stop:
         code = stop.code or 0
     print("->", code, file=sys.stderr, flush=True)
@@ -257,6 +258,7 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["average", file, file, "--output", "b.pt"], "train"),
         (["receptive-field", "--checkpoint", file], "train"),
         (["benchmark", "models", "conv2former_n"], "train"),
+        *(([ROOT / "scripts" / name], "train") for name in ("kill_test.py", "transfer.py", "sample_digits.py")),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)
     environment = {**os.environ, "CONV2FORMER_COMPILE": "0"}
@@ -264,7 +266,8 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "-> ", "Traceback"))]
-    missing = 'error: this needs pydantic, which is not installed: pip install "conv2former[{}]"'
+    lines = [re.sub(r"this needs (pydantic|sklearn),", "this needs it,", line) for line in lines]
+    missing = 'error: this needs it, which is not installed: pip install "conv2former[{}]"'
     assert lines == ["-> 0"] * len(works) + [line for _, e in lacks for line in (missing.format(e), "-> 2")]
     assert "| `conv2former_t` |" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

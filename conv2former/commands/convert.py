@@ -18,7 +18,6 @@ import argparse
 import os
 from pathlib import Path
 
-from ..data.tables import read_class_list
 from ..errors import ConfigError
 from ..models.installed import say_if_unverified
 from ..tools.arguments import Parser
@@ -77,7 +76,7 @@ def main() -> None:
         False if args.raw else True if args.ema else None,
         args.preprocessing,
         overrides,
-        read_class_list(args.class_names) if args.class_names else None,
+        _class_list(args.class_names) if args.class_names else None,
         needs_tag=args.install is not None,
     )
     print(summary(export))
@@ -93,6 +92,12 @@ def main() -> None:
         say_if_unverified(export.name)
     if args.push_to_hub:
         print(f"sent: {push(export, args.push_to_hub, args.private)}")
+
+
+def _class_list(path: Path) -> list[str]:
+    from ..data.tables import read_class_list  # needs pydantic, which a conversion as such does not
+
+    return read_class_list(path)
 
 
 def run() -> None:

@@ -442,7 +442,7 @@ def test_the_script_prints_both_accuracies_and_warns(int8, monkeypatch, capsys, 
         given.append(images)
         return replace(int8, accuracy=Accuracy(200, 90.0, 90.0 - drop, 97.5))
 
-    monkeypatch.setattr(quantize, "export_int8", result)
+    monkeypatch.setattr("conv2former.commands.export.export_int8", result)
     words = ["--int8", "--calibration-images", 4, "--evaluation-images", 6, "--calibrate", "data.root=x"]
     assert script(monkeypatch, "--checkpoint", "a.pt", "--output", "a.onnx", *words) == 0
     out, err = capsys.readouterr()
