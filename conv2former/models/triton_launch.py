@@ -155,8 +155,15 @@ def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def unpack_sums(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns (K K + 1, C) into the gradients of a weight (C, 1, K, K) and a bias (C,), in their types."""
-    return sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype)
+    """Turns (K K + 1, C) into the gradients of a weight (C, 1, K, K) and a bias (C,), in their types.
+
+    They are copies: an operator may not return two views of one tensor.
+    """
+    weight_grad = sums[:-1].t().reshape(weight.shape)
+    return (
+        weight_grad.to(weight.dtype, copy=True, memory_format=torch.contiguous_format),
+        sums[-1].to(bias.dtype, copy=True),
+    )
 
 
 def convolve_band(

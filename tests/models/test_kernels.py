@@ -67,6 +67,7 @@ def test_the_kernels_compute_the_formula_and_its_gradients(on_triton, number):
     expected = [dtype, dtype, "float32", "float32", *([dtype] if CASES[number]["name"] == "modulate" else [])]
     assert result["types"] == expected
     assert result["channels_last"]
+    assert result["apart"]
 
 
 @needs_triton

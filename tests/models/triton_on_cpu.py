@@ -1,7 +1,8 @@
 """The Triton kernels on the CPU, in Triton's interpreter, against float64 PyTorch: `python triton_on_cpu.py CASES`.
 
 A program of its own, since the interpreter must be chosen before Triton is imported. It takes cases, a JSON list, and
-writes a line of JSON for each: relative errors and types of result and gradients, and whether maps are channels_last.
+writes a line of JSON for each: relative errors and types of result and gradients, whether maps are channels_last, and
+whether no tensor shares memory with another, which torch asks of operators.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def run(name: str, shape: list[int], kernel_size: int, dtype: str, band: bool) -
         "errors": [error(x, y) for x, y in zip(results, expected, strict=True)],
         "types": [str(x.dtype).removeprefix("torch.") for x in results],
         "channels_last": all(x.is_contiguous(memory_format=torch.channels_last) for x in results[:2]),
+        "apart": len({x.untyped_storage().data_ptr() for x in (*results, a, weight, bias, v, grad)}) == len(results) + 5,
     }
 
 
