@@ -3,6 +3,7 @@
 python scripts/export.py --checkpoint conv2former_t.pth.tar --output model.onnx   # any batch size, height and width
 python scripts/export.py --checkpoint conv2former_t.pth.tar --output model.pt2    # torch.export
 python scripts/export.py --checkpoint conv2former_t.pth.tar --output model.ts     # TorchScript
+python scripts/export.py --checkpoint best.pt --output wide.onnx --img-size 128 256 --fixed
 python scripts/export.py --checkpoint best.pt --output int8.onnx --int8           # and its accuracy, before and after
 
 Preprocessing, class names and where the weights are from are in the file; docs/export.md shows how to use them. What
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import takewhile
 from pathlib import Path
 
+from .._preprocessing import as_img_size
 from ..errors import counted
 from ..models.weights import weights_text
 from ..tools.arguments import Parser
@@ -40,7 +43,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", choices=list(FORMATS), help="for a file with another ending")
     parser.add_argument("--raw", action="store_true", help="take the raw weights although the file has averaged ones")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint", help="to note in the file")
-    parser.add_argument("--img-size", type=int, metavar="N", help="of the input, pixels (default: the checkpoint's)")
+    parser.add_argument(
+        "--img-size",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="of the input, pixels: one number for a square, or height and width (default: the checkpoint's)",
+    )
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument(
         "--dynamic", action="store_true", help="any batch size, and sizes from 32 pixels on (the default)"
@@ -64,9 +73,21 @@ def parse() -> argparse.Namespace:
     group.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, metavar="N", help="from training")
     group.add_argument("--evaluation-images", type=int, metavar="N", help="from validation (default: all)")
     args = parser.parse_intermixed_args()
+    args.img_size, rest = _size_of(args.img_size, parser)
+    args.overrides += rest
     if not args.int8 and (args.data or args.calibrate or args.evaluation_images):
         parser.error("--data, --calibrate and --evaluation-images go with --int8")
     return args
+
+
+def _size_of(words: list[str], parser: argparse.ArgumentParser) -> tuple[int | tuple[int, int] | None, list[str]]:
+    """Returns what is given as --img-size, and the overrides that stand behind it."""
+    numbers = list(takewhile(lambda word: "=" not in word, words))
+    if not all(word.isascii() and word.isdigit() for word in numbers) or len(numbers) > 2 or (words and not numbers):
+        parser.error(f"--img-size {' '.join(words)}: expected one number, or height and width, in pixels")
+    sides = [int(word) for word in numbers]
+    size = as_img_size(sides if len(sides) == 2 else sides[0]) if sides else None
+    return size, words[len(numbers) :]
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
-from .schema import Config
+from .schema import ONE, TWO, Config
 from .suggest import suggest_key
 
 __all__ = ["apply_overrides", "check_config", "differences", "load_config"]
@@ -163,7 +163,7 @@ def _valid_keys(location: Sequence[str | int]) -> list[str]:
 
 
 def _describe(error: Any) -> str:
-    location = error["loc"]
+    location = [word for word in error["loc"] if word not in (ONE, TWO)]
     dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
         keys = _valid_keys(location)

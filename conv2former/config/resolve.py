@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .._preprocessing import as_img_size
 from ..errors import DataError, counted
 from .schema import Config
 
@@ -91,13 +92,18 @@ def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
     return config.model_copy(update={"train": smaller})
 
 
-def img_size_at(config: Config, epoch: int) -> int:
-    """Returns the height and width of the training images in `epoch`, counted from 0.
+def img_size_at(config: Config, epoch: int) -> int | tuple[int, int]:
+    """Returns the size of the training images in `epoch`, counted from 0: one number for a square, or (height, width).
 
-    With `augment.first_img_size` it grows linearly over `schedule.epochs`, in steps of 32 pixels, and is
-    `data.img_size` in the last of them and in the cool-down.
+    With `augment.first_img_size` the shorter side grows linearly over `schedule.epochs`, in steps of 32 pixels, and the
+    longer one in proportion, to a multiple of 32; they are `data.img_size` in the last of the epochs and in the
+    cool-down.
     """
-    first, last = config.augment.first_img_size, config.data.img_size
+    first, sides = config.augment.first_img_size, config.data.preprocessing.size
+    last = min(sides)
     if first is None or epoch >= config.schedule.epochs - 1:
-        return last
-    return first + int((last - first) * epoch / (config.schedule.epochs - 1)) // 32 * 32
+        return as_img_size(sides)
+    short = first + int((last - first) * epoch / (config.schedule.epochs - 1)) // 32 * 32
+    if short == last:
+        return as_img_size(sides)
+    return as_img_size([short if side == last else max(32, round(short * side / last / 32) * 32) for side in sides])

@@ -6,9 +6,13 @@ above what is of use: they turn a slip of the hand into a message where the run 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+
+from .._preprocessing import FIELDS, Preprocessing, as_img_size, channels_text
+from ..errors import ConfigError, counted
 
 __all__ = ["NO_SPLIT", "Config"]
 
@@ -16,7 +20,13 @@ NO_SPLIT = "none"  # as `data.val_split`: no validation split, even where one co
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
-ImgSize = Annotated[int, Field(ge=32, le=4096)]
+Side = Annotated[int, Field(ge=32, le=4096)]
+ONE, TWO = "<one number>", "<two numbers>"  # in pydantic's errors, where messages leave them out
+ImgSize = Annotated[
+    Annotated[Side, Tag(ONE)] | Annotated[tuple[Side, Side], Tag(TWO)],
+    Discriminator(lambda value: TWO if isinstance(value, (list, tuple)) else ONE),
+    AfterValidator(as_img_size),
+]
 Epochs = Annotated[int, Field(ge=0, le=100_000)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -24,7 +34,8 @@ NonNegative = Annotated[float, Field(ge=0.0, le=1e12)]
 Above0 = Annotated[float, Field(gt=0.0, le=1e12)]
 Interval = tuple[Above0, Above0]
 Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
-Rgb = tuple[Finite, Finite, Finite]
+Mean = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=1000)]
+Std = Annotated[tuple[Above0, ...], Field(min_length=1, max_length=1000)]
 Location = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]  # no path holds a NUL
 
 
@@ -41,6 +52,8 @@ class ModelConfig(Section):
     name: str = "conv2former_t"
     variant: dict[str, JsonValue] | None = None  # a variant of your own: the path of its YAML file, or its content
     checkpoint: Location | None = None  # weights to start from; a classifier for other classes is replaced
+    # channels of the images: 3, RGB, or 1, grey, to which any image is then converted. null: the checkpoint's, or 3
+    in_chans: Literal[1, 3] | None = None
     drop_path_rate: Rate | None = None  # null: the variant's train_drop_path_rate
     drop_rate: Rate = 0.0  # dropout before the classifier
     head_init_scale: Above0 = 1.0  # factor on the fresh classifier's weights; small for fine-tuning
@@ -93,22 +106,50 @@ class DataConfig(Section):
     # images of more pixels are unreadable; null: Pillow's limit, 178,956,970, a guard against files made to fill the
     # memory. An image takes 3 bytes a pixel in each process that reads it, some kinds several times that.
     max_image_pixels: Annotated[int, Field(ge=1, le=10**12)] | None = None
-    img_size: ImgSize = 224
-    mean: Rgb = (0.485, 0.456, 0.406)
-    std: tuple[Above0, Above0, Above0] = (0.229, 0.224, 0.225)
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of the evaluation
-    crop_pct: Annotated[float, Field(ge=0.1, le=1.0)] = 0.875  # of the evaluation: resize to img_size / crop_pct, crop
-    crop_mode: Literal["center", "squash", "border"] = "center"
+    # How images become the network's input. null: as `model.checkpoint` notes it, or else 224, ImageNet's mean and std,
+    # bicubic, 0.875, center. A run writes down what it took.
+    img_size: ImgSize | None = None  # one number for a square, or [height, width], pixels
+    mean: Mean | None = None  # of values from 0 to 1, for each channel
+    std: Std | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None  # of the evaluation
+    # of the evaluation: resize to img_size / crop_pct, crop
+    crop_pct: Annotated[float, Field(ge=0.1, le=1.0)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
     # loader processes per device; they do not change what is trained. null: the device's share of the cores that this
     # machine lets the run use, at most 8
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is set of how images become the network's input."""
+        return {key: value for key in FIELDS if (value := getattr(self, key)) is not None}
+
+    def given_for(self, channels: int) -> dict[str, Any]:
+        """As `given`, of images of so many channels.
+
+        Raises:
+            ConfigError: `mean` or `std` is for others.
+        """
+        for key in ("mean", "std"):
+            if len(values := self.given.get(key, ())) not in (0, channels):
+                raise ConfigError(
+                    f"data.{key}: {counted(len(values), 'number')} for images of {channels_text(channels)}; give one "
+                    "for each channel"
+                )
+        return self.given
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the network's input, the defaults in the place of what is not set."""
+        channels = len(self.mean or self.std or Preprocessing().mean)
+        return replace(Preprocessing().for_channels(channels), **self.given)
 
 
 class AugmentConfig(Section):
     """Augmentation of the training images, in timm's terms. The defaults are the ImageNet recipe."""
 
     scale: Interval = (0.08, 1.0)  # of the random crop's area
-    ratio: Interval = (3 / 4, 4 / 3)  # of its sides
+    ratio: Interval = (3 / 4, 4 / 3)  # width by height, relative to that of data.img_size
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     hflip: Probability = 0.5
     vflip: Probability = 0.0
@@ -124,7 +165,8 @@ class AugmentConfig(Section):
     mix_prob: Probability = 1.0  # of a batch to be mixed at all
     mix_switch_prob: Probability = 0.5  # of cutmix, where both are on
     mix_off_epochs: Epochs = 0  # the last epochs without either, cool-down included
-    first_img_size: ImgSize | None = None  # grow from this to data.img_size, in steps of 32 pixels
+    # grow from this to data.img_size, in steps of 32 pixels; of its shorter side, and the longer one in proportion
+    first_img_size: Side | None = None
     smoothing: Rate = 0.1  # of the labels
 
 
@@ -252,8 +294,16 @@ class Config(Section):
             found.append("data.epoch_images: has no effect without data.streaming; leave it out")
         if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:
             found.append(f"data.value_range: the first number must be below the second: {list(self.data.value_range)}")
-        if self.augment.first_img_size and self.augment.first_img_size > self.data.img_size:
+        is_known = self.data.img_size is not None or not self.model.checkpoint
+        first = self.augment.first_img_size
+        if first and is_known and first > min(self.data.preprocessing.size):
             found.append(f"augment.first_img_size: above data.img_size: {self.augment.first_img_size}")
+        lengths = {key: len(values) for key, values in self.data.given.items() if key in ("mean", "std")}
+        channels: int = self.model.in_chans or next(iter(lengths.values()), 3)
+        for key, length in lengths.items():
+            if length != channels:
+                takes = f"images of {channels_text(channels)}" if self.model.in_chans else f"{channels} of data.mean"
+                found.append(f"data.{key}: {counted(length, 'number')} for {takes}; give one for each channel")
         if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
         if self.schedule.min_lr > self.optim.base_lr:

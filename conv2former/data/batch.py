@@ -17,6 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision.transforms import RandomHorizontalFlip
 
+from .._preprocessing import Preprocessing
 from ..config import Config, img_size_at
 from ..config.schema import DataConfig
 from ..errors import DataError
@@ -36,6 +37,7 @@ __all__ = [
     "collate",
     "collate_augmented",
     "eval_transform",
+    "in_channels",
     "load_image",
     "seed_all",
     "train_transforms",
@@ -67,8 +69,8 @@ class Augmented(NamedTuple):
     """An augmented image, not yet normalised.
 
     Attributes:
-        image: in RGB.
-        patches: what random erasing puts into the normalised image: top, left, and values, (3, h, w) float.
+        image: in RGB or grey, 8 bits.
+        patches: what random erasing puts into the normalised image: top, left, and values, (channels, h, w) float.
     """
 
     image: Image.Image
@@ -76,12 +78,12 @@ class Augmented(NamedTuple):
 
 
 class _Notepad:
-    """Takes the place of a normalised image, (3, H, W), in timm's RandomErasing, and notes what that writes."""
+    """Takes the place of a normalised image, (channels, H, W), in timm's RandomErasing, and notes what that writes."""
 
     dtype = torch.float32
 
-    def __init__(self, height: int, width: int) -> None:
-        self._size = torch.Size((3, height, width))
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        self._size = torch.Size((channels, height, width))
         self.patches: list[tuple[int, int, torch.Tensor]] = []
 
     def size(self) -> torch.Size:
@@ -89,7 +91,7 @@ class _Notepad:
 
     def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
         _, rows, columns = place
-        shape = (3, rows.stop - rows.start, columns.stop - columns.start)
+        shape = (self._size[0], rows.stop - rows.start, columns.stop - columns.start)
         self.patches.append((rows.start, columns.start, values.expand(shape)))
 
 
@@ -116,23 +118,26 @@ class TrainTransform:
 
     Args:
         transform: timm's, of a PIL image to a normalised tensor.
+        channels: of the images, 3 or 1.
 
     Attributes:
         of_image: its steps from PIL image to PIL image.
         erasing: those that erase from a normalised image.
     """
 
-    def __init__(self, transform: Any) -> None:
+    def __init__(self, transform: Any, channels: int = 3) -> None:
         pixels.prepare()
+        self.channels = channels
         steps = transform.transforms
         to_tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
         self.of_image: list[Any] = _joined(steps[:to_tensor])
         self.erasing: list[Any] = [step for step in steps[to_tensor:] if isinstance(step, RandomErasing)]
 
     def __call__(self, image: Image.Image) -> Augmented:
+        image = in_channels(image, self.channels)
         for step in self.of_image:
             image = step(image)
-        notes = _Notepad(image.height, image.width)
+        notes = _Notepad(self.channels, image.height, image.width)
         for erase in self.erasing:
             erase(notes)
         return Augmented(image, notes.patches)
@@ -149,23 +154,25 @@ def _joined(steps: list[Any]) -> list[Any]:
 def train_transforms(config: Config) -> list[TrainTransform]:
     """Returns the training transform of every epoch, of PIL images in RGB.
 
-    The size is that of `img_size_at`; epochs of one size share a transform.
+    The size is that of `img_size_at`; epochs of one size share a transform. The random crop has the shape of the input,
+    so that objects keep theirs, but for `augment.ratio`. Colour operations leave grey images as they are.
     """
-    data, augment = config.data, config.augment
+    images, augment = config.data.preprocessing, config.augment
 
-    def build(size: int) -> TrainTransform:
+    def build(size: int | tuple[int, int]) -> TrainTransform:
+        shape = 1.0 if isinstance(size, int) else size[1] / size[0]
         transform = create_transform(
             size,
             is_training=True,
             scale=augment.scale,
-            ratio=augment.ratio,
+            ratio=(augment.ratio[0] * shape, augment.ratio[1] * shape),
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
-            mean=data.mean,
-            std=data.std,
+            mean=images.mean,
+            std=images.std,
             re_prob=augment.re_prob,
             re_mode=augment.re_mode,
         )
@@ -176,10 +183,10 @@ def train_transforms(config: Config) -> list[TrainTransform]:
         for step in transform.transforms:
             if isinstance(step, auto_augment.RandAugment):
                 step.ops = np.array(step.ops)  # NumPy would make this array anew for every image to choose from it
-        return TrainTransform(transform)
+        return TrainTransform(transform, images.channels)
 
     sizes = [img_size_at(config, epoch) for epoch in range(config.schedule.epochs + config.schedule.cooldown_epochs)]
-    of_size = {size: build(size) for size in sorted(set(sizes))}
+    of_size = {size: build(size) for size in dict.fromkeys(sizes)}
     return [of_size[size] for size in sizes]
 
 
@@ -217,17 +224,36 @@ def _transformed(operation: Callable[..., Any], image: Any, *args: Any, **kwargs
     return operation(pixels.Transformable(image), *args, **kwargs)
 
 
-def eval_transform(data: DataConfig) -> Any:
-    """Returns timm's evaluation transform: a PIL image to a normalised float tensor, (3, img_size, img_size)."""
-    return create_transform(
-        data.img_size,
+class _InChannels:
+    """Makes an image grey where the network takes one channel; see `in_channels`."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return in_channels(image, self.channels)
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Returns an RGB image with 3 channels as it is, and with 1 as its luma; of equal channels that is their value."""
+    return image if channels == 3 else image.convert("L")
+
+
+def eval_transform(images: DataConfig | Preprocessing) -> Any:
+    """Returns timm's evaluation transform: a PIL image in RGB to a normalised float tensor, (channels, H, W)."""
+    given = images.preprocessing if isinstance(images, DataConfig) else images
+    transform = create_transform(
+        given.img_size,
         is_training=False,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        crop_pct=data.crop_pct,
-        crop_mode=data.crop_mode,
+        interpolation=given.interpolation,
+        mean=given.mean,
+        std=given.std,
+        crop_pct=given.crop_pct,
+        crop_mode=given.crop_mode,
     )
+    if given.channels != 3:
+        transform.transforms.insert(0, _InChannels(given.channels))
+    return transform
 
 
 class Skipped(NamedTuple):
@@ -238,7 +264,7 @@ class Skipped(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images, (N, 3, H, W) float, their class indices, (N,) int64, and what could not be read.
+    """Images, (N, channels, H, W) float, their class indices, (N,) int64, and what could not be read.
 
     `indices`, (N,) int64, are the images' places in the data set, -1 where it has none: in a stream.
     """
@@ -253,9 +279,9 @@ class PixelBatch(NamedTuple):
     """Augmented images as they travel between processes, a quarter of a `Batch`; the rest as there.
 
     Attributes:
-        pixels: (N, H, W, 3) 8-bit.
+        pixels: (N, H, W, channels) 8-bit.
         patches: (P, 5) int64, the rectangles to fill: image, top, left, height, width.
-        values: (V,) float, what to fill them with: the (3, h, w) of each, one after the other.
+        values: (V,) float, what to fill them with: the (channels, h, w) of each, one after the other.
     """
 
     pixels: torch.Tensor
@@ -297,7 +323,7 @@ def load_image(
 
 
 def collate(items: list[Item]) -> Batch:
-    """Makes a batch of loaded images, (3, H, W) float.
+    """Makes a batch of loaded images, (channels, H, W) float.
 
     It is smaller where an image could not be read, so that an evaluation counts every readable one once and no other.
     """
@@ -353,7 +379,7 @@ class Finish:
         self.device = device
 
     def __call__(self, batch: PixelBatch) -> Batch:
-        """Returns the batch with (N, 3, H, W) float images, in the channels_last layout."""
+        """Returns the batch with (N, channels, H, W) float images, in the channels_last layout."""
         images = pixels.normalize(batch.pixels.to(self.device, non_blocking=True), self.mean, self.std)
         images, channels = images.permute(0, 3, 1, 2), len(self.mean)
         values = batch.values.to(self.device, non_blocking=True)

@@ -268,7 +268,8 @@ def train_loader(
         device: where the images are normalised and yielded; what moves there are 8-bit pixels.
     """
     workers = workers_for(config.data)
-    finish = Finish(config.data.mean, config.data.std, torch.device(device))
+    images = config.data.preprocessing
+    finish = Finish(images.mean, images.std, torch.device(device))
     common: dict[str, Any] = {
         "pin_memory": pin_memory,
         "worker_init_fn": worker_init,
@@ -328,8 +329,8 @@ def eval_loader(
         rank, world_size: this device, and how many there are.
         pin_memory: for a fast copy to a GPU.
         worker_init: called in every worker process with its number.
-        views: what `eval_transform` takes, of one output size; batches are then (N, views, 3, H, W), and every image
-            is read once. Without it they are (N, 3, H, W), as `data` says.
+        views: what `eval_transform` takes, of one output size; batches are then (N, views, channels, H, W), and every
+            image is read once. Without it they are (N, channels, H, W), as `data` says.
     """
     workers, skip = workers_for(data), data.on_error == "skip"
     transform = _Views([eval_transform(view) for view in views]) if views else eval_transform(data)

@@ -301,8 +301,13 @@ extern "C" void pack(const Byte* from, Index pixels, Byte* to) {
     for (; i < pixels; i++) std::memcpy(to + i * 3, from + i * 4, 3);
 }
 
-// to[i][c] = table[c][from[i][c]], for three channels: a function of each pixel's values, such as its normalisation.
-extern "C" void look_up(const Byte* from, Index pixels, const float* table, float* to, Index threads) {
+// to[i][c] = table[c][from[i][c]], for three channels or one: a function of each pixel's values, such as its normalisation.
+extern "C" void look_up(const Byte* from, Index pixels, Index channels, const float* table, float* to, Index threads) {
+    if (channels == 1) {
+        #pragma omp parallel for schedule(static) num_threads(int(threads))
+        for (Index i = 0; i < pixels; i++) to[i] = table[from[i]];
+        return;
+    }
     #pragma omp parallel for schedule(static) num_threads(int(threads))
     for (Index i = 0; i < pixels; i++)
         for (int c = 0; c < 3; c++) to[i * 3 + c] = table[c * 256 + from[i * 3 + c]];

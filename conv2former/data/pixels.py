@@ -101,7 +101,7 @@ class Transformable:
 
 
 def stack(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Returns the values of RGB images of one size, (N, H, W, 3) 8-bit.
+    """Returns the values of images of one size, all in RGB or all grey, (N, H, W, channels) 8-bit.
 
     Raises:
         ValueError: their sizes differ.
@@ -109,11 +109,11 @@ def stack(images: Sequence[Image.Image]) -> torch.Tensor:
     (width, height), *others = {image.size for image in images}
     if others:
         raise ValueError(f"images of different sizes: {width} x {height} and {others[0][0]} x {others[0][1]}")
-    result = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
+    result = torch.empty(len(images), height, width, len(images[0].getbands()), dtype=torch.uint8)
     for image, target in zip(images, result, strict=True):
         pixels, library = _Pixels.of(image), _library()
         if library is None or pixels is None:
-            target.copy_(torch.from_numpy(np.array(image)))
+            target.copy_(torch.from_numpy(np.array(image)).view(target.shape))
         else:
             library.pack(pixels.address, width * height, target.data_ptr())
     return result
@@ -220,11 +220,11 @@ def normalize(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     """Does what torchvision's ToTensor and Normalize do.
 
     Args:
-        pixels: (N, H, W, 3) 8-bit.
-        mean, std: (3,) float, of values in [0, 1], on the same device.
+        pixels: (N, H, W, channels) 8-bit, of 3 channels or 1.
+        mean, std: (channels,) float, of values in [0, 1], on the same device.
 
     Returns:
-        (N, H, W, 3) float.
+        (N, H, W, channels) float.
     """
     pixels, library = pixels.contiguous(), _library() if pixels.is_cpu else None
     count, height, width, channels = pixels.shape
@@ -233,7 +233,7 @@ def normalize(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
         values = torch.arange(256.0).div(255)
         table = ((values - mean[:, None]) / std[:, None]).float().contiguous()
         pixels = pixels.contiguous()
-        arguments = pixels.data_ptr(), pixels.numel() // channels, table.data_ptr(), result.data_ptr()
+        arguments = pixels.data_ptr(), pixels.numel() // channels, channels, table.data_ptr(), result.data_ptr()
         library.look_up(*arguments, torch.get_num_threads())
         return result
     # Whole rows, because a broadcast over an innermost dimension of 3 is slow; on a CPU image by image, which stays in
@@ -259,7 +259,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.resize.argtypes = [place, *[number] * 3, place, *[number] * 5]
     library.transform.argtypes = [place, number, number, place, place, number]
     library.pack.argtypes = [place, number, place]
-    library.look_up.argtypes = [place, number, place, place, number]
+    library.look_up.argtypes = [place, number, number, place, place, number]
     for function in (library.resize, library.transform, library.pack, library.look_up):
         function.restype = None
     return library

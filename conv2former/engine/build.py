@@ -17,6 +17,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.loss import create_classification_loss
+from timm.models import adapt_input_conv
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -26,10 +27,17 @@ from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
 from ..data.classes import class_names_of, match_classes, order_in_doubt
-from ..errors import CheckpointError, ConfigError, DataError, closest, counted, raise_mistakes
+from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
-from ..models.weights import definition_in, describe_checkpoint, load_content, read_checkpoint
+from ..models.weights import (
+    FIRST_CONV,
+    definition_in,
+    describe_checkpoint,
+    load_content,
+    native_state_dict,
+    read_checkpoint,
+)
 from ..models.zoo import add_and_register
 from .distributed import World, wrap
 
@@ -91,7 +99,7 @@ def name_network(config: Config) -> Config:
     A network that is none of the project's own is put into `model.variant`, as the file defines it.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no whole network for RGB images.
+        CheckpointError: the file cannot be read, or is no whole network.
         ConfigError: the definition in it has mistakes.
     """
     model, path = config.model, config.model.checkpoint
@@ -104,10 +112,6 @@ def name_network(config: Config) -> Config:
     if info.is_part:
         raise CheckpointError(
             f"{path} holds a part of a network; all four stages and the whole head or none are needed"
-        )
-    if info.in_chans != 3:
-        raise CheckpointError(
-            f"{path} is for images of {counted(info.in_chans, 'channel')}; training needs one for 3, RGB"
         )
     for builtin in read_builtin_variants():
         if not differences(info.model_args(), builtin.model_args()):
@@ -187,6 +191,7 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
     model = timm.create_model(
         find_variant_of(config).name,
         num_classes=num_classes,
+        in_chans=config.model.in_chans or 3,
         drop_rate=config.model.drop_rate,
         drop_path_rate=drop_path_rate_of(config),
         head_init_scale=config.model.head_init_scale,
@@ -203,7 +208,8 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
     """Loads starting weights. A classifier of as many classes is only taken for the same ones, by name.
 
     Where the file has them in another order, so has the classifier; where they are others, the fresh one stays. So does
-    the whole head where the file has none; it must not be `frozen` then.
+    the whole head where the file has none; it must not be `frozen` then. Where the network takes one channel and
+    the file's three, the first convolution is summed over them, as timm does.
     """
     classifier = model.get_classifier()
     fresh = copy.deepcopy(classifier.state_dict())
@@ -214,6 +220,12 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
             f"model.freeze: backbone would freeze the 1x1 convolution before the classifier, which {path} does not "
             "have, as it is drawn; train it too: model.freeze=stage4"
         )
+    if info.in_chans == 3 and model.in_chans == 1:
+        state_dict = native_state_dict(content)
+        weight = f"{FIRST_CONV}.weight"
+        state_dict[weight] = adapt_input_conv(model.in_chans, state_dict[weight])
+        notes = {key: value for key, value in content.items() if key in ("variant", "hub_config")}
+        content = {**notes, "state_dict": state_dict}
     load_content(model, content, path)
     noted = class_names_of(info.num_classes, info.class_names)
     is_unnamed = noted is None and info.num_classes == len(class_names or ())

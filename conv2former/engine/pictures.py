@@ -21,6 +21,7 @@ __all__ = [
     "grid_figure",
     "many_confusions_figure",
     "reliability_figure",
+    "seen_pixels",
 ]
 
 FEW_POINTS = 50  # of a curve, each of which is drawn as a dot, too
@@ -37,17 +38,22 @@ def batch_figure(
     """Draws up to 32 training images as the network sees them, each with its label or mixture of labels.
 
     Args:
-        images: (N, 3, H, W), normalised.
+        images: (N, channels, H, W), normalised.
         targets: (N,) class indices, or (N, classes) shares as mixup makes them.
         class_names: in index order.
         mean, std: of the normalisation.
         smoothing: of the labels, taken off the shares that are shown.
     """
-    scale, offset = torch.tensor(std).view(1, 3, 1, 1), torch.tensor(mean).view(1, 3, 1, 1)
-    shown = images[:32].detach().float().cpu() * scale + offset
-    pixels = [image.permute(1, 2, 0).numpy() for image in shown.clamp(0, 1)]
+    pixels = [seen_pixels(image, mean, std) for image in images[:32]]
     captions = [_label(target.cpu(), class_names, smoothing) for target in targets[: len(pixels)]]
     return grid_figure(pixels, captions)
+
+
+def seen_pixels(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Returns a normalised image, (channels, H, W), as it is drawn: (H, W, 3) from 0 to 1, grey as three equal ones."""
+    scale, offset = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
+    shown = (image.detach().float().cpu() * scale + offset).clamp(0, 1).permute(1, 2, 0)
+    return shown.expand(-1, -1, 3).numpy()
 
 
 def grid_figure(

@@ -21,10 +21,11 @@ from ..data.holdout import relative_names
 from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import write_table
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
-from ..models import Conv2Former, inspect_checkpoint
+from ..models import Conv2Former
 from .build import build_model, check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
+from .images import fill_images, settle_images
 from .logging import writing
 
 __all__ = ["Job", "as_config", "prepare"]
@@ -117,6 +118,7 @@ def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
 
 def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     check_names(config, world.device)
+    config, about_images = settle_images(config)
     _check_output(output)
     _check_beside_images(output, config)
     train_source, val_source = open_train_and_val(config.data)
@@ -129,7 +131,7 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
         notes += [
             source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
         ]
-        notes += _settled(given, config, len(train_source), output) if world.is_main else []
+        notes += [*_settled(given, config, len(train_source), output), *about_images] if world.is_main else []
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,
@@ -161,7 +163,7 @@ def _settle(
 
 
 def _settled(given: Config, config: Config, images: int, output: Path) -> list[str]:
-    """Returns lines about what is not as it was given, or not as the starting weights are used to."""
+    """Returns lines about what is not as it was given."""
     lines = []
     train, before = config.train, given.train
     keys = [key for key in ("batch_size", "accum_steps") if getattr(train, key) != getattr(before, key)]
@@ -170,16 +172,6 @@ def _settled(given: Config, config: Config, images: int, output: Path) -> list[s
         lines.append(f"{images} training images are fewer than a global batch: {changes}, and the rate follows")
     if config.data.holdout_sha256:
         lines.append(f"what is trained on and what is held out is listed in {output / SPLIT_FILE}")
-    if config.model.checkpoint:
-        info, data = inspect_checkpoint(config.model.checkpoint), config.data
-        noted = info.preprocessing
-        is_noted = {"mean", "std"} <= set(info.preprocessing_noted)
-        if is_noted and (tuple(noted.mean), tuple(noted.std)) != (data.mean, data.std):
-            mean, std = list(noted.mean), list(noted.std)
-            lines.append(
-                f"{config.model.checkpoint} was trained with another normalisation of the images than this run's; "
-                f"to take it: data.mean={mean} data.std={std}".replace(", ", ",")
-            )
     return lines
 
 
@@ -264,7 +256,7 @@ def _check_continuation(
     """
     allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
     # a key that this version has and that one had not is at its default, which is what was done then
-    defaults = type(config)().to_dict()
+    defaults = fill_images(type(config)()).to_dict()
     before = {section: {**defaults.get(section, {}), **values} for section, values in saved["config"].items()}
     now = config.to_dict()
     held_out = [content["data"].pop("holdout_sha256") for content in (before, now)]

@@ -24,6 +24,7 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
 from .. import __version__
+from .._preprocessing import size_text
 from ..config import Config, Plan, differences, fit_batch, make_plan
 from ..data import (
     Batch,
@@ -40,6 +41,7 @@ from .build import Run, build_model, build_run, check_names, drop_path_rate_of, 
 from .checkpoint import latest_checkpoint, link_last, save_checkpoint
 from .distributed import World, join_world
 from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
+from .images import settle_images
 from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
@@ -299,9 +301,9 @@ class Trainer:
 
         batch = batch._replace(images=batch.images.clone())  # mixup mixes in place, and the step is still to come
         images, targets = mix(self.run, batch, self.step, 0)
-        data, smoothing = self.config.data, self.config.augment.smoothing
+        given, smoothing = self.config.data.preprocessing, self.config.augment.smoothing
         self.log.picture(
-            "first_batch", batch_figure(images, targets, self.job.class_names, data.mean, data.std, smoothing), 0
+            "first_batch", batch_figure(images, targets, self.job.class_names, given.mean, given.std, smoothing), 0
         )
 
     def _measure(self, result: StepResult) -> dict[str, float]:
@@ -532,9 +534,9 @@ def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     network = find_variant_of(config)
     start = f"from {config.model.checkpoint}" if config.model.checkpoint else "from scratch"
     frozen = "" if config.model.freeze == "nothing" else f", frozen up to {config.model.freeze}"
-    schedule, side = config.schedule, config.data.img_size
+    schedule, size = config.schedule, size_text(config.data.preprocessing.size)
     return [
-        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {side} x {side}{frozen}",
+        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {size}{frozen}",
         f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x "
         f"{counted(world_size, 'device')} x {counted(config.train.accum_steps, 'accumulation step')}",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
@@ -597,8 +599,9 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     """
     with before_processes_meet():
         config = name_network(as_config(config))
-    world = World.from_environment()
-    check_names(config, world.device)
+        world = World.from_environment()
+        check_names(config, world.device)
+        config, about_images = settle_images(config)
     num_classes = config.data.num_classes
     num_images = class_names = None
     if num_classes is None:
@@ -610,9 +613,9 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     plan = make_plan(config, world.size, num_images or global_batch_size)
     model = build_model(config, num_classes, class_names)
     batch_size = config.train.batch_size if world.device.type == "cuda" else 2
-    side = config.data.img_size
+    given = config.data.preprocessing
     generator = torch.Generator().manual_seed(config.train.seed)
-    images = torch.randn(batch_size, 3, side, side, generator=generator)
+    images = torch.randn(batch_size, given.channels, *given.size, generator=generator)
     labels = torch.randint(num_classes, (batch_size,), generator=generator)
     with join_world(world, config.train.timeout_minutes) as world:
         run = build_run(config, plan, world, model)
@@ -631,6 +634,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
         )
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
+        *about_images,
         *lines,
         f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
         f"{num_classes} {'class' if num_classes == 1 else 'classes'}",

@@ -55,14 +55,14 @@ def restore(
     if not info.has_head:
         model.reset_classifier(0, reset_other=True)
     load_content(model, content, path, use_ema)
-    size = info.preprocessing.img_size
+    height, width = info.preprocessing.size
     cfg = {
         **make_cfg(None),
         "architecture": info.name or "conv2former",
         "num_classes": info.num_classes,
         **info.preprocessing.to_cfg(),
-        "input_size": (info.in_chans, size, size),
-        "pool_size": (size // 32, size // 32),
+        "input_size": (info.in_chans, height, width),
+        "pool_size": (height // 32, width // 32),
     }
     model.pretrained_cfg, model.default_cfg = cfg, cfg
     return model.eval(), info

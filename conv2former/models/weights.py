@@ -219,7 +219,8 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     noted = noted if isinstance(noted, str) else None
     name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
     note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config) or _birder_images(content)
-    preprocessing, noted = noted_preprocessing(recipe, note if isinstance(note, dict) else {}, name)
+    note = note if isinstance(note, dict) else {}
+    preprocessing, noted = noted_preprocessing(recipe, note, name, architecture.in_chans)
     assumed = notes.get("assumed")  # of a converted file: what is in pretrained_cfg although nobody noted it
     return CheckpointInfo(
         **vars(architecture),

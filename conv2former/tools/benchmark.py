@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from .._preprocessing import size_text
 from ..config import Config, make_plan
 from ..data import Batch, DataSource
 from ..engine.build import build_model
@@ -133,12 +134,13 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
     plain = config.to_dict()
     config = Config.model_validate({**plain, **{key: plain[key] | value for key, value in sections.items()}})
     world = World.from_environment()
-    batch_size, side, classes = config.train.batch_size, config.data.img_size, config.data.num_classes
+    batch_size, images, classes = config.train.batch_size, config.data.preprocessing, config.data.num_classes
     assert classes is not None
-    yield f"{config.model.name}, batch {batch_size}, {side} x {side}, {config.train.precision}, {world.device.type}"
+    size, precision = size_text(images.size), config.train.precision
+    yield f"{config.model.name}, batch {batch_size}, {size}, {precision}, {world.device.type}"
     source = DataSource(cast(Any, []), [str(i) for i in range(classes)], "random images")
     plan = make_plan(config, world.size, batch_size * world.size * steps)
-    batch = Batch(torch.randn(batch_size, 3, side, side), torch.randint(classes, (batch_size,)), [])
+    batch = Batch(torch.randn(batch_size, images.channels, *images.size), torch.randint(classes, (batch_size,)), [])
     if world.device.type == "cuda":
         batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory(), [])
     with tempfile.TemporaryDirectory() as folder:

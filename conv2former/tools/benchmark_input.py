@@ -144,7 +144,7 @@ def _timm_options(config: Config) -> dict[str, Any]:
     augment = config.augment
     names = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "interpolation", "re_prob", "re_mode")
     options = {name: getattr(augment, name) for name in names}
-    return options | {"is_training": True, "mean": config.data.mean, "std": config.data.std}
+    return options | {"is_training": True, "mean": config.data.preprocessing.mean, "std": config.data.preprocessing.std}
 
 
 def _timm_epoch(root: Path, workers: int) -> Callable[[], None]:
@@ -152,7 +152,7 @@ def _timm_epoch(root: Path, workers: int) -> Callable[[], None]:
     dataset = create_dataset("", str(root / "train"))
     loader = create_loader(
         dataset,
-        (3, config.data.img_size, config.data.img_size),
+        (3, *config.data.preprocessing.size),
         BATCH_SIZE,
         num_workers=workers,
         device=torch.device("cpu"),
@@ -171,7 +171,7 @@ def _shares(source: DataSource) -> list[str]:
     """Returns a line per step of this package's way from file to batch, of one process, the longest first."""
     config = _config(Path())
     transform = train_transforms(config)[0]
-    finish = Finish(config.data.mean, config.data.std, torch.device("cpu"))
+    finish = Finish(config.data.preprocessing.mean, config.data.preprocessing.std, torch.device("cpu"))
     seconds: defaultdict[str, float] = defaultdict(float)
 
     def timed(name: str, step: Callable[..., Any], *args: Any) -> Any:
@@ -256,7 +256,7 @@ def _same_pixels(source: DataSource) -> str:
     """Compares this package's images with those of timm's own transform after the same draws."""
     config = _config(Path())
     count = len(source)
-    theirs = create_transform(config.data.img_size, **_timm_options(config))
+    theirs = create_transform(config.data.preprocessing.img_size, **_timm_options(config))
     allow_black(theirs)
     same = 0
     for batch in train_loader(source, config, EpochSampler(count, BATCH_SIZE, seed=SEED), pin_memory=False):

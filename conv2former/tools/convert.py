@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from timm.data import ImageNetInfo
 from timm.models import is_model
 
+from .._preprocessing import FIELDS, size_text
 from .._yaml import cut
 from ..data.classes import SYNSET, class_names_of
 from ..errors import CheckpointError, ConfigError, DataError, closest, counted, shorten
@@ -138,19 +139,16 @@ def convert(
 
 def _cfg(name: str, tag: PretrainedTag | None, info: CheckpointInfo, chosen: Preprocessing) -> dict[str, Any]:
     """Returns timm's `pretrained_cfg` of a file."""
-    cfg = {
+    return {
         **make_cfg(tag),
         **chosen.to_cfg(),
         "architecture": _entry_point(info),
         "tag": name.partition(".")[2] or None,
         "num_classes": info.num_classes,
-        "input_size": (info.in_chans, chosen.img_size, chosen.img_size),
-        "pool_size": (chosen.img_size // 32, chosen.img_size // 32),
+        "input_size": (info.in_chans, *chosen.size),
+        "pool_size": tuple(side // 32 for side in chosen.size),
         "license": "apache-2.0" if tag else None,  # that of the authors' repository; that of other files is not known
     }
-    if info.in_chans != 3:  # as timm does, which warns
-        cfg |= {key: (sum(cfg[key]) / 3,) * info.in_chans for key in ("mean", "std")}
-    return cfg
 
 
 def _earlier(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -263,7 +261,7 @@ def choose_a_name(info: CheckpointInfo, name: str, layout: str) -> str:
     if fitting:
         return f"{len(fitting)} published files have this network; say which this is: {_options(fitting)}"
     if near:
-        found = f"kernel size {info.kernel_size}, images of {info.preprocessing.img_size} pixels"
+        found = f"kernel size {info.kernel_size}, images of {size_text(info.preprocessing.size)} pixels"
         return f"no published file is known to be quite this ({found}); say which it is: {_options(near)}, or {own}"
     return f"no published file has this network; it needs a name: {own}"
 
@@ -306,7 +304,7 @@ def _preprocessing(
     info: CheckpointInfo, tag: PretrainedTag | None, path: object, choice: str | None, overrides: Sequence[str]
 ) -> tuple[Preprocessing, list[str]]:
     """Returns the preprocessing to note, and the names of its fields that nobody noted or gave."""
-    given = _given(overrides)
+    given = _given(overrides, info.in_chans)
     known = [*info.preprocessing_noted, *given]
     own = replace(info.preprocessing, **{key: value for key, value in given.items() if key == "img_size"})
     if tag:
@@ -321,17 +319,17 @@ def _preprocessing(
         if not {"crop_pct", "crop_mode"} & set(known):
             own = replace(own, crop_pct=tag.crop_pct, crop_mode=tag.crop_mode)
     if choice:
-        own, known = candidates(own.img_size)[choice], [field.name for field in fields(Preprocessing)]
-    return replace(own, **given), [field.name for field in fields(Preprocessing) if field.name not in known]
+        own, known = candidates(own.img_size, info.in_chans)[choice], list(FIELDS)
+    return replace(own, **given), [key for key in FIELDS if key not in known]
 
 
-def _given(overrides: Sequence[str]) -> dict[str, Any]:
+def _given(overrides: Sequence[str], channels: int) -> dict[str, Any]:
     if not overrides:
         return {}
     from ..config import apply_overrides, check_config  # needs pydantic, which a conversion as such does not
 
     raw = apply_overrides({}, overrides)
-    keys = [field.name for field in fields(Preprocessing)]
+    keys = FIELDS
     data = raw.get("data", {})
     other = [f"data.{key}" for key in (data if isinstance(data, dict) else ()) if key not in keys]
     other += [key for key in raw if key != "data"]
@@ -341,7 +339,7 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
             + ", ".join(f"data.{key}" for key in keys)
         )
     checked = check_config({"data": {"root": "-", **data}}, "the command line").data
-    return {key: getattr(checked, key) for key in data}
+    return checked.given_for(channels)
 
 
 def _labels(

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..engine.pictures import seen_pixels
 from ..errors import UserError
 from ..models import Conv2Former
 from ..text import clipped
@@ -49,7 +50,12 @@ class Heatmap:
 
 
 def default_stage(img_size: int, deepest: int) -> int:
-    """Returns the deepest stage, at most `deepest`, whose map has at least 4 x 4 cells; the first if none has."""
+    """Returns the deepest stage, at most `deepest`, whose map has at least 4 x 4 cells; the first if none has.
+
+    Args:
+        img_size: the shorter side of the input, pixels.
+        deepest: 1 to 4.
+    """
     fine_enough = [stage for stage in range(1, deepest + 1) if img_size // _stride(stage) >= COARSEST]
     return max(fine_enough, default=1)
 
@@ -206,7 +212,7 @@ class Explainer:
         _grad_cam()
         self.predictor = predictor
         self.class_index = None if class_name is None else predictor.class_index(class_name)
-        size = predictor.settings.img_size
+        size = min(predictor.settings.preprocessing.size)
         self.cam_stage = cam_stage or default_stage(size, 4)
         self.stages = sorted({*stages}) if stages else [default_stage(size, 3)]
 
@@ -219,10 +225,9 @@ class Explainer:
             total: how many predictions there are, at most.
             number: of this one, from 1.
         """
-        model, settings = self.predictor.model, self.predictor.settings
+        model, given = self.predictor.model, self.predictor.settings.preprocessing
         index = prediction.top[0].index if self.class_index is None else self.class_index
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        seen = (prediction.pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        seen = seen_pixels(prediction.pixels, given.mean, given.std)
         activation = activation_map(model, prediction.pixels, index, self.cam_stage)
         modulation = modulation_maps(model, prediction.pixels, self.stages)
         heading = f"{clipped(printable(prediction.name), 90, keep_end=True)}\n{clipped(str(prediction), 105)}"

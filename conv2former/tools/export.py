@@ -59,7 +59,7 @@ class Options:
     Attributes:
         format: one of `FORMATS`; None for that of the output's ending.
         dynamic: any batch size, and any height and width from 32 pixels on; otherwise `batch_size` and the input size.
-        img_size: of the input, pixels; None for the checkpoint's.
+        img_size: of the input, pixels: one number for a square, or height and width; None for the checkpoint's.
         batch_size: of a file that is not dynamic.
         opset: of ONNX.
         tolerance: the largest difference of a logit that is accepted, as a share of the largest logit.
@@ -71,13 +71,19 @@ class Options:
 
     format: str | None = None
     dynamic: bool = True
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     batch_size: int = 1
     opset: int = DEFAULT_OPSET
     tolerance: float = DEFAULT_TOLERANCE
     preprocessing: str = "checkpoint"
     overrides: tuple[str, ...] = ()
     use_ema: bool = True
+
+    @property
+    def size_override(self) -> list[str]:
+        """`img_size` as an override, if it is set."""
+        size = self.img_size
+        return [] if size is None else [f"data.img_size={size if isinstance(size, int) else list(size)}"]
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,10 @@ def check(checkpoint: str | Path, output: Path, options: Options) -> str:
     """
     kind = _format_of(output, options.format)
     size = options.img_size
-    if size is not None and not MIN_SIZE <= size <= MAX_SIZE:
-        raise ConfigError(f"--img-size {size}: expected {MIN_SIZE} to {MAX_SIZE} pixels")
-    if size is not None and "img_size" in apply_overrides({}, options.overrides).get("data", {}):
+    sides = () if size is None else (size,) if isinstance(size, int) else size
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in sides):
+        raise ConfigError(f"--img-size {' '.join(map(str, sides))}: expected {MIN_SIZE} to {MAX_SIZE} pixels")
+    if sides and "img_size" in apply_overrides({}, options.overrides).get("data", {}):
         raise ConfigError("--img-size and data.img_size are two ways to say the same; give one")
     if options.preprocessing not in PREPROCESSINGS:
         raise ConfigError(f"preprocessing '{options.preprocessing}': expected {', '.join(PREPROCESSINGS)}")
@@ -220,10 +227,8 @@ def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessin
     """
     noted = info.preprocessing
     if options.preprocessing != "checkpoint":
-        noted = candidates(options.img_size or noted.img_size)[options.preprocessing]
-    words = [] if options.img_size is None else [f"data.img_size={options.img_size}"]
-    data = read_settings(noted, [*words, *options.overrides])
-    return Preprocessing(**{key: getattr(data, key) for key in vars(noted)})
+        noted = candidates(options.img_size or noted.img_size, noted.channels)[options.preprocessing]
+    return read_settings(noted, [*options.size_override, *options.overrides]).preprocessing
 
 
 # ------------------------------------------------------------------------------------------------ what the file carries
@@ -450,11 +455,11 @@ def shapes_of(info: CheckpointInfo, preprocessing: Preprocessing, options: Optio
     A dynamic file is tried with two batch sizes, each with the input size and two others that are neither square nor
     multiples of 32; another with its one shape, twice.
     """
-    side = preprocessing.img_size
+    height, width = preprocessing.size
     if not options.dynamic:
-        return [(options.batch_size, info.in_chans, side, side)] * 2
-    sizes = ((side, side), (side + 26, max(side - 34, 33)), (max(side // 2, 32) + 1, side + 7))
-    return [(batch, info.in_chans, height, width) for height, width in sizes for batch in (1, 3)]
+        return [(options.batch_size, info.in_chans, height, width)] * 2
+    sizes = ((height, width), (height + 26, max(width - 34, 33)), (max(height // 2, 32) + 1, width + 7))
+    return [(batch, info.in_chans, *size) for size in sizes for batch in (1, 3)]
 
 
 def compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]], say: Callable[[str], None]) -> list[Case]:

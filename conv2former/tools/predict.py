@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from .._preprocessing import CHANNELS, FIELDS
 from ..config import apply_overrides, check_config
 from ..config.schema import DataConfig
 from ..data import Skipped, eval_transform
@@ -40,6 +41,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Results",
+    "check_channels",
     "check_results_folder",
     "choose_device",
     "find_images",
@@ -55,7 +57,7 @@ JSON_LINES = "predictions.jsonl"
 OWN_FILE = re.compile(r"predictions\.jsonl|sheet(_\d+)?\.png|explanations")  # what a folder of results holds
 SHEET_ROWS, MAX_BARS, MAX_SHEET_IMAGES = 6, 5, 1000
 SETTINGS = (
-    *Preprocessing().to_dict(),
+    *FIELDS,
     "value_range",
     "max_image_pixels",
     "workers",
@@ -87,7 +89,7 @@ class Prediction:
         name: of the image, as it was given or found.
         size: width and height of the image when upright, pixels.
         top: the most probable classes, best first.
-        pixels: the network's input, (3, img_size, img_size).
+        pixels: the network's input, (channels, height, width).
         preview: the whole image, made small; None if it was not asked for.
     """
 
@@ -229,8 +231,20 @@ def read_settings(noted: Preprocessing, overrides: Sequence[str], section: Any =
         raise ConfigError(f"{foreign[0]}: has no effect here{closest(foreign[0], keys)}; what has: {', '.join(keys)}")
     section = section if isinstance(section, dict) else {}
     reading = {key: section.get(key) for key in ("value_range", "max_image_pixels")}
-    plain = {**noted.to_dict(), **reading, **data, "root": "."}
-    return check_config({"data": plain}, "the preprocessing").data
+    given = {key: value for key, value in data.items() if value is not None or key not in FIELDS}
+    plain = {**noted.to_dict(), **reading, **given, "root": "."}
+    checked = check_config({"data": plain}, "the preprocessing").data
+    checked.given_for(noted.channels)
+    return checked
+
+
+def check_channels(path: object, count: int) -> None:
+    """Raises CheckpointError if a network takes other channels than images can have here: 3, RGB, or 1, grey."""
+    if count not in CHANNELS:
+        raise CheckpointError(
+            f"the network in {path} takes images of {counted(count, 'channel')}; those that can be read are RGB (3) or "
+            "grey (1)"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -253,9 +267,13 @@ def unit_crop(size: tuple[int, int], settings: DataConfig | Preprocessing) -> tu
         size: width and height of the image.
         settings: size and crop; with `crop_mode` 'border' the image may be smaller than the crop, all of it is seen.
     """
-    share = settings.img_size / int(settings.img_size / settings.crop_pct)
-    base = {"center": min(size), "border": max(size)}
-    halves = [min(1.0, share * base.get(settings.crop_mode, side) / side) / 2 for side in size]
+    seen = settings.preprocessing if isinstance(settings, DataConfig) else settings
+    input_size = seen.size[::-1]
+    resized = [int(side / seen.crop_pct) for side in input_size]  # what the image is resized to, fits into or covers
+    factors = [to / side for to, side in zip(resized, size, strict=True)]
+    if seen.crop_mode != "squash":
+        factors = [min(factors) if seen.crop_mode == "border" else max(factors)] * 2
+    halves = [min(1.0, to / (factor * side)) / 2 for to, factor, side in zip(input_size, factors, size, strict=True)]
     return 0.5 - halves[0], 0.5 - halves[1], 0.5 + halves[0], 0.5 + halves[1]
 
 
@@ -325,9 +343,7 @@ class Predictor:
         model, self.info = load_model(checkpoint, use_ema)
         if not self.info.num_classes:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
-        if self.info.in_chans != 3:
-            channels = counted(self.info.in_chans, "channel")
-            raise CheckpointError(f"the network in {checkpoint} takes images of {channels}; here they have 3")
+        check_channels(checkpoint, self.info.in_chans)
         self.model = model.to(self.device)
         self.settings = read_settings(self.info.preprocessing, overrides, self.info.recipe.get("data"))
         self.class_names = class_names_of(self.info.num_classes, self.info.class_names)
@@ -337,9 +353,8 @@ class Predictor:
         self.title = f"{self.info.name or 'a network of its own'} of {printable(Path(checkpoint).name)}"
 
     def __str__(self) -> str:
-        size = Preprocessing(**{key: getattr(self.settings, key) for key in Preprocessing().to_dict()})
         classes = counted(self.info.num_classes, "class", "classes")
-        return f"{self.title}: {classes}, {self._weights}, on {self.device}\nimages: {size}"
+        return f"{self.title}: {classes}, {self._weights}, on {self.device}\nimages: {self.settings.preprocessing}"
 
     def class_index(self, text: str) -> int:
         """Returns the index of a class that the user names: as the checkpoint or a person does, or by its index.

@@ -111,7 +111,7 @@ def export_int8(
     """Writes an int8 ONNX file, after comparing the float file that it is made from with the network.
 
     Args:
-        checkpoint: whatever `load_model` takes, of a classifier of RGB images.
+        checkpoint: whatever `load_model` takes, of a classifier of RGB or grey images.
         output: the file.
         options: how to export; `overrides` in it, too, are of the data section.
         images: to calibrate on and to evaluate with.
@@ -125,7 +125,7 @@ def export_int8(
         raise ConfigError(f"{output}: int8 is for ONNX; end it in .onnx")
     say(f"reading {checkpoint}")
     words = [*options.overrides, *images.overrides]
-    words += [] if options.img_size is None else [f"data.img_size={options.img_size}"]
+    words += options.size_override
     task = prepare_task(
         Path(checkpoint),
         EvaluationOptions(

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 
+from .._preprocessing import CHANNELS
 from ..config.schema import DataConfig
 from ..data import eval_transform
 from ..data.images import any_size, open_rgb
@@ -110,11 +111,19 @@ def random_network(name: str, seed: int = 0) -> Conv2Former:
     return model.eval()
 
 
-def noise_images(count: int, size: int, in_chans: int = 3, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Goes over images of independent standard normal values, (in_chans, size, size), the same for equal seeds."""
+def noise_images(count: int, size: int | tuple[int, int], in_chans: int = 3, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Goes over images of independent standard normal values, (in_chans, height, width), the same for equal seeds.
+
+    Args:
+        count: of images.
+        size: one number for a square, or height and width, pixels.
+        in_chans: channels.
+        seed: of the values.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        yield torch.randn(in_chans, size, size, generator=generator)
+        yield torch.randn(in_chans, height, width, generator=generator)
 
 
 @contextmanager
@@ -246,8 +255,8 @@ def measure_all(
     overrides = [] if img_size is None else [f"data.img_size={img_size}"]
     fields = []
     for name, model, settings in _networks(checkpoints, variants, overrides):
-        images = _read(files, settings) if files else noise_images(count, settings.img_size, model.in_chans)
-        if files and model.in_chans != 3:
+        images = _read(files, settings) if files else noise_images(count, settings.preprocessing.size, model.in_chans)
+        if files and model.in_chans not in CHANNELS:
             raise CheckpointError(
                 f"the network in {name} takes {counted(model.in_chans, 'channel')}; leave --images out for noise"
             )

@@ -90,8 +90,9 @@ def recipes_table(configs: Path) -> str:
         start = f"`{model.checkpoint}`" if model.checkpoint else "random"
         classes = f"{data.num_classes:,} classes" if data.num_classes else "classes found"
         batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
+        size = "the file's" if data.img_size is None and model.checkpoint else data.preprocessing.img_size
         rows.append(
-            f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {data.img_size} | "
+            f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {size} | "
             f"{plan.epochs} | {batch} | {plan.lr:g} | {recipe.published} |"
         )
     return "\n".join(rows)

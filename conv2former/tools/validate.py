@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .. import _private
+from .._preprocessing import FIELDS
 from ..config import Config, apply_overrides, check_config, load_config
 from ..config.schema import DataConfig, TrainConfig
 from ..data import DataSource, StreamSource, batches, eval_loader, open_val
@@ -48,6 +49,7 @@ from .evaluation_files import (
     write_extras,
     write_results,
 )
+from .predict import check_channels
 
 __all__ = [
     "AMONG",
@@ -66,9 +68,8 @@ MAX_COUNTED_CLASSES = 5_000  # whose confusions fit the memory: 200 MB
 DEFAULT_FOLDER = Path("runs/evaluation")
 
 Source = DataSource | StreamSource
-_FIELDS = tuple(f.name for f in fields(Preprocessing))  # they have the same names in the data section
 # of a checkpoint's own data section, what holds for other data too
-_OF_ANY_DATA = {*_FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
+_OF_ANY_DATA = {*FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
 _OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "timeout_minutes"}
 # of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
 _NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
@@ -231,13 +232,12 @@ def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Sourc
     model, info = load_model(path, options.use_ema, options.model)
     if not info.num_classes:
         raise CheckpointError(f"{path} has no classifier, so there is nothing to evaluate")
-    if info.in_chans != 3:
-        raise CheckpointError(f"{path} takes images of {counted(info.in_chans, 'channel')}; here they have 3")
+    check_channels(path, info.in_chans)
     settings = _settings(info, path, options)
     views, changed = _views(info, settings, options)
     names = _class_names(info, path, settings.data, options)
     notes = []
-    where = json.dumps([settings.data.model_dump(mode="json", exclude=set(_FIELDS)), names])
+    where = json.dumps([settings.data.model_dump(mode="json", exclude=set(FIELDS)), names])
     if where not in opened:
         opened[where] = open_val(settings.data, names)
     source = opened[where]
@@ -374,14 +374,15 @@ def _views(
     keys = set(_given(options.overrides, "data"))
     if options.config is not None and options.preprocessing is None:
         keys |= data.model_fields_set
-    given = {key: getattr(data, key) for key in _FIELDS if key in keys}
+    given = {key: value for key, value in data.given.items() if key in keys}
+    data.model_copy(update=dict.fromkeys(set(FIELDS) - keys)).given_for(info.in_chans)
     size = info.preprocessing.img_size
-    chosen = {"checkpoint": info.preprocessing, **candidates(given.get("img_size", size))}
+    chosen = {"checkpoint": info.preprocessing, **candidates(given.get("img_size", size), info.in_chans)}
     names = ("imagenet", "inception") if wanted == "both" else (wanted,)
     views = {name: Preprocessing(**{**vars(chosen[name]), **given}) for name in names}
     if len(views) > len(set(views.values())):
         raise ConfigError(f"preprocessing 'both': with {', '.join(given)} given, both are the same")
-    unchanged = {"checkpoint": info.preprocessing, **candidates(size)}
+    unchanged = {"checkpoint": info.preprocessing, **candidates(size, info.in_chans)}
     changed = [key for key in given if any(given[key] != getattr(unchanged[name], key) for name in names)]
     return views, changed
 

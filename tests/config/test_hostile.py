@@ -117,8 +117,12 @@ def holds_together(config: Config) -> None:
         assert 1 <= plan.total_steps <= 2e5 * images
         assert 0 < plan.lr < float("inf")
     epochs = config.schedule.epochs + config.schedule.cooldown_epochs
-    sizes = [img_size_at(config, epoch) for epoch in (*range(min(epochs, 200)), epochs - 1)]
-    first, last = config.augment.first_img_size or config.data.img_size, config.data.img_size
+    if config.data.img_size is None and config.model.checkpoint:
+        return  # the size is the checkpoint's
+    whole = [img_size_at(config, epoch) for epoch in (*range(min(epochs, 200)), epochs - 1)]
+    sizes = [size if isinstance(size, int) else min(size) for size in whole]
+    last = min(config.data.preprocessing.size)
+    first = config.augment.first_img_size or last
     assert all(32 <= size <= last and (size == last or (size - first) % 32 == 0) for size in sizes)
     assert sizes == sorted(sizes)
     assert sizes[-1] == last

@@ -539,9 +539,9 @@ def test_too_large_for_one_file(checkpoint, tmp_path, monkeypatch):
     assert not others(tmp_path)
 
 
-def test_int8_of_other_than_rgb(tmp_path):
-    torch.save(small_network(in_chans=1).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="takes images of 1 channel"):
+def test_int8_of_other_than_rgb_and_grey(tmp_path):
+    torch.save(small_network(in_chans=2).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"takes images of 2 channels; .* RGB \(3\) or grey \(1\)"):
         export_int8(tmp_path / "a.pt", tmp_path / "a.onnx", images=ImagesFor(root=str(tmp_path)), say=silent)
 
 

@@ -226,7 +226,7 @@ def test_networks_that_cannot_predict(tmp_path):
     shape = {"dims": (2, 2, 2, 2), "depths": (1, 1, 1, 1), "kernel_size": 3, "head_hidden_size": 2}
     for name, more, words in (
         ("headless", {"num_classes": 0}, "has no classifier"),
-        ("grey", {"in_chans": 1, "num_classes": 2}, "takes images of 1 channel"),
+        ("pairs", {"in_chans": 2, "num_classes": 2}, "takes images of 2 channels"),
     ):
         torch.save(Conv2Former(**shape, **more).state_dict(), tmp_path / name)
         with pytest.raises(CheckpointError, match=words):
