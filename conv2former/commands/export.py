@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .._preprocessing import as_img_size
-from ..errors import counted
+from ..errors import ConfigError, counted
 from ..models.weights import weights_text
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
@@ -73,18 +73,18 @@ def parse() -> argparse.Namespace:
     group.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, metavar="N", help="from training")
     group.add_argument("--evaluation-images", type=int, metavar="N", help="from validation (default: all)")
     args = parser.parse_intermixed_args()
-    args.img_size, rest = _size_of(args.img_size, parser)
+    args.img_size, rest = _size_of(args.img_size)
     args.overrides += rest
     if not args.int8 and (args.data or args.calibrate or args.evaluation_images):
         parser.error("--data, --calibrate and --evaluation-images go with --int8")
     return args
 
 
-def _size_of(words: list[str], parser: argparse.ArgumentParser) -> tuple[int | tuple[int, int] | None, list[str]]:
+def _size_of(words: list[str]) -> tuple[int | tuple[int, int] | None, list[str]]:
     """Returns what is given as --img-size, and the overrides that stand behind it."""
     numbers = list(takewhile(lambda word: "=" not in word, words))
     if not all(word.isascii() and word.isdigit() for word in numbers) or len(numbers) > 2 or (words and not numbers):
-        parser.error(f"--img-size {' '.join(words)}: expected one number, or height and width, in pixels")
+        raise ConfigError(f"--img-size {' '.join(words)}: expected one number, or height and width, in pixels")
     sides = [int(word) for word in numbers]
     size = as_img_size(sides if len(sides) == 2 else sides[0]) if sides else None
     return size, words[len(numbers) :]

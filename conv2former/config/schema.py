@@ -302,7 +302,7 @@ class Config(Section):
         channels: int = self.model.in_chans or next(iter(lengths.values()), 3)
         for key, length in lengths.items():
             if length != channels:
-                takes = f"images of {channels_text(channels)}" if self.model.in_chans else f"{channels} of data.mean"
+                takes = f"images of {channels_text(channels)}"
                 found.append(f"data.{key}: {counted(length, 'number')} for {takes}; give one for each channel")
         if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")

@@ -12,7 +12,7 @@ from ..models import CheckpointInfo, inspect_checkpoint
 
 __all__ = ["fill_images", "settle_images"]
 
-GIVEN, NOTED, PUBLISHED, DEFAULT = "configuration", "checkpoint", "as published", "default"
+GIVEN, NOTED, PUBLISHED, DEFAULT = "from the configuration", "from the checkpoint", "as published", "by default"
 
 
 def settle_images(config: Config) -> tuple[Config, list[str]]:
@@ -61,7 +61,7 @@ def _lines(config: Config, images: Preprocessing, info: CheckpointInfo | None) -
     parts = [(origin(*_fields_of(key)), text) for key, text in images.texts().items()]
     parts.insert(1, (own_channels, channels_text(images.channels)))
     groups = [(name, ", ".join(text for _, text in group)) for name, group in groupby(parts, lambda part: part[0])]
-    lines = ["images: " + "; ".join(f"{text} ({name})" for name, text in groups)]
+    lines = ["images: input size " + "; ".join(f"{text} {name}" for name, text in groups)]
     if info is None:
         return lines
     if info.in_chans != images.channels:

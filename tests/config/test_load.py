@@ -110,6 +110,35 @@ def test_a_saved_configuration_loads_again(tmp_path):
     assert load_config(path) == config
 
 
+def test_sizes_of_images(tmp_path):
+    """One number, or height and width; what is not set is open until a run starts."""
+    wide = load_config(None, ["data.root=x", "data.img_size=[128,256]"])
+    assert wide.data.preprocessing.size == (128, 256)
+    assert wide.to_dict()["data"]["img_size"] == [128, 256]
+    assert check_config(wide.to_dict(), "again") == wide
+    square = load_config(None, ["data.root=x", "data.img_size=[64,64]"])
+    assert square.to_dict()["data"]["img_size"] == 64
+    unset = load_config(None, ["data.root=x"]).data
+    assert (unset.given, unset.img_size, unset.preprocessing.img_size) == ({}, None, 224)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.img_size=[128]"], "- data.img_size.1: field required"),
+        (["data.img_size=[16,64]"], "- data.img_size.0: input should be greater than or equal to 32, found 16"),
+        (["data.img_size=big"], "- data.img_size: input should be a valid integer"),
+        (["data.img_size=[64,128]", "augment.first_img_size=96"], "augment.first_img_size: above data.img_size: 96"),
+        (["model.in_chans=1", "data.mean=[.5,.5,.5]"], "data.mean: 3 numbers for images of 1 channel (grey)"),
+        (["data.mean=[.5]", "data.std=[.5,.5,.5]"], "data.std: 3 numbers for images of 1 channel"),
+        (["model.in_chans=5"], "model.in_chans: input should be 1 or 3, found 5"),
+    ],
+)
+def test_mistakes_about_images(words, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config(None, ["data.root=x", *words])
+
+
 def test_differences():
     old, new = Config().to_dict(), Config().to_dict()
     new["optim"]["base_lr"] = 2.0

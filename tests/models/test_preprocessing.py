@@ -37,6 +37,25 @@ def test_the_fields_are_timms():
     assert str(own) == "96 x 96, bilinear, crop 0.8 squash, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
 
 
+def test_sizes_that_are_not_square():
+    own = Preprocessing((64, 96), (0.4,), (0.2,), crop_pct=1.0)
+    assert (own.to_cfg()["input_size"], own.to_dict()["img_size"]) == ([1, 64, 96], [64, 96])
+    assert str(own) == "64 x 96 (height x width), bicubic, crop 1, mean 0.4, std 0.2"
+    assert noted_preprocessing({}, own.to_cfg(), None, 1)[0] == own
+    assert noted_preprocessing({"data": own.to_dict()}, {}, None, 1)[0] == own == Preprocessing(**vars(own))
+    assert Preprocessing((64, 64)) == Preprocessing(64)
+    assert noted_preprocessing({"input_size": (3, 64, 96)}, {}, "conv2former_t")[0].size == (64, 96)
+    assert candidates((96, 384))["imagenet"].crop_mode == "squash"
+
+
+def test_networks_of_one_channel():
+    """Three values become their mean, as timm does; one value is for one channel only."""
+    found, noted = noted_preprocessing({"mean": (0.1, 0.2, 0.6), "crop_pct": 1.0}, {}, None, 1)
+    assert (found.mean, found.std, noted) == (pytest.approx((0.3,)), pytest.approx((0.226,)), ["mean", "crop_pct"])
+    assert candidates(224, 1)["inception"].mean == (0.5,)
+    assert noted_preprocessing({"mean": [0.5]}, {}, None, 1)[1] == ["mean"]
+
+
 def test_nothing_is_noted():
     assert noted_preprocessing({}, {}, None) == (Preprocessing(), [])
     recipe = {"mean": None, "std": None, "img_size": None, "input_size": None, "interpolation": "", "crop_pct": None}

@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from timm.data import create_transform
 
 import conv2former
+from conv2former.commands import export as command
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_val
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
@@ -186,6 +187,19 @@ def test_a_fixed_file_of_grey_images_without_classes(tmp_path):
         session.run(None, {"images": x[:1].numpy()})
 
 
+def test_a_fixed_file_that_is_not_square(tmp_path, monkeypatch, capsys):
+    torch.save(small_network().state_dict(), tmp_path / "a.pt")
+    words = ["--checkpoint", tmp_path / "a.pt", "--output", tmp_path / "a.onnx", "--fixed"]
+    assert script(monkeypatch, *words, "--img-size", 40, 72, "data.crop_pct=1") == 0
+    assert "images: 40 x 72 (height x width), bicubic, crop 1," in capsys.readouterr().out
+    noted = json.loads(read_metadata(tmp_path / "a.onnx")["preprocessing"])
+    assert (noted["img_size"], noted["crop_pct"]) == ([40, 72], 1)
+    assert run_onnx(tmp_path / "a.onnx", torch.zeros(1, 3, 40, 72)).shape == (1, 10)
+    for wrong in (["12x12"], [40, 72, 3], ["data.crop_pct=1"]):
+        assert script(monkeypatch, *words, "--img-size", *wrong) == 2
+        assert "expected one number, or height and width" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("fusion", "ending"), [*((name, ".ts") for name in FUSIONS), ("unit", ".onnx")])
 def test_own_variants_with_other_fusions(tmp_path, fusion, ending):
     shape = {"head_hidden_size": 8, "fusion": fusion, **SMALL}
@@ -271,6 +285,7 @@ def test_the_script_gives_the_same_labels_without_torch(checkpoint, onnx_file, i
 
 
 def test_the_script_s_pixels_are_timm_s_bit_for_bit(onnx_file, classify, monkeypatch):
+    """Of square and other inputs, of three channels and one."""
     monkeypatch.setattr(sys, "argv", ["classify.py", str(onnx_file)])
     to_input = runpy.run_path(str(classify))["to_input"]
     rng = np.random.default_rng(0)
@@ -278,16 +293,21 @@ def test_the_script_s_pixels_are_timm_s_bit_for_bit(onnx_file, classify, monkeyp
     for _ in range(150):
         width, height = (int(side) for side in rng.integers(3, 300, size=2))
         image = photo.crop((10, 10, 10 + width, 10 + height))
+        sides = [int(side) for side in rng.choice([32, 33, 47, 224], size=2)]
+        channels = int(rng.choice([1, 3]))
         p = Preprocessing(
-            int(rng.choice([32, 33, 47, 224])),
-            tuple(rng.random(3).tolist()),
-            tuple((rng.random(3) + 0.1).tolist()),
+            sides[0] if rng.random() < 0.5 else (sides[0], sides[1]),
+            tuple(rng.random(channels).tolist()),
+            tuple((rng.random(channels) + 0.1).tolist()),
             str(rng.choice(["bilinear", "bicubic"])),
             float(rng.choice([0.5, 0.72, 0.875, 0.9, 0.95, 1.0])),
             str(rng.choice(["center", "squash", "border"])),
         ).to_dict()
         ours = to_input(image, p)[0]
-        theirs = create_transform(p.pop("img_size"), is_training=False, **p)(image).numpy()
+        theirs = create_transform(p.pop("img_size"), is_training=False, **p)(
+            image if channels == 3 else image.convert("L")
+        )
+        theirs = theirs.numpy()
         assert ours.dtype == theirs.dtype
         assert np.array_equal(ours, theirs), (image.size, p)
 
@@ -456,6 +476,7 @@ MISTAKES = [
     (["--output", "a.onxx"], "a.onxx: its ending says no format (did you mean '.onnx'?)"),
     (["--output", "a.pt2", "--format", "onnx"], "the ending is that of torch_export, not of onnx"),
     (["--output", "a.onnx", "--img-size", "31"], "--img-size 31: expected 32 to 4096 pixels"),
+    (["--output", "a.onnx", "--img-size", "64", "31"], "--img-size 64 31: expected 32 to 4096 pixels"),
     (["--output", "a.onnx", "--tolerance", "nan"], "--tolerance nan: expected a number above 0"),
     (["--output", "a.onnx", "--batch-size", "4"], "--batch-size 4: goes with --fixed"),
     (["--output", "a.ts", "--fixed"], "--fixed: a TorchScript file takes any"),

@@ -192,9 +192,10 @@ def test_unreadable_images_come_in_their_place(photos, small_file):
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (150, 150)])
-def test_the_frame_is_what_the_transform_keeps(crop_mode, size):
+@pytest.mark.parametrize("img_size", [32, (32, 96), (64, 32)])
+def test_the_frame_is_what_the_transform_keeps(crop_mode, size, img_size):
     """Pixels that hold their own coordinates, sent through the transform."""
-    settings = DataConfig(img_size=32, crop_pct=0.7, crop_mode=crop_mode, mean=(0, 0, 0), std=(1, 1, 1))
+    settings = DataConfig(img_size=img_size, crop_pct=0.7, crop_mode=crop_mode, mean=(0, 0, 0), std=(1, 1, 1))
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], 2).astype(np.uint8))
     seen = eval_transform(settings)(image) * 255

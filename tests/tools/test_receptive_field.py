@@ -141,13 +141,15 @@ def test_images_and_noise(tmp_path, official_file, tiny):
     assert len(figure.axes) == 5  # and the scale
 
 
-def test_grey_networks_take_noise_only(tmp_path, official_file):
-    torch.save(network(in_chans=1).state_dict(), tmp_path / "grey.pt")
+def test_networks_of_other_channels_take_noise_only(tmp_path, official_file):
+    for channels in (1, 2):
+        torch.save(network(in_chans=channels).state_dict(), tmp_path / f"{channels}.pt")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    words = ([str(tmp_path / "grey.pt")], [], [1])
-    with pytest.raises(CheckpointError, match="takes 1 channel"):
-        measure_all(*words, [str(tmp_path)], img_size=64)
-    assert measure_all(*words, count=1, img_size=64)[0]
+    grey, pairs = (([str(tmp_path / f"{channels}.pt")], [], [1]) for channels in (1, 2))
+    with pytest.raises(CheckpointError, match="takes 2 channel"):
+        measure_all(*pairs, [str(tmp_path / "a.png")], img_size=64)
+    assert measure_all(*pairs, count=1, img_size=64)[0]
+    assert measure_all(*grey, [str(tmp_path / "a.png")], img_size=64)[0]
 
 
 def test_what_cannot_be_a_picture(tmp_path):
