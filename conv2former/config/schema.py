@@ -299,11 +299,13 @@ class Config(Section):
         if first and is_known and first > min(self.data.preprocessing.size):
             found.append(f"augment.first_img_size: above data.img_size: {self.augment.first_img_size}")
         lengths = {key: len(values) for key, values in self.data.given.items() if key in ("mean", "std")}
-        channels: int = self.model.in_chans or next(iter(lengths.values()), 3)
-        for key, length in lengths.items():
-            if length != channels:
-                takes = f"images of {channels_text(channels)}"
-                found.append(f"data.{key}: {counted(length, 'number')} for {takes}; give one for each channel")
+        if len(set(lengths.values())) > 1:
+            numbers = counted(lengths["mean"], "number")
+            found.append(f"data.mean: {numbers}, and data.std has {lengths['std']}; give one for each channel")
+        elif self.model.in_chans and {*lengths.values()} - {self.model.in_chans}:
+            key, length = next(iter(lengths.items()))
+            takes = channels_text(self.model.in_chans)
+            found.append(f"data.{key}: {counted(length, 'number')} for images of {takes}; give one for each channel")
         if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
         if self.schedule.min_lr > self.optim.base_lr:

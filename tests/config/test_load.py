@@ -130,7 +130,10 @@ def test_sizes_of_images(tmp_path):
         (["data.img_size=big"], "- data.img_size: input should be a valid integer"),
         (["data.img_size=[64,128]", "augment.first_img_size=96"], "augment.first_img_size: above data.img_size: 96"),
         (["model.in_chans=1", "data.mean=[.5,.5,.5]"], "data.mean: 3 numbers for images of 1 channel (grey)"),
-        (["data.mean=[.5]", "data.std=[.5,.5,.5]"], "data.std: 3 numbers for images of 1 channel"),
+        (
+            ["data.mean=[.5]", "data.std=[.5,.5,.5]"],
+            "data.mean: 1 number, and data.std has 3; give one for each channel",
+        ),
         (["model.in_chans=5"], "model.in_chans: input should be 1 or 3, found 5"),
     ],
 )

@@ -82,13 +82,13 @@ def test_entries_that_share_bytes(path):
 
 def test_a_view_of_petabytes(path):
     torch.save({"weight": torch.zeros(1).expand(10**15)}, path)
-    refused(path, r"shape \(1000000000000000,\) claims bytes it has not")
+    refused(path, "bytes claim 4,000,000,000,000,000 bytes of tensors")
 
 
 def test_many_views_of_the_same_bytes(path):
     one = torch.zeros(2**18)
-    torch.save({str(i): one.view(2**9, 2**9) for i in range(100)}, path)
-    refused(path, "bytes claim 104,857,600 bytes of tensors")
+    torch.save({str(i): one.view(2**9, 2**9) for i in range(2000)}, path)
+    refused(path, "bytes claim 2,097,152,000 bytes of tensors")
 
 
 def test_a_storage_that_claims_more_than_is_there(path):

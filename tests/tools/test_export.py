@@ -21,7 +21,6 @@ from sklearn.datasets import load_digits, load_sample_images
 from timm.data import create_transform
 
 import conv2former
-from conv2former.commands import export as command
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_val
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
