@@ -33,7 +33,6 @@ PLACEHOLDERS = {
     "TRAINING.md",  # ConvNeXt's
     "classify.py",  # docs/export.md shows the whole file
     "config.yaml",  # in a run folder
-    "my_variant.yaml",
     "none.yaml",  # in an error message
 }
 

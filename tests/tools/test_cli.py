@@ -73,7 +73,7 @@ def test_where_no_note_can_be_left_the_message_is_printed(tmp_path, monkeypatch,
 
 def test_the_docs_start_one_device_with_python():
     """What torchrun prints is for several processes only: it stands below our message."""
-    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("**/*.yaml")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("**/*.yaml")]
     command = re.compile(r"^\W*(torchrun (?:.*\\\n)?.*scripts/.*)$", re.MULTILINE)
     found = [text for page in pages for text in command.findall(page.read_text())]
     assert len(found) > 20
