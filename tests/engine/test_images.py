@@ -71,9 +71,8 @@ def test_files_that_note_nothing():
     config, (line,) = settled(OFFICIAL)
     assert config.data.preprocessing == conv2former.Preprocessing()
     assert line.startswith("images: input size 224 x 224 by default; 3 channels (RGB) from the checkpoint; bicubic")
-    scratch, (line,) = settle_images(
-        recipe("x", OPEN, "model.checkpoint=null", "schedule.epochs=30", name="scratch/folder")
-    )
+    words = ("model.checkpoint=null", "schedule.epochs=30")
+    scratch, (line,) = settle_images(recipe("x", OPEN, *words, name="scratch/folder"))
     assert (scratch.data.img_size, scratch.model.in_chans) == (224, 3)
     assert line.count(" by default") == 1
 
