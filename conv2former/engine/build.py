@@ -52,6 +52,7 @@ __all__ = [
     "find_variant_of",
     "freeze",
     "name_network",
+    "read_start",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def name_network(config: Config) -> Config:
         return config
     if not path:
         raise ConfigError("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
-    content = _read_start(path)
+    content = read_start(path)
     info = describe_checkpoint(content, path)
     if info.is_part:
         raise CheckpointError(
@@ -123,7 +124,7 @@ def name_network(config: Config) -> Config:
     return _with_model(config, name=own.name, variant=own.to_dict())
 
 
-def _read_start(path: str) -> dict[str, Any]:
+def read_start(path: str) -> dict[str, Any]:
     """Reads the starting weights.
 
     Raises:
@@ -213,7 +214,7 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
     """
     classifier = model.get_classifier()
     fresh = copy.deepcopy(classifier.state_dict())
-    content = _read_start(path)
+    content = read_start(path)
     info = describe_checkpoint(content, path)
     if not info.has_head and frozen == "backbone":
         raise ConfigError(

@@ -8,7 +8,9 @@ from itertools import groupby
 from .._preprocessing import CHANNELS, FIELDS, Preprocessing, channels_text
 from ..config import Config
 from ..errors import CheckpointError, raise_mistakes
-from ..models import CheckpointInfo, inspect_checkpoint
+from ..models import CheckpointInfo
+from ..models.weights import describe_checkpoint
+from .build import read_start
 
 __all__ = ["fill_images", "settle_images"]
 
@@ -26,7 +28,7 @@ def settle_images(config: Config) -> tuple[Config, list[str]]:
         ConfigError: what results has conflicts, such as three means for one channel.
     """
     path = config.model.checkpoint
-    info = inspect_checkpoint(path) if path else None
+    info = describe_checkpoint(read_start(path), path) if path else None
     channels = config.model.in_chans or (info.in_chans if info else 3)
     if info and (info.in_chans not in CHANNELS or (info.in_chans, channels) == (1, 3)):
         wanted = f"for {channels} (model.in_chans)" if config.model.in_chans else "for 3, RGB, or 1, grey"

@@ -84,6 +84,12 @@ def test_a_recipe_about_a_size_keeps_it(tmp_path):
     assert (found.img_size, found.crop_pct, found.crop_mode, found.interpolation) == (384, 1.0, "squash", "bicubic")
 
 
+def test_weights_that_are_not_there_are_named_with_their_key():
+    config = recipe("x", OPEN, name="imagenet1k_384/conv2former_t_384", checkpoint="gone.pt")
+    with pytest.raises(CheckpointError, match=r"gone.pt: no such file \(model.checkpoint\); give the weights to start"):
+        settle_images(config)
+
+
 def test_a_dry_run_says_it_and_has_the_size(tmp_path, monkeypatch):
     shapes = []
     step = trainer.train_step
