@@ -21,6 +21,8 @@ PROJECT = FILE["project"]
 TESTED = ("train", "export", "explain", "test")
 # What is imported under another name than it is installed by, and what comes with another package
 NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+# What comes with onnxscript and onnx, whose newest versions do not fit to the oldest of those
+PINNED_TOO = {"onnx-ir", "protobuf"}
 COMES_WITH = {"triton": "torch", "huggingface_hub": "timm", "pyarrow": "datasets"}
 
 
@@ -34,6 +36,8 @@ def stated() -> dict[str, Requirement]:
 def test_oldest_versions_are_those_of_pyproject():
     lines = (ROOT / "tests" / "oldest.txt").read_text("utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() >= PINNED_TOO
+    pins = {name: version for name, version in pins.items() if name not in PINNED_TOO}
     allowed = {
         name: [(each.operator, Version(each.version)) for each in req.specifier] for name, req in stated().items()
     }

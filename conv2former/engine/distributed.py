@@ -112,10 +112,12 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
     # The watch names who is missing; the group's own timeout comes after it and is the second line.
     timeout = timedelta(minutes=timeout_minutes) + timedelta(seconds=20)
     is_mine = not dist.is_initialized()
-    store = None
+    store = watched = None
     if is_mine:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=10))))
-        store = dist.PrefixStore(_meet(store, world.rank, world.size), store)
+        meeting = _meet(store, world.rank, world.size)
+        watched = dist.PrefixStore("watch", dist.PrefixStore(meeting, _connect_again(store)))
+        store = dist.PrefixStore(meeting, store)
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
@@ -124,9 +126,7 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
             timeout=timeout,
             device_id=world.device if world.device.type == "cuda" else None,
         )
-    watch = (
-        Watch(dist.PrefixStore("watch", store.clone()), world.rank, world.size, timeout_minutes * 60) if store else None
-    )
+    watch = Watch(watched, world.rank, world.size, timeout_minutes * 60) if watched else None
     control = dist.new_group(backend="gloo", timeout=timeout)
     joined = replace(world, control=control, at=watch.at if watch else world.at)
     try:
@@ -166,6 +166,15 @@ def _with_strides_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.T
     if all(size == 1 or a == b for size, a, b in zip(shape, found, wanted, strict=True)):
         return gradient.as_strided(shape, wanted)
     return torch.empty_strided(shape, wanted, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+def _connect_again(store: Any) -> Any:
+    """Returns another connection to a store, since each serves one thread at a time."""
+    if hasattr(store, "clone"):  # since torch 2.8
+        return store.clone()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
 
 
 def _meet(store: Any, rank: int, size: int) -> str:
