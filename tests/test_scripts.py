@@ -43,7 +43,7 @@ def script(name: str, *words, **kwargs) -> subprocess.CompletedProcess:
 
 def accuracy(text: str) -> tuple[str, int]:
     """Returns the top-1 accuracy, as printed, and the number of images."""
-    match = re.search(r"^\S+ +checkpoint +([\d.]+) +[\d.]+ +[\d.]+ +(\d+) +[\d,]+$", text, re.MULTILINE)
+    match = re.search(r"^\S+ +checkpoint +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +(\d+) +[\d,]+$", text, re.MULTILINE)
     assert match, text
     return match[1], int(match[2])
 

@@ -19,8 +19,9 @@ import numpy as np
 from .._yaml import read_yaml
 from ..config import Config, apply_overrides, check_config, load_config
 from ..engine import train
+from ..engine.images import settle_images
 from ..engine.logging import read_metrics
-from ..errors import ConfigError, OutputError, TrainingError, counted, shorten
+from ..errors import CheckpointError, ConfigError, OutputError, TrainingError, counted, shorten
 from .output import check_writable, replacing, save_figure, text_table
 
 if TYPE_CHECKING:
@@ -287,8 +288,8 @@ def _is_done(folder: Path, config: Config) -> bool:
     if not (folder / "report.json").is_file():
         return False
     try:
-        return check_config(read_yaml(folder / "config.yaml"), folder) == config
-    except ConfigError:  # of another version
+        return check_config(read_yaml(folder / "config.yaml"), folder) == settle_images(config)[0]
+    except (ConfigError, CheckpointError):  # of another version; without the weights that it started from
         return False
 
 
