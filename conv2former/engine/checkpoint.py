@@ -31,8 +31,9 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from ..errors import CheckpointError, OutputError, bullets
+from ..errors import CheckpointError, OutputError, TrainingError, bullets, shorten
 from ..models.weights import read_checkpoint
+from .saved import first_not_finite, wrong_fields
 
 __all__ = [
     "FORMAT",
@@ -45,19 +46,6 @@ __all__ = [
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
-_KEYS = {
-    "step",
-    "epoch",
-    "model",
-    "model_ema",
-    "optimizer",
-    "scaler",
-    "best_metric",
-    "class_names",
-    "config",
-    "variant",
-    "plan",
-}
 
 
 class _Hashed:
@@ -91,7 +79,13 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
 
     Raises:
         OutputError: the file cannot be written; the files before it are untouched.
+        TrainingError: a tensor is not finite; nothing is written.
     """
+    if name := first_not_finite(content):
+        raise TrainingError(
+            f"after step {content['step']} {name} has numbers that are not finite: nothing is saved, and earlier "
+            "checkpoints are untouched. Lower optim.base_lr or set optim.clip_grad"
+        )
     path = folder / f"step_{content['step']:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
@@ -241,10 +235,17 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(_not_a_file(path))
     _verify(path)
     content = read_checkpoint(path)
-    if _KEYS - content.keys():
+    if not {"optimizer", "step"} <= content.keys():
         raise CheckpointError(f"{path} is a weight file, not a checkpoint to go on from; give it as model.checkpoint")
-    if content.get("format", 0) > FORMAT:
-        raise CheckpointError(f"{path} has format {content['format']}; this version reads up to {FORMAT}: update it")
+    version = content.get("format", 0)
+    if type(version) is int and version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}; this version reads up to {FORMAT}: update it")
+    if wrong := wrong_fields(content):
+        raise CheckpointError(
+            f"{path} is damaged, or no checkpoint of this program: {shorten(wrong)} not as it is written here"
+        )
+    if name := first_not_finite(content):
+        raise CheckpointError(f"{path} has numbers that are not finite, in {name}: a run cannot go on from it")
     return content
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, TrainingError, UserError
 from .watch import Watch
 
 __all__ = ["PeerError", "World", "join_world", "wrap"]
@@ -80,13 +80,13 @@ class World:
         """Runs `action` on the main process while the others wait; if it fails, all fail.
 
         Raises:
-            UserError: that of `action` on the main process, a PeerError on the others.
+            UserError, TrainingError: that of `action` on the main process, a PeerError on the others.
         """
-        error: UserError | None = None
+        error: UserError | TrainingError | None = None
         if self.is_main:
             try:
                 action()
-            except UserError as e:
+            except (UserError, TrainingError) as e:
                 error = e
         if self.size > 1 and any(self.gather(error is not None)):
             raise error or PeerError()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -24,12 +25,26 @@ __all__ = ["RunLog", "read_metrics", "writing"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a `metrics.jsonl`, without lines that were cut off."""
+    """Returns the rows of a `metrics.jsonl`, without lines that were cut off or that no run has written."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if _is_row(row):
+                rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Returns whether a row has what the log of a run, and its curves, take from it."""
+    if not isinstance(row, dict) or row.get("kind") not in ("train", "eval"):
+        return False
+    numbers = [value for key, value in row.items() if key != "kind"]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
+        return False
+    counts = (row.get("step"), row.get("epoch", 1))
+    needed = {"loss"} if row["kind"] == "train" else {"loss", "top1", "epoch"}
+    return needed <= row.keys() and all(type(count) is int and 0 < count < 2**53 for count in counts)
 
 
 class RunLog:

@@ -36,7 +36,17 @@ from ..data import (
     start_workers,
     train_loader,
 )
-from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, bullets, counted, shorten
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RunStopped,
+    TrainingError,
+    before_processes_meet,
+    bullets,
+    counted,
+    shorten,
+)
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
 from .checkpoint import latest_checkpoint, link_last, save_checkpoint
 from .distributed import World, join_world
@@ -157,7 +167,13 @@ class Trainer:
         self.meter, self.losses = Meter(), MeanLoss(world)
         self._drawn, self._drawing = time.perf_counter(), 0.0  # when the curves were last drawn, and for how long
         if job.saved:
-            self._restore(job.saved)
+            try:
+                self._restore(job.saved)
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # of torch, about shapes
+                reason = str(e).strip().splitlines()
+                raise CheckpointError(
+                    f"the checkpoint to go on from does not fit this run ({reason[0] if reason else type(e).__name__})"
+                ) from None
             job.saved = None  # its memory
         self.log = RunLog(
             self.output,

@@ -38,6 +38,7 @@ CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 HEAD = ("head_conv.", "head.fc.")  # what comes after the last stage
 HEAD_HIDDEN_SIZE = 1280  # of every published network; assumed where a file has no head
 FIRST_CONV = "stem.conv1"
+MOST_MISSING = 10  # times as many weights as a file has, in the network that its names tell of
 NOT_NOTED = "not noted"
 _KINDS = {"averaged": "average", "average": "average", "raw": "raw"}  # in converted files, and their canonical names
 
@@ -70,6 +71,12 @@ class Architecture:
         """Name of the variant with this shape, or None."""
         return find_variant(dims=self.dims, depths=self.depths, kernel_size=self.kernel_size, mlp_ratio=self.mlp_ratio)
 
+    def num_block_weights(self) -> float:
+        """Returns how many weights the blocks have, but for norms and biases."""
+        kernels = [self.kernel_size] * len(self.dims) if isinstance(self.kernel_size, int) else self.kernel_size
+        one = [c * c * (3 + 2 * self.mlp_ratio) + c * k * k for c, k in zip(self.dims, kernels, strict=True)]
+        return sum(float(depth) * weights for depth, weights in zip(self.depths, one, strict=True))
+
     def __str__(self) -> str:
         shape = f"dims {list(self.dims)}, depths {list(self.depths)}, kernel size {self.kernel_size}"
         return f"{self.variant} ({shape})" if self.variant else f"a Conv2Former with {shape}"
@@ -79,7 +86,7 @@ def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
     """Reads the architecture off a state dict in this project's layout; None if it is not a Conv2Former's."""
     blocks: dict[int, set[int]] = {}
     for key in state_dict:
-        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.conv_dw\.weight$", key):
+        if match := re.match(r"stages\.(\d)\.blocks\.(\d{1,15})\.attn\.conv_dw\.weight$", key):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     first_conv, fc1 = (state_dict.get(k) for k in (f"{FIRST_CONV}.weight", "stages.0.blocks.0.mlp.fc1.weight"))
     if first_conv is None or fc1 is None or not blocks or sorted(blocks) != list(range(len(blocks))):
@@ -203,6 +210,12 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     if architecture is None:
         raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}")
     buffers = ("running_mean", "running_var", "num_batches_tracked")
+    num_parameters = sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers))
+    if architecture.num_block_weights() > MOST_MISSING * num_parameters:  # not built to be told what it lacks
+        raise CheckpointError(
+            f"{path} is damaged or made to harm: its names tell of blocks with "
+            f"{architecture.num_block_weights():.1e} weights, and it has {num_parameters:,}"
+        )
     hub_config = _hub_config(content)
     own = hub_config.get(SECTION)
     notes = own if isinstance(own, dict) else content
@@ -226,7 +239,7 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         **vars(architecture),
         name=name,
         fusion=fusion,
-        num_parameters=sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers)),
+        num_parameters=num_parameters,
         layout=layout_of_keys(taken.state_dict),
         has_ema=taken.is_average,
         noted_weights=_noted_weights(content, own if isinstance(own, dict) else {}, recipe, taken),

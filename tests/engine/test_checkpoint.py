@@ -18,12 +18,15 @@ from conv2former.engine.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from conv2former.errors import OutputError
+from conv2former.errors import OutputError, TrainingError
 
 
 def content(step: int) -> dict:
-    keys = module._KEYS - {"step"}
-    return {"step": step, **dict.fromkeys(keys), "model": {"w": torch.full((100,), float(step))}}
+    return {
+        "step": step, "epoch": 0, "model": {"w": torch.full((100,), float(step))}, "model_ema": None,
+        "optimizer": {"state": {}, "param_groups": []}, "scaler": None, "best_metric": None, "class_names": ["a"],
+        "config": {}, "variant": {}, "plan": {},
+    }  # fmt: skip
 
 
 def names(folder) -> list[str]:
@@ -170,7 +173,7 @@ def test_saving_holds_no_second_copy_of_the_weights(tmp_path):
     code = (
         "import resource, sys, torch, pathlib\n"
         "from conv2former.engine import checkpoint as c\n"
-        "content = dict.fromkeys(c._KEYS) | {'step': 1, 'model': {str(i): torch.ones(1 << 20) for i in range(16)}}\n"
+        "content = {'step': 1, 'model': {str(i): torch.ones(1 << 20) for i in range(16)}}\n"
         "c.save_checkpoint(pathlib.Path(sys.argv[1]) / 'warm', dict(content, model={}), False, 1)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "c.save_checkpoint(pathlib.Path(sys.argv[1]), content, True, 1)\n"
@@ -189,3 +192,78 @@ def test_other_files_are_refused(tmp_path, official_file):
     path.with_name(path.name + ".sha256").unlink()
     with pytest.raises(CheckpointError, match="format 99"):
         read_training_checkpoint(path)
+
+
+WRONG = {
+    "step": ["abc", -5, None, 1.5, True, 10**30],
+    "model": [5, {}, {"w": 5}, {5: torch.zeros(1)}, None],
+    "model_ema": [5, {"w": None}],
+    "optimizer": [5, {}, {"state": 5, "param_groups": []}, {"state": {}, "param_groups": 5}],
+    "scaler": [5, {5: 5}],
+    "best_metric": ["x", float("nan"), [1]],
+    "class_names": ["abc", [5], None, {"a": 1}],
+    "config": [5, {"data": 5}, {5: {}}, None],
+    "variant": [None, [1]],
+    "plan": [5, None],
+    "best_row": [5, {"epoch": "x"}, {5: 5}],
+    "confusion": [5, [[1], 2], [["x"]]],
+    "losses": [5, [["x", 1]]],
+    "skipped": [5, {"training": 5}, {"training": {"a": 5}}],
+    "seconds": ["x", float("inf")],
+    "time": [5, {}, {"training": "x", "waiting": 1}],
+    "format": ["x", -1],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_checkpoint_with_a_wrong_field_is_passed_over(tmp_path, key):
+    save_checkpoint(tmp_path, content(1), is_best=False, keep=2)
+    path = tmp_path / "step_00000002.pt"
+    for value in WRONG[key]:
+        torch.save({**content(2), key: value}, path)
+        with pytest.raises(CheckpointError, match=f"{path} is damaged.*: {key} not as it is written") as error:
+            read_training_checkpoint(path)
+        assert "\n" not in str(error.value)
+        found, _, warnings = latest_checkpoint(tmp_path)
+        assert found.name == "step_00000001.pt"
+        assert len(warnings) == 1
+
+
+def test_a_flipped_bit_is_seen_without_the_checksum_beside_it(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=True, keep=2)
+    for name in ("best.pt", "step_00000002.pt"):
+        path = tmp_path / name
+        data = bytearray(path.read_bytes())
+        data[data.index(torch.full((100,), 2.0).numpy().tobytes()) + 50] ^= 1
+        path.unlink()  # not the other names of the same file
+        path.write_bytes(data)
+    (tmp_path / "step_00000002.pt.sha256").unlink()
+    for name in ("best.pt", "step_00000002.pt"):
+        with pytest.raises(CheckpointError, match="does not match its checksum"):
+            read_training_checkpoint(tmp_path / name)
+    assert latest_checkpoint(tmp_path)[0].name == "step_00000001.pt"
+
+
+@pytest.mark.parametrize("where", ["model", "model_ema", "optimizer"])
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path, where):
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=2)
+    bad = {"stem.norm1.running_var": torch.tensor([1.0, float("inf")])}
+    changed = {"state": {0: {"exp_avg": bad["stem.norm1.running_var"]}}, "param_groups": []}
+    changed = content(2) | {where: changed if where == "optimizer" else bad}
+    name = "optimizer.state.0.exp_avg" if where == "optimizer" else f"{where}.stem.norm1.running_var"
+    before = names(tmp_path)
+    with pytest.raises(TrainingError, match=rf"after step 2 {name} has numbers that are not finite"):
+        save_checkpoint(tmp_path, changed, is_best=True, keep=2)
+    assert names(tmp_path) == before
+    torch.save(changed, tmp_path / "step_00000002.pt")  # of a version that did
+    assert latest_checkpoint(tmp_path)[0].name == "step_00000001.pt"
+
+
+def test_a_pipe_and_a_folder_are_no_checkpoints(tmp_path):
+    save_checkpoint(tmp_path, content(1), is_best=False, keep=2)
+    os.mkfifo(tmp_path / "step_00000002.pt")
+    (tmp_path / "step_00000003.pt").mkdir()
+    found, _, warnings = latest_checkpoint(tmp_path)
+    assert found.name == "step_00000001.pt"
+    assert len(warnings) == 2
