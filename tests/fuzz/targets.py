@@ -118,6 +118,7 @@ def _odd_zip(random: random.Random, content: bytes) -> bytes:
     """Returns a zip archive with its entries compressed, renamed, left out, inflated or doubled."""
     made, kind = io.BytesIO(), random.randrange(5)
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        inflated = random.choice(old.infolist()).filename
         for entry in old.infolist():
             data = old.read(entry)
             if kind == 0 and random.random() < 0.3:
@@ -126,7 +127,7 @@ def _odd_zip(random: random.Random, content: bytes) -> bytes:
                 data = values.damaged(random, data) if data else data
             if kind == 2 and entry.filename.endswith("data.pkl"):
                 data = pickle.dumps(values.plain(random, 3), protocol=2)
-            if kind == 3 and random.random() < 0.1:
+            if kind == 3 and entry.filename == inflated:
                 data = bytes(300 << 20)
             name = entry.filename if kind != 4 or random.random() < 0.8 else "../" + entry.filename
             new.writestr(name, data, zipfile.ZIP_DEFLATED if kind == 3 else zipfile.ZIP_STORED)
