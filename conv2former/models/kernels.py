@@ -35,7 +35,6 @@ __all__ = [
 MAX_KERNEL_SIZE = 31
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
-TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # since torch 2.7
 MIN_TRITON = "3.3"  # the oldest that was seen to compile the kernels
 
 _devices: dict[int, bool] = {}
@@ -69,8 +68,9 @@ def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
 def is_exporting() -> bool:
     """Says whether a program is taken down to run elsewhere."""
     # Torch 2.6 does not tell torch.export from torch.compile, which then does without the operators.
-    exporting = torch.compiler.is_exporting if TELLS_EXPORTS else torch.compiler.is_compiling
-    return exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    tells = hasattr(torch.compiler, "is_exporting")
+    exporting = torch.compiler.is_exporting() if tells else torch.compiler.is_compiling()
+    return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -195,6 +196,8 @@ def test_hugging_face_image_folders(photos, tmp_path):
     link = tmp_path / "data" / "val" / "cat" / "linked.png"
     link.symlink_to("../../train/cat/0.png")
     settings = config(tmp_path / "data", source="hf", holdout=None)
+    if len(datasets.load_dataset(str(tmp_path / "data"), split="validation")) == 3:
+        pytest.skip("this version of `datasets` leaves links out")
     refused(settings, "have 1 image in common: .*val/cat/linked.png")
     link.unlink()
     (tmp_path / "data" / "train" / "dog" / "linked.png").symlink_to("../cat/0.png")
