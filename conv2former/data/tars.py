@@ -29,6 +29,7 @@ from .tables import read_class_list
 
 __all__ = ["TarImages", "find_tars", "index_tars", "open_tars"]
 
+MAX_LABEL = 10**9
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of gzip, bzip2, xz and Zstandard
 LABEL_ENDINGS = (".cls", ".json")
@@ -254,8 +255,10 @@ def _label(content: bytes, label_key: str, where: str) -> int | str:
             label = label[label_key]
         elif re.fullmatch("-?[0-9]+", label):
             label = int(label)
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, and lists in lists in lists
         raise DataError(f"{where}: not readable as a label ({e})") from None
+    if type(label) is int and abs(label) > MAX_LABEL:
+        raise DataError(f"{where}: the label {str(label)[:20]}... is too large for the index of a class")
     if type(label) not in (int, str) or label == "":
         raise DataError(f"{where}: the label {label!r} is neither an integer nor a class name")
     return label

@@ -167,6 +167,13 @@ def test_a_list_of_class_names(tmp_path):
         ({"0.png": picture(0), "0.json": b'{"labels": 1}'}, r"\(did you mean 'labels'\?\)"),
         ({"0.png": picture(0), "0.json": b'{"label": 0.5}'}, ", member 0.json: the label 0.5 is neither"),
         ({"0.png": picture(0), "0.json": b'{"label": null}'}, ", member 0.json: the label None is neither"),
+        ({"0.png": picture(0), "0.cls": b"9" * 5000}, ", member 0.cls: not readable as a label"),
+        ({"0.png": picture(0), "0.cls": b"9" * 30}, ", member 0.cls: the label 9{20}... is too large for the index"),
+        (
+            {"0.png": picture(0), "0.json": b'{"label": ' + b"9" * 30 + b"}"},
+            ", member 0.json: the label 9{20}... is too",
+        ),
+        ({"0.png": picture(0), "0.json": b"[" * 100_000}, ", member 0.json: not readable as a label"),
     ],
 )
 def test_wrong_samples(tmp_path, members, expected):
