@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from .text import without_controls
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -37,6 +39,9 @@ class UserError(ValueError):
 
     exit_code = 2
     scope = "process"
+
+    def __str__(self) -> str:
+        return without_controls(super().__str__())
 
 
 class ConfigError(UserError):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
-__all__ = ["clipped", "columns_of"]
+__all__ = ["clipped", "columns_of", "without_controls"]
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but line ends and tabs
+
+
+def without_controls(text: str) -> str:
+    """Returns text in which what could move a terminal's cursor or colour it is escaped: names come from files."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def columns_of(text: str) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import OutputError
+from ..text import without_controls
 from .fonts import drawing
 from .terminal import Bar, PlainProgress, bar_size, clock, say
 
@@ -160,7 +161,7 @@ class RunLog:
 
     def _log(self, text: str) -> None:
         with writing(self.folder), (self.folder / "train.log").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {without_controls(text)}\n")
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
         if not self.is_main:

@@ -11,6 +11,8 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
+from ..text import without_controls
+
 __all__ = ["Bar", "PlainProgress", "bar", "bar_size", "clock", "say"]
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ def say(text: str = "", file: TextIO | None = None, required: bool = False) -> N
     """
     file = file or sys.stdout
     try:
-        tqdm.write(text, file=file)
+        tqdm.write(without_controls(text), file=file)
         file.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

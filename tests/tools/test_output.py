@@ -7,6 +7,8 @@ import os
 import pytest
 from matplotlib.figure import Figure
 
+from conv2former.engine.logging import RunLog
+from conv2former.engine.terminal import say
 from conv2former.errors import DataError, OutputError
 from conv2former.tools.output import check_writable, replacing, save_figure, text_table
 
@@ -69,3 +71,16 @@ def test_a_table():
 def test_a_table_with_letters_of_two_columns_and_of_none():
     table = text_table(["class", "images"], [["猫", "9"], ["कु", "8"], ["cats", "10"]])
     assert table == "class  images\n猫          9\nकु           8\ncats       10"
+
+
+def test_names_from_files_do_not_reach_the_terminal_raw(tmp_path, capsys):
+    name = "\x1b]0;title\x07\x1b[31m\r\x9b"
+    plain = r"\x1b]0;title\x07\x1b[31m\r\x9b"
+    assert str(DataError(f"folder {name}:\n  - a\tb")) == f"folder {plain}:\n  - a\tb"
+    say(name)
+    assert capsys.readouterr().out == f"{plain}\n"
+    log = RunLog(tmp_path, 1, 0, False, True)
+    log.say(f"classes: {name}")
+    log.close()
+    assert capsys.readouterr().out == f"classes: {plain}\n"
+    assert f"  classes: {plain}\n" in (tmp_path / "train.log").read_text()
