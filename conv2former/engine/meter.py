@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 
 import torch
 
+from ..data.loader import usable_cores
 from .distributed import World
 
 __all__ = ["MeanLoss", "Meter", "describe_waiting"]
@@ -112,11 +112,7 @@ def describe_waiting(share: float, seconds: float, workers: int, source: str) ->
         source: the configured one. The digits are read without workers, on purpose.
     """
     line = f"{share:.1%} of the training time was waiting for images"
-    cores = max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = usable_cores()
     if share <= MUCH_WAITING or seconds < LONG_ENOUGH or source == "digits" or workers >= cores:
         return line
     return f"{line}; more data.workers may help: {workers} for {cores} usable cores"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

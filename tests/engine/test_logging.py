@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_mean_loss():
 
 
 def test_more_workers_are_advised_where_they_can_help(monkeypatch):
-    monkeypatch.setattr(meter, "_usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     line = "20.0% of the training time was waiting for images"
     assert describe_waiting(0.2, 100.0, 4, "folder") == f"{line}; more data.workers may help: 4 for 8 usable cores"
