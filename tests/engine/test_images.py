@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -191,8 +192,7 @@ def test_wide_grey_images_end_to_end(tmp_path, monkeypatch, capsys, with_picture
     cfg = timm.data.resolve_model_data_config(model)
     assert cfg["input_size"] == (1, 32, 64)
     with Image.open(tmp_path / "photos" / "dark" / "0.png") as file:
-        grey = Image.fromarray((torch.frombuffer(bytearray(file.tobytes()), dtype=torch.uint16).float() / 257).round()
-                               .to(torch.uint8).view(file.height, file.width).numpy())  # fmt: skip
+        grey = Image.fromarray((np.asarray(file).astype(np.float32) / 257).round().astype(np.uint8))
     x = timm.data.create_transform(**cfg)(grey)
     assert torch.equal(x, eval_transform(info.preprocessing)(grey.convert("RGB")))
     torch.testing.assert_close(x, prediction.pixels)
