@@ -5,6 +5,7 @@ Only what a configuration needs is read: nothing that could run code, and no sma
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import stat
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError
+from .text import printable
 
 __all__ = ["cut", "dump_yaml", "parse_yaml_value", "read_yaml", "show"]
 
@@ -74,7 +76,14 @@ class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper with the loader's idea of what is text, so that what is written is read again as it was."""
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Writes text with control characters or line ends in one line, escaped: in two it would look like two entries."""
+    style = None if printable(text) == text else '"'
+    return dumper.represent_scalar(f"{_TAG}str", text, style)
+
+
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_representer(str, _represent_text)
 
 # PyYAML lets Python's own errors through: a number of 5000 digits, a character that does not exist.
 _ERRORS = (yaml.YAMLError, ValueError, OverflowError)
@@ -86,7 +95,7 @@ _short.maxstring = _short.maxlong = _short.maxother = 200
 
 def dump_yaml(value: Any) -> str:
     """Returns plain types as YAML that `read_yaml` reads back as they are."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=math.inf)
 
 
 def cut(text: object, limit: int = 200) -> str:

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from .models.installed import store_folder
+from .text import printable
 
 __all__ = ["library"]
 
@@ -83,7 +84,7 @@ def _library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
 def _warn(text: str) -> None:
     """Logs a warning, once on each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        log.warning("%s", text)
+        log.warning("%s", "\n".join(map(printable, text.split("\n"))))
 
 
 def _instruction_sets() -> list[tuple[str, ...]]:

@@ -8,8 +8,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from .text import without_controls
+from .text import printable
 
 __all__ = [
     "CheckpointError",
@@ -23,14 +24,44 @@ __all__ = [
     "bullets",
     "closest",
     "counted",
+    "first_line",
     "note_for_torchrun",
     "raise_mistakes",
     "shorten",
 ]
 
 
-class UserError(ValueError):
+_M = TypeVar("_M", bound="_Message")
+MAX_LINE = 10_000  # characters of a line of a message; names in files can be of any length
+
+
+class _Message(Exception):
+    """An error whose text is printed. Each argument is one line of it.
+
+    A line end inside an argument is part of a name, and is escaped as all that `printable` escapes.
+    """
+
+    @property
+    def lines(self) -> list[str]:
+        """Its text, line by line, as it is printed."""
+        texts = [printable(str(line)) for line in self.args]
+        return [text if len(text) <= MAX_LINE else text[:MAX_LINE] + "..." for text in texts]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    def below(self: _M, where: object) -> _M:
+        """Puts `where: ` before its first line, and returns it."""
+        first, *others = self.args or ("",)
+        self.args = (f"{where}: {first}", *others)
+        return self
+
+
+class UserError(_Message, ValueError):
     """A mistake in what the user gave: its text says what is wrong, where, and what to do.
+
+    Args:
+        *lines: of the text. A line end inside one of them is escaped: it can only come from a name in a file.
 
     Attributes:
         scope: which processes have the same error, so that it is printed once: this `process` alone, each on a `node`,
@@ -39,9 +70,6 @@ class UserError(ValueError):
 
     exit_code = 2
     scope = "process"
-
-    def __str__(self) -> str:
-        return without_controls(super().__str__())
 
 
 class ConfigError(UserError):
@@ -62,14 +90,14 @@ class OutputError(UserError):
     """A run folder that cannot be written, for example because the disk is full."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_Message, RuntimeError):
     """A run that must not go on, such as one whose loss is not a number. The last checkpoint is as it was."""
 
     exit_code = 3
     scope = "run"
 
 
-class RunStopped(RuntimeError):
+class RunStopped(_Message, RuntimeError):
     """A run that was told to stop by a signal. It is saved, and the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -105,19 +133,32 @@ def note_for_torchrun(text: str, is_consequence: bool = False) -> None:
 def closest(word: object, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'x'?)`` for the choice nearest to `word`, or an empty string if none is near."""
     match = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
-    return f" (did you mean '{match[0]}'?)" if match else ""
+    return f" (did you mean '{_cut(match[0])}'?)" if match else ""
 
 
 def shorten(items: Iterable[object], limit: int = 20) -> str:
-    """Joins `items` with commas, naming at most `limit` of them and counting the rest."""
-    texts = [str(item) for item in items]
+    """Joins `items` with commas, naming at most `limit` of them and counting the rest; huge names are cut."""
+    texts = [_cut(str(item)) for item in items]
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f", and {rest} more" if rest > 0 else "")
 
 
-def bullets(items: Iterable[str]) -> str:
-    """Returns one `- item` line for each; further lines of an item are indented below its first."""
-    return "\n".join("  - " + item.replace("\n", "\n    ") for item in items)
+def _cut(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what another library's error says, at most 200 letters; its type if that is nothing."""
+    return next(iter(_cut(str(error).strip()).splitlines()), type(error).__name__)
+
+
+def bullets(items: Iterable[str | UserError]) -> list[str]:
+    """Returns one `- item` line for each; further lines of an error are indented below its first."""
+    lines = []
+    for item in items:
+        first, *others = item.lines if isinstance(item, UserError) else [item]
+        lines += [f"  - {first}", *(f"    {line}" for line in others)]
+    return lines
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -125,8 +166,8 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def raise_mistakes(where: object, mistakes: Sequence[str], limit: int = 20) -> None:
+def raise_mistakes(where: object, mistakes: Sequence[str | UserError], limit: int = 20) -> None:
     """Raises one ConfigError that lists the mistakes found in `where`, at most `limit`, if there are any."""
     if mistakes:
         more = f", the first {limit}" if len(mistakes) > limit else ""
-        raise ConfigError(f"{where}: {counted(len(mistakes), 'mistake')}{more}:\n" + bullets(mistakes[:limit]))
+        raise ConfigError(f"{where}: {counted(len(mistakes), 'mistake')}{more}:", *bullets(mistakes[:limit]))

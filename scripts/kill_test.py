@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from conv2former.printing import print_lines
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
@@ -58,7 +59,7 @@ def main() -> None:
             args.processes,
             args.workers,
             args.seed,
-            lambda x: print(x, flush=True),
+            print_lines,
         )
     sys.exit(1 if different else 0)
 

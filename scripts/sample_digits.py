@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conv2former.printing import print_lines
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
@@ -17,7 +18,7 @@ def main() -> None:
     parser = Parser(text=__doc__)
     parser.add_argument("folder", type=Path, help="made if need be")
     args = parser.parse_args()
-    print(f"in {args.folder}: {', '.join(path.name for path in write_samples(args.folder))}")
+    print_lines(f"in {args.folder}: {', '.join(path.name for path in write_samples(args.folder))}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conv2former.printing import print_lines
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
@@ -52,21 +53,21 @@ def main() -> None:
     if args.command == "prepare":
         if overrides:
             parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-        print("\n".join(prepare(args.root, args.per_class, args.seed)))
+        print_lines(*prepare(args.root, args.per_class, args.seed))
         return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    common = (CONFIGS, seeds, args.per_class, args.output, overrides, lambda line: print(line, flush=True))
+    common = (CONFIGS, seeds, args.per_class, args.output, overrides, print_lines)
     if args.command == "compare":
         results = compare(*common)
-        print("\n" + comparison_table(results))
+        print_lines("", *comparison_table(results).split("\n"))
         paths = write_results(results, args.output)
     else:
         results = tune(*common)
-        print("\n" + tuning_table(results))
+        print_lines("", *tuning_table(results).split("\n"))
         paths = [args.output / "table.md"]
         with replacing(paths[0]) as new:
             new.write_text(tuning_table(results, markdown=True) + "\n")
-    print("\nwritten: " + ", ".join(map(str, paths)))
+    print_lines("", "written: " + ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":

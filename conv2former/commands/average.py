@@ -11,7 +11,6 @@ another, for validate.py, convert.py, and model.checkpoint=soup.pt.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -30,13 +29,12 @@ def main() -> None:
     words = args.checkpoints + rest
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     checkpoints = [word for word in words if word not in overrides]
-    say = partial(print, flush=True)
     if args.greedy:
-        greedy(checkpoints, args.output, overrides, not args.raw, say)
+        greedy(checkpoints, args.output, overrides, not args.raw)
     elif overrides:
         raise ConfigError(f"{overrides[0]}: no effect without --greedy, which alone looks at data")
     else:
-        average(checkpoints, args.output, not args.raw, say)
+        average(checkpoints, args.output, not args.raw)
 
 
 def run() -> None:

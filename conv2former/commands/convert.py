@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..models.installed import say_if_unverified
+from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.convert import convert, summary
@@ -58,7 +59,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     args, overrides = parse()
     if args.uninstall:
-        print(f"removed {uninstall(args.uninstall)}")
+        print_lines(f"removed {uninstall(args.uninstall)}")
         return
     if args.checkpoint is None or (args.output is None and args.install is None and not args.push_to_hub):
         raise ConfigError("give a weight file, and --output FOLDER, --install or --push-to-hub USER/NAME: see --help")
@@ -79,19 +80,19 @@ def main() -> None:
         _class_list(args.class_names) if args.class_names else None,
         needs_tag=args.install is not None,
     )
-    print(summary(export))
+    print_lines(*summary(export).split("\n"))
     if args.install is not None:
         check_install(export, args.force)
     if args.output:
         write_folder(export, args.output, args.force)
-        print(f'written to {args.output}: timm.create_model("local-dir:{args.output}", pretrained=True)')
+        print_lines(f'written to {args.output}: timm.create_model("local-dir:{args.output}", pretrained=True)')
     if args.install is not None:
         folder, is_new = install(export, args.force)
-        print(f"{'installed in' if is_new else 'nothing to do, installed already in'} {folder}")
-        print(f'use it: timm.create_model("{export.name}", pretrained=True)')
+        print_lines(f"{'installed in' if is_new else 'nothing to do, installed already in'} {folder}")
+        print_lines(f'use it: timm.create_model("{export.name}", pretrained=True)')
         say_if_unverified(export.name)
     if args.push_to_hub:
-        print(f"sent: {push(export, args.push_to_hub, args.private)}")
+        print_lines(f"sent: {push(export, args.push_to_hub, args.private)}")
 
 
 def _class_list(path: Path) -> list[str]:

@@ -20,6 +20,8 @@ from pathlib import Path
 from .._preprocessing import as_img_size
 from ..errors import ConfigError, counted
 from ..models.weights import weights_text
+from ..printing import print_lines
+from ..text import clipped, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.export import (
@@ -93,7 +95,7 @@ def _size_of(words: list[str]) -> tuple[int | tuple[int, int] | None, list[str]]
 def say(text: str) -> None:
     """Shows what is being done, on a terminal, until the next thing."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[:79]}{' ...' if text else ''}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{clipped(text, 79)}{' ...' if text else ''}", end="", file=sys.stderr, flush=True)
 
 
 def describe(exported: Exported) -> str:
@@ -107,12 +109,12 @@ def describe(exported: Exported) -> str:
     facts = ", ".join([exported.format, *exported.facts, f"{exported.size / 1e6:.2f} MB"])
     return "\n".join(
         [
-            f"{info.name or 'unnamed variant'}, {info.num_parameters:,} parameters, "
+            f"{printable(info.name or 'unnamed variant')}, {info.num_parameters:,} parameters, "
             f"{weights_text(exported.metadata['weights'])}, "
             f"{classes if info.num_classes else 'no classifier: it gives features'}",
             f"images: {exported.preprocessing}",
             text_table(("noise, N x C x H x W", "largest logit", "largest difference", "relative"), rows),
-            f"{exported.path}: {facts}",
+            printable(f"{exported.path}: {facts}"),
         ]
     )
 
@@ -125,9 +127,9 @@ def describe_int8(done: Quantized) -> str:
     ]
     return "\n".join(
         [
-            f"calibrated on {done.calibrated_on}",
-            f"evaluated on {done.evaluated_on}, both in onnxruntime",
-            *(f"skipped: {reason}" for reason in accuracy.skipped),
+            printable(f"calibrated on {done.calibrated_on}"),
+            printable(f"evaluated on {done.evaluated_on}, both in onnxruntime"),
+            *(printable(f"skipped: {reason}") for reason in accuracy.skipped),
             text_table(("", "MB", "top-1 %", "images"), rows),
             f"the same class on {accuracy.agreement:.2f} % of the images; on noise the logits of int8 differ by up to "
             f"{done.difference:.2g} of the largest",
@@ -157,10 +159,9 @@ def main() -> None:
     finally:
         say("")
     if not args.int8:
-        print(describe(done))
+        print_lines(*describe(done).split("\n"))
         return
-    print(describe(quantized.exported))
-    print(describe_int8(quantized))
+    print_lines(*describe(quantized.exported).split("\n"), *describe_int8(quantized).split("\n"))
     if quantized.accuracy.drop > MAX_DROP:
         print(
             f"warning: int8 loses {quantized.accuracy.drop:.2f} points of top-1, more than {MAX_DROP:g}; calibrate on "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from ..models.installed import store_folder
+from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.table import installed_table, variants_table
@@ -22,9 +23,9 @@ def main() -> None:
     if args.verify and not args.installed:
         raise ConfigError("--verify: only with --installed")
     if args.installed:
-        print(f"in {store_folder()}:\n{installed_table(args.verify)}")
+        print_lines(f"in {store_folder()}:", *installed_table(args.verify).split("\n"))
     else:
-        print(variants_table())
+        print_lines(*variants_table().split("\n"))
 
 
 def run() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..data import Skipped
 from ..engine.terminal import bar, say
-from ..text import columns_of
+from ..text import columns_of, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.explain import Explainer
@@ -31,7 +31,6 @@ from ..tools.predict import (
     check_results_folder,
     find_images,
     positive,
-    printable,
     raise_unreadable,
     writing_results,
 )
@@ -70,7 +69,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     images = find_images(args.inputs)
     if args.output:
         check_results_folder(args.output)
@@ -78,7 +76,7 @@ def main() -> None:
     explainer = Explainer(predictor, args.class_name, args.cam_stage, args.stage) if args.explain else None
     about = sys.stderr if args.json else sys.stdout
     alone = args.output is None  # then there is nothing to do once nobody reads the lines
-    say(str(predictor), about, required=alone)
+    say(*str(predictor).split("\n"), file=about, required=alone)
     total, unreadable = len(images), []
     width = min(40, max(columns_of(printable(image.name)) for image in images))
     with writing_results(args.output, images, predictor, explainer) if args.output else nullcontext() as results:
@@ -92,7 +90,7 @@ def main() -> None:
             text = f"{name}{' ' * (width - columns_of(name))}  {prediction}"
             say(json.dumps(record) if args.json else text, required=alone)
     if results and results.count:
-        say(f"in {args.output}: {results}", about)
+        say(f"in {args.output}: {results}", file=about)
     raise_unreadable(unreadable, total)
 
 

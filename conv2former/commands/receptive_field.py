@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.output import save_figure
@@ -34,10 +35,9 @@ def main() -> None:
     check_picture(args.output)
     stages = sorted({*(args.stage or [4])})
     fields, note = measure_all(args.checkpoint, args.model, stages, args.images, args.count, args.img_size, args.device)
-    print(note)
-    print(fields_table(fields))
+    print_lines(*note.split("\n"), *fields_table(fields).split("\n"))
     save_figure(fields_figure(fields, note), args.output)
-    print(f"in {args.output}")
+    print_lines(f"in {args.output}")
 
 
 def run() -> None:

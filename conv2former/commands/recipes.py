@@ -9,6 +9,7 @@ A recipe can be named without its folder `configs/` and without `.yaml`: --confi
 from __future__ import annotations
 
 from .._configs import configs_folder, recipe_names
+from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 
@@ -17,11 +18,11 @@ def main() -> None:
     parser = Parser("recipes", __doc__)
     parser.add_argument("--names", action="store_true", help="print the names alone, one a line")
     if parser.parse_args().names:
-        print("\n".join(recipe_names()))
+        print_lines(*recipe_names())
         return
     from ..tools.recipes import recipes_table  # needs pydantic, which the names do not
 
-    print(recipes_table(configs_folder()))
+    print_lines(*recipes_table(configs_folder()).split("\n"))
 
 
 def run() -> None:

@@ -21,6 +21,7 @@ from ..engine import dry_run, train
 from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
 from ..errors import counted
 from ..models.weights import weights_text
+from ..printing import print_lines
 from ..tools.arguments import Parser, command_line
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
@@ -57,7 +58,7 @@ def main() -> None:
         output = Path(args.output or Path("runs") / run_name(find_config(args.config)))
         lines = summary(train(config, output, args.resume), output)
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines))
+        print_lines(*lines)
 
 
 def summary(report: dict, output: Path) -> list[str]:

@@ -67,7 +67,7 @@ def main() -> None:
     folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
 
     def show(lines: list[str]) -> None:
-        say("\n".join(lines), required=folder is None)
+        say(*lines, required=folder is None)
 
     rows = validate_files(
         files,

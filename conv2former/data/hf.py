@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import _private
 from ..config.schema import NO_SPLIT, DataConfig
-from ..errors import DataError, UserError, closest, counted, shorten
+from ..errors import DataError, UserError, closest, counted, first_line, shorten
 from .classes import in_class_order
 from .files import RealFiles, is_within
 from .images import UnreadableImage, naming, open_rgb, pixel_limit, to_rgb
@@ -109,7 +109,7 @@ def _reading(where: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as e:
-        reason = str(e).split("\n")[0]
+        reason = first_line(e)
         raise DataError(f"{where}: `datasets` cannot read the data ({reason}); copy or download it again") from None
 
 
@@ -138,7 +138,7 @@ def _load_hf(root: str, files: dict[str, str] | None, streaming: bool) -> Any:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         _check_cache(e)
-        reason = str(e).split("\n")[0]
+        reason = first_line(e)
     raise DataError(f"{root}: `datasets` cannot read it as a folder or a hub name (data.root): {reason}")
 
 

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -85,7 +85,7 @@ def naming(name: str) -> Iterator[None]:
             if hint := unread_hint([os.path.splitext(name)[1]]):
                 raise UnreadableImage(f"{name}: not a readable image ({reason}){hint}", name) from None
         else:
-            reason = (isinstance(e, OSError) and e.strerror) or str(e).split("\n")[0] or type(e).__name__
+            reason = (isinstance(e, OSError) and e.strerror) or first_line(e)
         raise UnreadableImage(f"{name}: not a readable image ({reason}); remove or replace it", name) from None
 
 

@@ -208,10 +208,10 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
     try:
         yield from loader
     except DataError as e:
-        text = str(e)
+        text = str(e.args[0]) if e.args else ""  # of a worker: its traceback, whose last line is its error's
         if "Original Traceback" not in text:
             raise
-        raise DataError(re.split(r"\n\S*(?:DataError|UnreadableImage): ", text)[-1].strip()) from None
+        raise DataError(*re.split(r"\n\S*(?:DataError|UnreadableImage): ", text)[-1].strip().split("\n")) from None
 
 
 def _itself(batch: Any) -> Any:

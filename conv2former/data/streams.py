@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import DataError, UserError
+from ..errors import DataError, UserError, first_line
 from .batch import Item, PixelBatch, Stream, collate_augmented, load_image
 
 __all__ = ["StreamBatches", "StreamImages", "StreamSource"]
@@ -93,7 +93,7 @@ class StreamSource:
         except UserError:
             raise
         except Exception as e:
-            raise DataError(f"{self.name}: reading the stream failed ({type(e).__name__}: {e})") from None
+            raise DataError(f"{self.name}: reading the stream failed ({type(e).__name__}: {first_line(e)})") from None
 
 
 def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..config.schema import NO_SPLIT, DataConfig
 from ..errors import DataError, closest, counted, shorten
+from ..text import from_table_cell, table_cell
 from .classes import in_class_order
 from .files import RealFiles
 from .images import open_rgb
@@ -108,6 +109,8 @@ def read_class_list(path: Path) -> list[str]:
 def read_table(path: Path, image_key: str, label_key: str, split_key: str) -> list[Row]:
     """Reads a table: `.txt` as lines `path label`, anything else with a header and the best fitting separator.
 
+    A value `$'...'` is what `table_cell` made it of.
+
     Args:
         path: the file.
         image_key, label_key: columns that it must have.
@@ -157,7 +160,7 @@ def _columns(path: Path, lines: Sequence[str], image_key: str, label_key: str, s
     while True:
         line = first + reader.line_num + 1  # where the next row begins
         try:
-            fields = [field.strip() for field in next(reader)]
+            fields = [from_table_cell(field.strip()) for field in next(reader)]
         except StopIteration:
             return
         except csv.Error as e:
@@ -204,17 +207,17 @@ def _places(path: Path, line: int, header: list[str], image_key: str, label_key:
 
 
 def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Writes (image, label, split) as a table that `read_table` reads, whole or not at all.
+    """Writes (image, label, split) as a table that `read_table` reads, of `table_cell`s, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("image", "label", "split"))
-            writer.writerows(rows)
+            writer.writerows(map(table_cell, row) for row in rows)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

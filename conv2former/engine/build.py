@@ -27,7 +27,7 @@ from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
 from ..data.classes import class_names_of, match_classes, order_in_doubt
-from ..errors import CheckpointError, ConfigError, DataError, closest, raise_mistakes
+from ..errors import CheckpointError, ConfigError, DataError, UserError, closest, first_line, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
 from ..models.weights import (
@@ -39,6 +39,7 @@ from ..models.weights import (
     read_checkpoint,
 )
 from ..models.zoo import add_and_register
+from ..text import printable
 from .distributed import World, wrap
 
 __all__ = [
@@ -231,7 +232,8 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
     noted = class_names_of(info.num_classes, info.class_names)
     is_unnamed = noted is None and info.num_classes == len(class_names or ())
     if is_unnamed and (doubt := order_in_doubt(class_names or ())):
-        _logger.warning("%s does not name its classes, and its classifier is taken as it is; %s", path, doubt)
+        text = f"{path} does not name its classes, and its classifier is taken as it is; {doubt}"
+        _logger.warning("%s", printable(text))
     if class_names is None or noted is None or len(noted) != len(class_names):
         return
     try:
@@ -388,16 +390,16 @@ def check_names(config: Config, device: torch.device) -> None:
     Raises:
         ConfigError: lists every mistake: the variant, the optimizer, what does not go with the device.
     """
-    mistakes = []
+    mistakes: list[str | UserError] = []
     for check in (lambda: find_variant_of(config), lambda: _optimizer_args(config), lambda: _check_policy(config)):
         try:
             check()
         except ConfigError as e:
-            mistakes.append(str(e))
+            mistakes.append(e)
     if config.train.batchnorm == "sync" and device.type != "cuda":
         mistakes.append("train.batchnorm: sync needs GPUs; use average on CPUs")
     if len(mistakes) == 1:
-        raise ConfigError(mistakes[0])
+        raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)
 
 
@@ -406,9 +408,7 @@ def _check_policy(config: Config) -> None:
         train_transforms(config)
     except Exception as e:  # timm asserts, or fails in parsing
         policy = cut(config.augment.auto_augment)
-        raise ConfigError(
-            f"augment.auto_augment: timm does not take '{policy}': {str(e) or type(e).__name__}"
-        ) from None
+        raise ConfigError(f"augment.auto_augment: timm does not take '{policy}': {first_line(e)}") from None
 
 
 def _optimizer_name(opt: str) -> str:
@@ -442,7 +442,7 @@ def _optimizer_args(config: Config) -> dict[str, Any]:
     try:
         create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], optim.opt, lr=1e-3, **args)
     except Exception as e:  # an assertion or an import error: some need a package that is not here
-        raise ConfigError(f"optim.opt: {optim.opt} cannot be used here: {str(e) or type(e).__name__}") from None
+        raise ConfigError(f"optim.opt: {optim.opt} cannot be used here: {first_line(e)}") from None
     return args
 
 

@@ -265,5 +265,5 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | 
         except CheckpointError as e:
             warnings.append(f"damaged checkpoint: {e}")
     if warnings:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged:\n" + bullets(warnings))
+        raise CheckpointError(f"every checkpoint in {folder} is damaged:", *bullets(warnings))
     return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import counted
+from ..text import printable
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ _told = False
 
 @contextmanager
 def drawing(figure: Figure) -> Iterator[None]:
-    """Makes every text of a figure legible while it is drawn, as far as fonts for it are installed.
+    """Makes every text of a figure `printable`, and legible while it is drawn, as far as fonts for it are installed.
 
     What no font has is said once, in a line on standard error, and is a box in the picture.
     """
+    for text in _texts(figure):  # before it is drawn; the line ends are those of whoever drew the figure
+        if not text.get_text().isprintable():
+            text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     texts = [text for text in _texts(figure) if not text.get_text().isascii()]
     prepare(text.get_text() for text in texts)
     for text in texts:
@@ -165,7 +169,7 @@ def _tell(characters: set[str]) -> None:
         letters, rest = "".join(sorted(characters)[:10]), len(characters) - 10
         more = f" and {counted(rest, 'more character')}" if rest > 0 else ""
         end = "pictures show boxes instead; install one that has them, such as Noto Sans"
-        say(f"note: no installed font has {letters}{more}: {end}", sys.stderr)
+        say(f"note: no installed font has {letters}{more}: {end}", file=sys.stderr)
     _told = True
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import OutputError
-from ..text import without_controls
+from ..text import printable
 from .fonts import drawing
 from .terminal import Bar, PlainProgress, bar_size, clock, say
 
@@ -96,13 +96,13 @@ class RunLog:
         if sys.stderr.isatty():
             self._bar = Bar(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
 
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one, and writes it to `train.log` with the time."""
+    def say(self, *lines: str) -> None:
+        """Prints lines, above the bar if there is one, and writes each to `train.log` with the time; see `say`."""
         if not self.is_main:
             return
-        say(text)
+        say(*lines)
         self._plain.rest()
-        self._log(text)
+        self._log(*lines)
 
     def advance(self) -> None:
         """Moves the bar by one step; without a bar, says now and then how far the run is."""
@@ -159,9 +159,10 @@ class RunLog:
             with writing(self.folder):
                 self._writer.close()
 
-    def _log(self, text: str) -> None:
-        with writing(self.folder), (self.folder / "train.log").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {without_controls(text)}\n")
+    def _log(self, *lines: str) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with writing(self.folder), (self.folder / "train.log").open("a", encoding="utf-8") as file:
+            file.writelines(f"{now}  {printable(line)}\n" for line in lines)
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
         if not self.is_main:

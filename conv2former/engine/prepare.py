@@ -266,7 +266,8 @@ def _check_continuation(
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "
-            "or allow it (checkpoint.allow_changes=[KEY, ...]):\n" + bullets(changed)
+            "or allow it (checkpoint.allow_changes=[KEY, ...]):",
+            *bullets(changed),
         )
     if held_out[0] != held_out[1]:
         raise DataError(
@@ -285,5 +286,6 @@ def _check_continuation(
     if changed:
         raise ConfigError(
             "this run was started with other data or another number of devices; an epoch must have the same global "
-            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:\n" + bullets(changed)
+            "batches, so adjust train.batch_size or train.accum_steps, or start a new run:",
+            *bullets(changed),
         )

@@ -11,7 +11,8 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-from ..text import without_controls
+from ..printing import encodable
+from ..text import clipped, printable
 
 __all__ = ["Bar", "PlainProgress", "bar", "bar_size", "clock", "say"]
 
@@ -22,11 +23,11 @@ LONGEST_LABEL = 24  # columns of what stands before a bar
 SECONDS, SHARE, PATIENCE = 10.0, 0.05, 60.0  # between plain lines: at least both of the first, at most the last
 
 
-def say(text: str = "", file: TextIO | None = None, required: bool = False) -> None:
-    """Prints a line at once, above a bar if there is one. Where the reader of a pipe has gone, nothing is printed.
+def say(*lines: str, file: TextIO | None = None, required: bool = False) -> None:
+    """Prints lines at once, above a bar if there is one. Where the reader of a pipe has gone, nothing is printed.
 
     Args:
-        text: the line, or several.
+        *lines: each is one line: a line end inside it is escaped, as all that `printable` escapes.
         file: standard output unless given.
         required: the text is the only result of the command, so that there is nothing to do without a reader.
 
@@ -35,7 +36,7 @@ def say(text: str = "", file: TextIO | None = None, required: bool = False) -> N
     """
     file = file or sys.stdout
     try:
-        tqdm.write(without_controls(text), file=file)
+        tqdm.write(encodable(lines, file), file=file)
         file.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -69,7 +70,7 @@ class Bar(tqdm):
             options = {**more, "prefix": label, "postfix": fields, "bar_format": layout}
             return str(tqdm.format_meter(n, total, elapsed, width, **options))
 
-        prefix = (prefix or "").removesuffix(": ")
+        prefix = printable((prefix or "").removesuffix(": "))
         if not total:  # nor a share, nor the time that is left
             return meter(prefix, postfix, "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]", ncols)
         for label, fields, layout in _layouts(prefix, postfix or ""):
@@ -93,7 +94,7 @@ def _layouts(label: str, postfix: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+    return clipped(label, LONGEST_LABEL)
 
 
 class PlainProgress:
@@ -120,7 +121,7 @@ class PlainProgress:
         passed = time.perf_counter() - self._time
         is_share = not self.total or self.done - self._said >= SHARE * self.total
         if passed >= PATIENCE or (passed >= SECONDS and is_share):
-            say(str(self), self.file)
+            say(str(self), file=self.file)
             self.rest()
 
     def rest(self) -> None:

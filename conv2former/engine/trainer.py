@@ -45,6 +45,7 @@ from ..errors import (
     before_processes_meet,
     bullets,
     counted,
+    first_line,
     shorten,
 )
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
@@ -135,7 +136,7 @@ def _check_agreement(job: Job, world: World) -> None:
     first, *others = world.gather(mine)
     for rank, theirs in enumerate(others, 1):
         if changed := differences(first, theirs):
-            raise ConfigError(f"rank {rank} has found something else than rank 0:\n" + bullets(changed))
+            raise ConfigError(f"rank {rank} has found something else than rank 0:", *bullets(changed))
 
 
 class Trainer:
@@ -170,10 +171,7 @@ class Trainer:
             try:
                 self._restore(job.saved)
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # of torch, about shapes
-                reason = str(e).strip().splitlines()
-                raise CheckpointError(
-                    f"the checkpoint to go on from does not fit this run ({reason[0] if reason else type(e).__name__})"
-                ) from None
+                raise CheckpointError(f"the checkpoint to go on from does not fit this run ({first_line(e)})") from None
             job.saved = None  # its memory
         self.log = RunLog(
             self.output,

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ..errors import note_for_torchrun
+from ..printing import print_lines
 
 __all__ = ["Watch"]
 
@@ -99,6 +100,6 @@ class Watch(threading.Thread):
             f"error: the processes do not come together: {text} (train.timeout_minutes). Look at that machine; the "
             "same command goes on from the last checkpoint"
         )
-        print(message, file=sys.stderr, flush=True)
+        print_lines(message, file=sys.stderr)
         note_for_torchrun(message)
         os._exit(_HANG_EXIT_CODE)  # the main thread hangs in a collective and cannot be told

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, shorten
+from ..text import printable
 from .layouts import network_prefixes, rename_keys_in_place, without_compile
 
 __all__ = ["Taken", "announce", "native_state_dict", "take_network"]
@@ -99,12 +100,16 @@ def announce(text: str, once: bool = False) -> None:
         once: not again in this process.
     """
     if os.environ.get("RANK", "0") == "0":
-        (_warn_once if once else _logger.warning)(text)
+        (_warn_once if once else _warn)(printable(text))
+
+
+def _warn(text: str) -> None:
+    _logger.warning("%s", text)
 
 
 @lru_cache(maxsize=1000)
 def _warn_once(text: str) -> None:
-    _logger.warning(text)
+    _warn(text)
 
 
 def _networks(content: Mapping[Any, Any], place: str = "", depth: int = 0) -> Iterator[_Network]:

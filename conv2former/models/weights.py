@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import CheckpointError, shorten
+from ..text import printable
 from .contents import EMA_NAMES, Taken, announce, native_state_dict, take_network
 from .installed import SECTION, say_if_unverified, weights_word
 from .layouts import layout_of_keys, rename_keys_in_place
@@ -176,7 +177,7 @@ class CheckpointInfo(Architecture):
             f"  images: {self.preprocessing}",
             "  recipe: " + (", ".join(f"{key}={value!r}" for key, value in self.recipe.items()) or "not noted"),
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def noted_kind(word: str) -> str:
@@ -205,7 +206,7 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
         taken = take_network(content)
         state_dict = native_state_dict(content)
     except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from None
+        raise e.below(path) from None
     architecture = identify(state_dict)
     if architecture is None:
         raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}")
@@ -345,7 +346,7 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], ignore: Iterable[
     if reshaped:
         shapes = [f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}" for key in reshaped]
         lines.append(f"  wrong shapes: {shorten(shapes)}")
-    raise CheckpointError("\n".join(lines))
+    raise CheckpointError(*lines)
 
 
 def lacking_head(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
@@ -425,5 +426,5 @@ def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use
     try:
         model.load_state_dict(native_state_dict(content, use_ema, path))
     except CheckpointError as e:
-        text = str(e)
-        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        is_named = str(e).startswith(printable(str(path)))
+        raise (e if is_named else e.below(path)) from None

@@ -19,6 +19,7 @@ from ..models import CheckpointInfo, inspect_checkpoint
 from ..models.installed import file_sha256
 from ..models.variants import differences
 from ..models.weights import definition_in, describe_checkpoint, native_state_dict, read_checkpoint, weight_file
+from ..printing import print_lines
 from .output import check_writable, replacing
 from .validate import validate
 
@@ -66,7 +67,7 @@ class _First:
     shapes: Mapping[str, torch.Size]
 
 
-def average(checkpoints: Sequence[str | Path], output: Path, use_ema: bool = True, say: Say = print) -> None:
+def average(checkpoints: Sequence[str | Path], output: Path, use_ema: bool = True, say: Say = print_lines) -> None:
     """Writes the mean of all files' weights: the uniform soup.
 
     Args:
@@ -116,7 +117,7 @@ def greedy(
     output: Path,
     overrides: Sequence[str] = (),
     use_ema: bool = True,
-    say: Say = print,
+    say: Say = print_lines,
 ) -> float:
     """Writes the greedy soup: from the best file on, each is added that does not lower the accuracy on validation data.
 

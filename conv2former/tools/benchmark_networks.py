@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import conv2former  # noqa: F401 - registers the variants with timm
 
-from ..errors import ConfigError, bullets
+from ..errors import ConfigError, bullets, first_line
 
 __all__ = ["Network", "count_macs", "parse_networks"]
 
@@ -72,7 +72,7 @@ class Network:
         except (TypeError, ValueError, KeyError) as e:
             if not self.options:
                 raise
-            raise ConfigError(f"{self.label}: the network cannot be made with these options: {e}") from None
+            raise ConfigError(f"{self.label}: the network cannot be made with these options: {first_line(e)}") from None
 
 
 def parse_networks(labels: Sequence[str]) -> list[Network]:
@@ -89,7 +89,7 @@ def parse_networks(labels: Sequence[str]) -> list[Network]:
     mistakes = [mistake for network in networks if (mistake := _unknown(network))]
     mistakes += [f"{label} is named twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if mistakes:
-        raise ConfigError("these networks cannot be measured:\n" + bullets(mistakes))
+        raise ConfigError("these networks cannot be measured:", *bullets(mistakes))
     return networks
 
 

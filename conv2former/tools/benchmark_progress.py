@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from ..engine.terminal import bar_size
+from ..printing import encodable
+from ..text import printable
 from .benchmark_results import Plan, Result
 from .benchmark_steps import MIN_SECONDS
 
@@ -52,13 +54,14 @@ class Progress:
             left: seconds until the end of the measurement; None leaves the last guess, less what has gone since.
         """
         with self._lock:
-            self._status = status
+            self._status = printable(status)
             if left is not None:
                 self._left = self._clock() + left
             self._show()
 
     def say(self, text: str) -> None:
         """Writes lines of their own, above the bar if there is one."""
+        text = encodable(tuple(text.split("\n")), sys.stderr)
         with self._lock:
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
@@ -67,6 +70,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Writes results to standard output, above the bar if there is one."""
+        text = encodable(tuple(text.split("\n")), sys.stdout)
         with self._lock:
             if self._bar is not None:
                 self._bar.write(text, file=sys.stdout)

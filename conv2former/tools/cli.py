@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import RunStopped, TrainingError, UserError, note_for_torchrun
+from ..errors import RunStopped, TrainingError, UserError, first_line, note_for_torchrun
+from ..printing import print_lines
 
 __all__ = ["run_cli"]
 
@@ -48,7 +49,7 @@ def run_cli(
     except (UserError, TrainingError, RunStopped) as e:
         speaks = {"process": True, "node": local_rank == 0, "run": rank == 0}[e.scope]
         prefix = "" if isinstance(e, RunStopped) else mine if rank and e.scope != "run" else "error: "
-        _end(f"{prefix}{e}", e.exit_code, speaks)
+        _end(f"{prefix}{e}", e.exit_code, speaks)  # the lines of an error are printable
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
@@ -62,8 +63,7 @@ def run_cli(
             text = f'error: this needs {package}, which is not installed: pip install "conv2former[{needed}]"'
             _end(text, UserError.exit_code, rank == 0)
         if _out_of_memory(e):
-            reason = (str(e) or type(e).__name__).splitlines()[0][:200]
-            _end(f"{mine}out of memory; {less_memory} ({reason})", TrainingError.exit_code)
+            _end(f"{mine}out of memory; {less_memory} ({first_line(e)})", TrainingError.exit_code)
         if _lost_contact(e):
             text = f"{mine}another process has ended; its message says why"
             _end(text, TrainingError.exit_code, local_rank == 0, is_consequence=True)
@@ -74,7 +74,7 @@ def run_cli(
 def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False) -> NoReturn:
     """Exits with a message, which is printed if this is the process that `speaks`."""
     if speaks:
-        print(text, file=sys.stderr)
+        print_lines(*text.split("\n"), file=sys.stderr)
     note_for_torchrun(text, is_consequence)
     sys.exit(code)
 

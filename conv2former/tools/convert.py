@@ -24,7 +24,7 @@ from ..models.restore import restore
 from ..models.variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants
 from ..models.weights import definition_in, describe_checkpoint, noted_kind, read_checkpoint, weight_file, weights_text
 from ..models.zoo import make_cfg
-from .output import printable
+from ..text import printable
 
 __all__ = ["Export", "choose_a_name", "convert", "fitting_files", "layout_of", "noted_metric", "summary"]
 
@@ -382,7 +382,7 @@ LABELS = {
 def layout_of(source: Mapping[str, Any]) -> str:
     """Returns whose names the tensors of a source file have, as text."""
     own = {"authors": "the authors'", "birder": "birder's", "conv2former": "this project's"}
-    return own.get(source["layout"], source["layout"])
+    return own.get(source["layout"], printable(cut(source["layout"])))
 
 
 def noted_metric(section: Mapping[str, Any]) -> str:
@@ -406,4 +406,4 @@ def summary(export: Export) -> str:
         f"  classes   names {LABELS[section['class_names']]}",
         f"  weights   sha256 {section['sha256']}",
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in export.notes)])
+    return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in export.notes)]))

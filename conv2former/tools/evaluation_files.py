@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..errors import OutputError, counted, shorten
 from ..models.preprocessing import Preprocessing
 from ..models.weights import weights_text
 from ..text import clipped
-from .output import check_writable, printable, replacing, save_figure, text_table
+from .output import check_writable, replacing, save_figure, text_table, write_csv
 
 __all__ = [
     "NOT_FINITE",
@@ -120,7 +119,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     columns = [key for key in columns if key not in ("notes", "worst", "worst_classes", "files", "changed")]
     columns = [key for key in columns if not key.endswith("top5") or any(row.get(key) is not None for row in rows)]
     cells = ([_cell(row.get(key)) for key in columns] for row in rows)
-    _write_csv(folder / "results.csv", columns, cells)
+    write_csv(folder / "results.csv", columns, cells)
 
 
 def _plain(value: Any) -> Any:
@@ -136,14 +135,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list):  # mean and std; of the skipped images their number
         return " ".join(map(str, value)) if all(isinstance(v, float) for v in value) and value else len(value)
     return "" if value is None else value
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        csv.writer(file).writerows([header, *rows])
 
 
 def write_extras(
@@ -180,7 +171,7 @@ def write_extras(
     if extras.per_class:
         table = _class_rows(result, class_names, shown)
         files["per_class"] = folder / "per_class.csv"
-        _write_csv(files["per_class"], list(table[0]), ([_cell(v) for v in line.values()] for line in table))
+        write_csv(files["per_class"], list(table[0]), ([_cell(v) for v in line.values()] for line in table))
         present = [line for line in table if line["n"]]
         found["worst_classes"] = sorted(present, key=lambda line: line["top1"])[:WORST_CLASSES]
     if extras.confusion and result.confusion is not None:
@@ -262,7 +253,7 @@ def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], s
         captions.append(
             f"true: {clipped(row['true'], 24)}, {row['true_confidence']:.1%}\n"
             f"predicted: {clipped(row['predicted'], 24)}, {row['confidence']:.1%}\n"
-            f"{clipped(printable(os.path.join(*Path(row['image']).parts[-2:])), 34, keep_end=True)}"
+            f"{clipped(os.path.join(*Path(row['image']).parts[-2:]), 34, keep_end=True)}"
         )
     return grid_figure(images, captions, columns=5, size=2.2, title=title)
 

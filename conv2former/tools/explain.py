@@ -21,7 +21,7 @@ from ..engine.pictures import seen_pixels
 from ..errors import UserError
 from ..models import Conv2Former
 from ..text import clipped
-from .output import printable, save_figure
+from .output import save_figure
 from .predict import Prediction, Predictor
 
 __all__ = ["Explainer", "Heatmap", "activation_map", "default_stage", "explain_figure", "modulation_maps", "spread"]
@@ -230,8 +230,8 @@ class Explainer:
         seen = seen_pixels(prediction.pixels, given.mean, given.std)
         activation = activation_map(model, prediction.pixels, index, self.cam_stage)
         modulation = modulation_maps(model, prediction.pixels, self.stages)
-        heading = f"{clipped(printable(prediction.name), 90, keep_end=True)}\n{clipped(str(prediction), 105)}"
-        class_name = printable(self.predictor.names[index])
+        heading = f"{clipped(prediction.name, 90, keep_end=True)}\n{clipped(str(prediction), 105)}"
+        class_name = clipped(self.predictor.names[index], 60)
         figure = explain_figure(seen, activation, class_name, modulation, heading)
         stem = re.sub(r"[^\w.-]+", "_", Path(prediction.name).stem, flags=re.ASCII).strip("_.-")[:40]
         path = f"explanations/{number:0{len(str(total))}}_{stem}".rstrip("_") + ".png"

@@ -28,12 +28,14 @@ from torch import nn
 from .. import __version__
 from ..config import apply_overrides
 from ..data.classes import class_names_of, display_names
-from ..errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted
+from ..errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted, first_line
 from ..models import CheckpointInfo, Conv2Former, Preprocessing, load_model
 from ..models.installed import file_sha256
 from ..models.preprocessing import candidates
 from ..models.weights import weight_file
-from .output import check_writable, printable, replacing
+from ..printing import print_lines
+from ..text import printable
+from .output import check_writable, replacing
 from .predict import read_settings
 
 __all__ = ["DEFAULT_OPSET", "DEFAULT_TOLERANCE", "FORMATS", "Case", "Exported", "Options", "export", "read_metadata"]
@@ -132,7 +134,7 @@ class Exported:
 
 
 def export(
-    checkpoint: str | Path, output: str | Path, options: Options | None = None, say: Callable[[str], None] = print
+    checkpoint: str | Path, output: str | Path, options: Options | None = None, say: Callable[[str], None] = print_lines
 ) -> Exported:
     """Writes a network for another runtime, and compares the file with the network before it is put in its place.
 
@@ -385,7 +387,7 @@ def _write_onnx(
             dynamic_shapes={"x": names} if names else None,
         )
     except torch.onnx.errors.OnnxExporterError as e:
-        raise ConfigError(f"--opset {options.opset}: torch cannot write it ({_first_line(e)})") from None
+        raise ConfigError(f"--opset {options.opset}: torch cannot write it ({first_line(e)})") from None
     assert exported is not None
     found = exported.model.opset_imports.get("", 0)
     if found != options.opset:
@@ -437,16 +439,12 @@ def open_onnx(path: Path) -> tuple[Run, dict[str, str]]:
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as e:  # its errors have no common class
-        reason = re.sub(r"^\[.*?\] : \d+ : \w+ : ", "", _first_line(e))
+        reason = re.sub(r"^\[.*?\] : \d+ : \w+ : ", "", first_line(e))
         version = onnxruntime.__version__
         raise OutputError(f"{path.name} is not written: onnxruntime {version} does not take it ({reason})") from None
     name = session.get_inputs()[0].name
     texts = dict(session.get_modelmeta().custom_metadata_map)
     return lambda images: np.asarray(session.run(None, {name: images})[0]), texts
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def shapes_of(info: CheckpointInfo, preprocessing: Preprocessing, options: Options) -> list[tuple[int, ...]]:
@@ -482,7 +480,7 @@ def compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]], say: 
             found = run(images)
         except Exception as e:  # the runtimes' errors have no common class
             size = " x ".join(map(str, shape))
-            raise OutputError(f"the file does not run on an input of {size} ({_first_line(e)})") from None
+            raise OutputError(f"the file does not run on an input of {size} ({first_line(e)})") from None
         if found.shape != expected.shape:
             raise OutputError(f"the file's answer has the shape {found.shape}, the network's {expected.shape}")
         cases.append(Case(shape, float(np.abs(expected).max()), float(np.abs(found - expected).max())))

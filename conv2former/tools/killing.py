@@ -164,8 +164,8 @@ def kill_and_compare(
     def end(run: ForkedProcesses) -> None:
         if run.has_failed:
             run.kill()
-            tail = "\n".join((folder / "output.txt").read_text().splitlines()[-15:])
-            raise TrainingError(f"a run failed by itself; the end of its output:\n{tail}")
+            tail = (folder / "output.txt").read_text().splitlines()[-15:]
+            raise TrainingError("a run failed by itself; the end of its output:", *tail)
 
     began = time.monotonic()
     whole = start("whole", workers[0])

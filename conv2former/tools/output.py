@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
-from ..text import columns_of
+from ..text import columns_of, printable, table_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_writable", "printable", "replacing", "save_figure", "text_table"]
-
-JOINERS = "\u200c\u200d"
+__all__ = ["check_writable", "replacing", "save_figure", "text_table", "write_csv"]
 
 
 @contextmanager
@@ -72,9 +71,21 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary)
 
 
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file in UTF-8, whole or not at all; its texts are `table_cell`s, numbers are as they are.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for row in (header, *rows):
+            writer.writerow([table_cell(value) if isinstance(value, str) else value for value in row])
+
+
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table for a terminal, the first column aligned to the left and the others to the right."""
-    lines = [list(header), *map(list, rows)]
+    """Returns a table of `printable` cells for a terminal, the first column to the left and the others to the right."""
+    lines = [list(map(printable, line)) for line in (header, *rows)]
     widths = [max(columns_of(line[i]) for line in lines) for i in range(len(header))]
 
     def padded(line: Sequence[str]) -> str:
@@ -83,9 +94,3 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "  ".join([line[0] + spaces[0], *others]).rstrip()
 
     return "\n".join(map(padded, lines))
-
-
-def printable(text: str) -> str:
-    """Returns text for one line of a terminal or picture: line ends, control characters and broken bytes escaped."""
-    # joiners are letters' business: Hindi, Persian and emoji need them
-    return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)

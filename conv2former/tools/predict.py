@@ -29,7 +29,8 @@ from ..data.loader import workers_for
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
 from ..models.weights import weights_text
-from .output import printable, replacing
+from ..text import printable
+from .output import replacing
 from .sheet import WHOLE, Cell, contact_sheet, layout_for
 
 if TYPE_CHECKING:
@@ -199,12 +200,12 @@ def _read_standard_input() -> ImageFile:
 
 def raise_unreadable(unreadable: Sequence[Skipped], total: int) -> None:
     """Raises one DataError that names every image that could not be read, if there are any."""
-    reasons = [printable(item.reason) for item in unreadable]
+    reasons = [item.reason for item in unreadable]
     if total == len(reasons) == 1:
         raise DataError(reasons[0])
     if reasons:
         rest = "the others are done" if len(reasons) < total else "nothing is written"
-        raise DataError(f"{len(reasons):,} of {total:,} images cannot be read, {rest}:\n{bullets(reasons)}")
+        raise DataError(f"{len(reasons):,} of {total:,} images cannot be read, {rest}:", *bullets(reasons))
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -354,7 +355,8 @@ class Predictor:
 
     def __str__(self) -> str:
         classes = counted(self.info.num_classes, "class", "classes")
-        return f"{self.title}: {classes}, {self._weights}, on {self.device}\nimages: {self.settings.preprocessing}"
+        about = f"{self.title}: {classes}, {self._weights}, on {self.device}"
+        return f"{printable(about)}\nimages: {printable(str(self.settings.preprocessing))}"
 
     def class_index(self, text: str) -> int:
         """Returns the index of a class that the user names: as the checkpoint or a person does, or by its index.

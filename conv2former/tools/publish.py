@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from timm.models import push_to_hf_hub
 
 from .. import _private
 from .._yaml import cut, dump_yaml
-from ..errors import CheckpointError, ConfigError, OutputError, closest, shorten
+from ..errors import CheckpointError, ConfigError, OutputError, closest, first_line, shorten
 from ..models import InstalledModel, list_installed
 from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, published_tag, store_folder
 from ..models.variants import names_of_same_file
 from ..models.weights import noted_kind, weights_text
 from ..models.zoo import register_installed
+from ..text import printable
 from .convert import LABELS, Export, choose_a_name, layout_of, noted_metric
 from .output import replacing
 
@@ -107,13 +109,13 @@ def _card(export: Export, where: str) -> dict[str, Any]:
     images = f"assumed, since the file does not note them: {', '.join(assumed)}" if assumed else "as noted or given"
     shape = f"dims {list(info.dims)}, depths {list(info.depths)}, kernel size {info.kernel_size}, fusion {info.fusion}"
     details: dict[str, Any] = {
-        "Architecture": f"{info.name or 'Conv2Former'}: {shape}",
+        "Architecture": f"{printable(info.name or 'Conv2Former')}: {shape}",
         "Parameters": f"{info.num_parameters:,}",
         "Classes": f"{info.num_classes:,}, names {LABELS[section['class_names']]}",
         "Images": f"{export.preprocessing}; {images}",
         "Source file": {
-            "name": f"`{source['file']}`",
-            "sha256": f"`{source['sha256']}`",
+            "name": _code(source["file"]),
+            "sha256": _code(source["sha256"]),
             "layout": f"{layout_of(source)}, {weights_text(noted_kind(source['weights']))}",
         },
         **({"The mean of": _parts(section["averaged_from"])} if section.get("averaged_from") else {}),
@@ -134,7 +136,9 @@ def _card(export: Export, where: str) -> dict[str, Any]:
         "```",
     ]
     if section["recipe"]:
-        usage += ["", "## Recipe noted in the file", "", "```yaml", dump_yaml(section["recipe"]).rstrip(), "```"]
+        recipe = dump_yaml(section["recipe"]).rstrip()
+        fence = _fence(recipe, 3)
+        usage += ["", "## Recipe noted in the file", "", f"{fence}yaml", recipe, fence]
     return {
         "tags": ["image-classification", "timm", "conv2former"],
         "license": export.model.pretrained_cfg.get("license") or "unknown",
@@ -150,7 +154,21 @@ def _card(export: Export, where: str) -> dict[str, Any]:
 
 def _parts(sources: Any) -> list[str]:
     """Returns a line for each file that scripts/average.py took."""
-    return [f"`{part.get('file')}`, sha256 `{part.get('sha256')}`" for part in sources if isinstance(part, dict)]
+    parts = [part for part in sources if isinstance(part, dict)]
+    return [f"{_code(part.get('file'))}, sha256 {_code(part.get('sha256'))}" for part in parts]
+
+
+def _code(text: object) -> str:
+    """Returns text as code in Markdown, in one line, whatever is in it."""
+    line = cut(printable(str(text)))
+    ticks = _fence(line, 1)
+    blank = " " if "`" in line else ""  # which Markdown takes off again
+    return f"{ticks}{blank}{line}{blank}{ticks}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Returns as many backticks as no text between two of them ends."""
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def install(export: Export, force: bool = False) -> tuple[Path, bool]:
@@ -317,8 +335,7 @@ def push(export: Export, repo_id: str, private: bool = False) -> str:
             safe_serialization=True,
         )
     except Exception as e:  # of the hub's client, of the library below it, or of the system
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
-        raise OutputError(f"{repo_id}: the hub did not take it ({reason}); no file was sent") from None
+        raise OutputError(f"{repo_id}: the hub did not take it ({first_line(e)}); no file was sent") from None
     return str(commit)
 
 

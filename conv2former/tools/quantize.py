@@ -22,6 +22,7 @@ from ..data.holdout import Part
 from ..data.sources import open_split, open_train_and_val
 from ..engine.evaluate import shown
 from ..errors import ConfigError, DataError, OutputError, UserError, counted
+from ..printing import print_lines
 from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
 from .output import replacing
 from .validate import EvaluationOptions, prepare_task
@@ -106,7 +107,7 @@ def export_int8(
     output: str | Path,
     options: Options | None = None,
     images: ImagesFor | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_lines,
 ) -> Quantized:
     """Writes an int8 ONNX file, after comparing the float file that it is made from with the network.
 

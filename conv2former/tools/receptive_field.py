@@ -28,8 +28,8 @@ from ..data.images import any_size, open_rgb
 from ..engine.terminal import bar
 from ..errors import CheckpointError, ConfigError, OutputError, closest, counted
 from ..models import Conv2Former, Preprocessing, list_variants, load_model
-from ..text import clipped
-from .output import check_writable, printable, text_table
+from ..text import clipped, printable
+from .output import check_writable, text_table
 from .predict import ImageFile, choose_device, find_images, read_settings
 
 __all__ = [

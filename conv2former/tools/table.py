@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import InstalledModel, list_installed, list_variants, variant
 from ..models.weights import noted_kind
+from ..text import printable
 from .output import text_table
 
 __all__ = ["installed_table", "measure", "variants_table"]
@@ -81,7 +82,7 @@ def installed_table(verify: bool = False) -> str:
     ]
     problems = [f"{model.name}: {model.problem}" for model in found if model.problem]
     notes = [UNVERIFIED] if any(row[-1] == "unverified" for row in rows) else []
-    return "\n".join([text_table(header, rows), *problems, *notes]) if rows else "nothing is installed"
+    return "\n".join([text_table(header, rows), *map(printable, problems), *notes]) if rows else "nothing is installed"
 
 
 def _accuracy(model: InstalledModel) -> str:

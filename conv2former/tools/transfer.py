@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import json
 import os
@@ -22,7 +21,8 @@ from ..engine import train
 from ..engine.images import settle_images
 from ..engine.logging import read_metrics
 from ..errors import CheckpointError, ConfigError, OutputError, TrainingError, counted, shorten
-from .output import check_writable, replacing, save_figure, text_table
+from ..printing import print_lines
+from .output import check_writable, replacing, save_figure, text_table, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -254,7 +254,7 @@ class _Runs:
                 with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                     train(config, folder)  # what it says is in folder/train.log
             except (ConfigError, TrainingError) as e:
-                raise type(e)(f"{folder}: {e}") from None
+                raise e.below(folder) from None
         self.done += 1
         row = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"][-1]
         count = f"[{self.done:{len(str(self.total))}d}/{self.total}]"
@@ -299,7 +299,7 @@ def compare(
     per_class: Sequence[int],
     output: Path,
     overrides: Sequence[str] = (),
-    say: Say = print,
+    say: Say = print_lines,
 ) -> list[Result]:
     """Pre-trains, then trains in the three ways on each number of images, for every seed.
 
@@ -331,7 +331,7 @@ def tune(
     per_class: Sequence[int],
     output: Path,
     overrides: Sequence[str] = (),
-    say: Say = print,
+    say: Say = print_lines,
     rates: Mapping[str, Sequence[float]] = RATES,
     epochs: Sequence[int] = EPOCHS,
 ) -> list[Result]:
@@ -490,17 +490,15 @@ def write_results(results: Sequence[Result], output: Path) -> list[Path]:
     """
     summaries, differences = summarise(results)
     paths = [output / name for name in ("results.json", "results.csv", "table.md", "accuracy.png")]
+    rows = [asdict(result) for result in results]
     content = {
         "table": [asdict(summary) for summary in summaries],
         "differences": [asdict(difference) for difference in differences],
-        "runs": [asdict(result) for result in results],
+        "runs": rows,
     }
     with replacing(paths[0]) as new:
         new.write_text(json.dumps(content, indent=2) + "\n")
-    with replacing(paths[1]) as new, new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, results))
+    write_csv(paths[1], list(rows[0]), [list(row.values()) for row in rows])
     with replacing(paths[2]) as new:
         new.write_text(comparison_table(results, markdown=True) + "\n")
     save_figure(_figure(results), paths[3])

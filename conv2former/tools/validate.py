@@ -213,7 +213,7 @@ def _prepare(checkpoints: Sequence[str | Path], options: EvaluationOptions) -> l
         except DataError as e:
             if len(checkpoints) == 1:
                 raise
-            raise DataError(f"{checkpoint}: {e}") from None
+            raise e.below(checkpoint) from None
     return tasks
 
 

@@ -14,8 +14,7 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from conv2former.engine import fonts
-from conv2former.text import clipped
-from conv2former.tools.output import printable
+from conv2former.text import clipped, printable
 from conv2former.tools.sheet import WHOLE, Cell, contact_sheet
 
 CAT, DOG = "猫", "犬"

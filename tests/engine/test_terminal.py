@@ -106,10 +106,10 @@ def closed_pipe() -> io.TextIOWrapper:
 
 def test_a_reader_that_has_gone():
     with closed_pipe() as file:
-        say("one", file)
-        say("two", file, required=True)  # it goes to nobody
+        say("one", file=file)
+        say("two", file=file, required=True)  # it goes to nobody
     with closed_pipe() as file, pytest.raises(BrokenPipeError):
-        say("one", file, required=True)
+        say("one", file=file, required=True)
 
 
 def test_training_goes_on_without_a_reader(tmp_path, monkeypatch):

@@ -74,13 +74,15 @@ def test_a_table_with_letters_of_two_columns_and_of_none():
 
 
 def test_names_from_files_do_not_reach_the_terminal_raw(tmp_path, capsys):
-    name = "\x1b]0;title\x07\x1b[31m\r\x9b"
-    plain = r"\x1b]0;title\x07\x1b[31m\r\x9b"
-    assert str(DataError(f"folder {name}:\n  - a\tb")) == f"folder {plain}:\n  - a\tb"
+    name = "\x1b]0;title\x07\x1b[31m\r\x9b\nerror: disk full"
+    plain = r"\x1b]0;title\x07\x1b[31m\r\x9b\nerror: disk full"
+    assert str(DataError(f"folder {name}:", f"  - a{name}")) == f"folder {plain}:\n  - a{plain}"
     say(name)
     assert capsys.readouterr().out == f"{plain}\n"
     log = RunLog(tmp_path, 1, 0, False, True)
     log.say(f"classes: {name}")
     log.close()
     assert capsys.readouterr().out == f"classes: {plain}\n"
-    assert f"  classes: {plain}\n" in (tmp_path / "train.log").read_text()
+    (line,) = (tmp_path / "train.log").read_text("utf-8").splitlines()
+    assert line.endswith(f"  classes: {plain}")
+    assert text_table(["a"], [[name]]) == f"a\n{plain}"

@@ -23,7 +23,7 @@ from conv2former.data import Skipped, eval_transform
 from conv2former.engine import terminal
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError
 from conv2former.models import Conv2Former
-from conv2former.tools.output import printable
+from conv2former.text import printable
 from conv2former.tools.predict import (
     Predictor,
     find_images,
