@@ -11,7 +11,9 @@ import argparse
 import os
 import pickle
 import pickletools
+import re
 import stat
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,18 @@ from ..errors import CheckpointError, shorten
 
 __all__ = ["load_tensors"]
 
+MAX_NAME = 1000  # letters of a class's or function's name in a pickle
 MAX_OPERATIONS = 4_000_000  # of a pickle; a training checkpoint of the largest variant has 200,000
 # Bytes of all tensors: they may share memory, so this many times those of the file, or as many as a whole network has
 MAX_REPEATS, MAX_SHARED = 8, 1 << 30
 BLOCK = 1 << 22
 ALLOWED: list[Any] = [argparse.Namespace]  # the recipe in the authors' and timm's checkpoints
+# what torch writes of a state dict in either format, so that it is not named beside what stands in the way
+HARMLESS = re.compile(
+    r"torch\.(\w+Storage|Size|Tensor|device|dtype|bool|(b?float|u?int|complex)\d+)"
+    r"|torch\._utils\._rebuild_\w+|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
+    r"|collections\.(OrderedDict|Counter)|argparse\.Namespace|_codecs\.encode"
+)
 LEGACY_PICKLES = 5  # magic number, protocol, system, content and storage keys, before the storages
 
 
@@ -82,24 +91,30 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _load_torch(path: Path) -> Any:
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # by which torch tells its two formats apart
-        names = _check_zip(path, file) if is_zip else _check_legacy(path, file)
+    names: list[str] = []  # of classes and functions
     try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # by which torch tells its two formats apart
+            (_check_zip if is_zip else _check_legacy)(path, file, names)
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(_refusal(path, names)) from None
+    except CheckpointError:
+        raise
+    except Exception as e:  # torch has one for code in a file, and others for what it comes upon before
+        if code := _code_in(path, names):
+            raise CheckpointError(_refusal(path, names, code)) from None
+        if not isinstance(e, pickle.UnpicklingError):
+            raise
+        raise CheckpointError(f"{path} is not a checkpoint that torch can read") from None
 
 
-def _check_zip(path: Path, file: IO[bytes]) -> list[str]:
-    """Checks the entries of a zip archive, and returns the names that its pickle refers to.
+def _check_zip(path: Path, file: IO[bytes], names: list[str]) -> None:
+    """Checks the entries of a zip archive, and adds the names that its pickle refers to.
 
     Raises:
         CheckpointError: they are compressed, larger than the archive, or do not match their checksums.
         zipfile.BadZipFile: it is not whole.
     """
-    names: list[str] = []
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -111,7 +126,7 @@ def _check_zip(path: Path, file: IO[bytes]) -> list[str]:
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
                 with archive.open(entry) as part:
-                    names += _names_in_pickle(path, part)
+                    _add_names(path, part, names)
             try:
                 with archive.open(entry) as part:
                     while part.read(BLOCK):
@@ -120,60 +135,82 @@ def _check_zip(path: Path, file: IO[bytes]) -> list[str]:
                 raise CheckpointError(
                     f"{path} is damaged: {entry.filename!r} in it does not match its checksum; copy or download it anew"
                 ) from None
-    return names
 
 
-def _check_legacy(path: Path, file: IO[bytes]) -> list[str]:
-    """Returns the names that the pickles at the start of a file of torch before 1.6 refer to."""
+def _check_legacy(path: Path, file: IO[bytes], names: list[str]) -> None:
+    """Adds the names that the pickles at the start of a file of torch before 1.6 refer to.
+
+    Raises:
+        CheckpointError: it is of torch before 0.2, or its pickles are longer than any checkpoint's.
+    """
+    if tarfile.is_tarfile(path):
+        raise CheckpointError(
+            f"{path} is refused: it is a tar archive, as torch wrote before 0.2, and reading one runs code that it refers "
+            f"to. {_saved_anew(path, '')}"
+        )
     file.seek(0)
-    names: list[str] = []
     for _ in range(LEGACY_PICKLES):
         try:
-            names += _names_in_pickle(path, file)
+            _add_names(path, file, names)
         except CheckpointError:
             raise
         except Exception:  # no pickle, or no more: what it is, torch says
             break
-    return names
 
 
-def _names_in_pickle(path: Path, file: IO[bytes]) -> list[str]:
-    """Returns the classes and functions, `module.name`, that a pickle refers to, without running it.
+def _add_names(path: Path, file: IO[bytes], names: list[str]) -> None:
+    """Adds the classes and functions, `module.name`, that a pickle refers to, without running it.
+
+    Those before a place where it is damaged are there, too.
 
     Raises:
         CheckpointError: it is longer than any checkpoint's.
     """
-    names: list[str] = []
-    texts: list[str] = []
+    texts: list[str | None] = []  # the last two that were pushed
+    memo: dict[int, str | None] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if number == MAX_OPERATIONS:
             raise CheckpointError(f"{path} is refused: more than {MAX_OPERATIONS:,} entries besides its tensors")
-        if operation.name == "GLOBAL":
+        kind = operation.name
+        if kind in ("GLOBAL", "INST"):
             names.append(str(argument).replace(" ", "."))
-        elif operation.name == "STACK_GLOBAL":
-            names.append(".".join(texts[-2:]))
-        elif isinstance(argument, str):
-            texts = [*texts[-1:], argument]
-    return names
+            texts = []
+        elif kind == "STACK_GLOBAL":
+            names.append(".".join(text or "?" for text in texts))
+            texts = []
+        elif kind.endswith("PUT") or kind == "MEMOIZE":
+            memo[len(memo) if kind == "MEMOIZE" else int(argument or 0)] = texts[-1] if texts else None
+        elif kind.endswith("GET"):
+            texts = [*texts[-1:], memo.get(int(argument or 0))]
+        else:
+            texts = [*texts[-1:], argument if isinstance(argument, str) else None]
+        if names and len(names[-1]) > MAX_NAME:  # over which torch's own message takes hours
+            raise CheckpointError(_refusal(path, names, names[-1:]))
 
 
-def _refusal(path: Path, names: list[str]) -> str:
-    """Returns why a file is not opened, and how its weights can be saved without what stands in the way."""
+def _code_in(path: Path, names: list[str]) -> list[str]:
+    """Returns what of the names in a file is code that would have to run to open it. It is for the message alone."""
     try:
         with torch.serialization.safe_globals(ALLOWED):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it only names things for the message, and knows zip archives alone
-        found = [name for name in names if not name.startswith(("torch.", "collections.OrderedDict", "argparse."))]
-    if not found:
-        return f"{path} is not a checkpoint that torch can read"
+    except Exception:  # it knows zip archives alone, and only their usual operations
+        found = []
+    return sorted({*found} or {name for name in names if not HARMLESS.fullmatch(name)})
+
+
+def _refusal(path: Path, names: list[str], code: list[str]) -> str:
+    """Returns why a file is not opened, and how its weights can be saved without the code in it."""
     is_module = any(name.startswith(("torch.nn.modules.", "conv2former.")) for name in names)
-    weights = ".state_dict()" if is_module else '["state_dict"]'
-    also = "" if is_module else ", with the key under which it has them"
     what = "it is a whole network as an object, not its state dict" if is_module else "not weights alone"
+    also = "" if is_module else ", with the key under which it has them"
+    anew = _saved_anew(path, ".state_dict()" if is_module else '["state_dict"]')
+    return f"{path} is refused: it refers to code, {shorten(code, 5)}, which is not run; {what}. {anew}{also}"
+
+
+def _saved_anew(path: Path, weights: str) -> str:
     return (
-        f"{path} is refused: to open it, code outside the file would run ({shorten(sorted({*found}), 5)}); {what}. If "
-        f'you trust its source, save the weights alone where it can be opened: torch.save(torch.load("{path.name}", '
-        f'weights_only=False){weights}, "weights.pt"){also}'
+        f'If you trust its source, save the weights alone where it can be opened: torch.save(torch.load("{path.name}", '
+        f'weights_only=False){weights}, "weights.pt")'
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -121,8 +122,53 @@ def test_code_is_refused_by_its_name(path, monkeypatch, write):
         torch.save(content, path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps(content, protocol=4 if write == "protocol 4" else 2))
-    refused(path, rf"code outside the file would run \({os.name}.system\)")
+    refused(path, rf"refused: it refers to code, {os.name}.system, which is not run; .* save the weights alone")
     assert not Path("planted").exists()
+
+
+class _Hub:
+    def __reduce__(self):
+        return torch.hub.load, ("owner/name", "model")
+
+
+class _Second:
+    def __reduce__(self):
+        return os.popen, ("touch planted",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_of_torch_itself_is_refused_by_its_name(path, legacy):
+    content = {"state_dict": {"weight": torch.zeros(2)}, "hook": _Hub()}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    refused(path, r"it refers to code, torch\.hub\.load, which is not run")
+
+
+def test_names_that_a_pickle_takes_from_its_memo(path):
+    path.write_bytes(pickle.dumps({"a": _Planted(), "b": _Second(), "c": _Planted()}, protocol=4))
+    refused(path, rf"refers to code, os.popen, {os.name}.system, which")
+    same = pickle.PROTO + b"\x04" + b"\x8c\x02os\x94" + b"\x8c\x06system\x94\x930" + b"h\x00\x8c\x05popen\x94\x93."
+    path.write_bytes(same)  # the module's name stands there once
+    refused(path, r"refers to code, os.popen, os.system, which")
+
+
+@pytest.mark.parametrize("damage", ["cut", "old operation"])
+def test_code_in_a_pickle_that_ends_early(path, damage):
+    """What torch raises is about the damage, or about an operation that it does not know."""
+    data = b"(cos\nsystem\n" if damage == "cut" else b"(S'touch planted'\nios\nsystem\n."
+    path.write_bytes(data)
+    refused(path, "refers to code, os.system, which is not run")
+
+
+def test_the_oldest_format(path):
+    with tarfile.open(path, "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            tar.addfile(tarfile.TarInfo(name))
+    refused(path, "is a tar archive, as torch wrote before 0.2, .* save the weights alone")
+
+
+def test_names_in_a_refusal_are_escaped_and_cut(path):
+    path.write_bytes(b"cos\x1b[31m\n" + b"x" * 100_000 + b"\n.")
+    refused(path, r"refers to code, os\\x1b\[31m\.x{100,200}\.\.\., which")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
