@@ -145,7 +145,7 @@ def _check_legacy(path: Path, file: IO[bytes], names: list[str]) -> None:
     """
     if tarfile.is_tarfile(path):
         raise CheckpointError(
-            f"{path} is refused: it is a tar archive, as torch wrote before 0.2, and reading one runs code that it refers "
+            f"{path} is refused: it is a tar archive, as torch wrote before 0.2: reading one runs code that it refers "
             f"to. {_saved_anew(path, '')}"
         )
     file.seek(0)

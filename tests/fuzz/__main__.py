@@ -5,7 +5,7 @@ python -m tests.fuzz --seed 1 --minutes 1 --target weights
 python -m tests.fuzz --seed 1 --case weights:17     # one case again, its traceback in full
 
 A case is right if it ends, within 30 s and 4 GB, without an error or with one that a script prints as a message, and if
-the message holds no control characters. Exit code 1 if any is not.
+no name is raw in what it says and writes: no control character, no line of its own. Exit code 1 if any is not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from conv2former.errors import RunStopped, TrainingError, UserError
 
+from ..hostile import faults_of
 from .targets import TARGETS, prepare
 
 SECONDS, MEMORY = 30, 4 << 30
@@ -55,9 +56,7 @@ def _be_child(name: str, seed: str, folder: Path, base: Path, write: int) -> Non
         call = TARGETS[name](draw, folder, base)
         said = call() or ""
     except (UserError, TrainingError, RunStopped) as e:
-        raw = [c for c in str(e) if not c.isprintable() and c != "\n"]
-        forged = "\nerror: forged" in str(e)
-        said = f"control characters in: {e!r:.300}" if raw or forged else ""
+        said = f"a name is raw in: {e!r:.300}" if faults_of(str(e)) else ""
     except BaseException:
         said = traceback.format_exc(limit=-6)
     finally:

@@ -6,6 +6,7 @@ all else is a find. It returns a text if what it read is silently wrong.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -24,12 +25,16 @@ from PIL import Image
 from conv2former import inspect_checkpoint, list_installed, load_model
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_train_and_val
-from conv2former.data.tables import read_class_list
+from conv2former.data.tables import read_class_list, read_table, write_table
 from conv2former.engine import train
 from conv2former.engine.checkpoint import latest_checkpoint, read_training_checkpoint
+from conv2former.engine.terminal import say
 from conv2former.errors import CheckpointError
+from conv2former.tools.evaluation_files import summary
+from conv2former.tools.validate import Extras, validate_files
 
 from ..conftest import FIXTURES
+from ..hostile import faults_in, faults_of
 from . import values
 
 Call = Callable[[], "str | None"]
@@ -276,6 +281,35 @@ def folders(random: random.Random, folder: Path, base: Path) -> Call:
     return lambda: _look_at(DataConfig(source="folder", root=str(folder)))
 
 
+def names(random: random.Random, folder: Path, base: Path) -> Call:
+    """Folders and images with names of anything, trained on and evaluated: what is printed, logged and written."""
+    photos = folder / "photos"
+    classes = {values.name(random) for _ in range(3)}
+    for split in ("train", "val"):
+        for label in classes:
+            (photos / split / label).mkdir(parents=True, exist_ok=True)
+            for i in range(3 if split == "train" else 1):
+                pixels = np.full((32, 32, 3), random.randrange(256), dtype=np.uint8)
+                Image.fromarray(pixels).save(photos / split / label / f"{values.name(random)}{i}.png", "PNG")
+
+    def call() -> str | None:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            train(_settings(photos), folder / "run")
+            extras = Extras(per_class=True, confusion=True, worst=2)
+            checkpoint = folder / "run" / "checkpoints" / "best.pt"
+            say(*summary(validate_files([checkpoint], extras=extras, output=folder / "found"), folder / "found"))
+            rows = [(label, label, "train") for label in {*classes, f"x{values.name(random)}"}]
+            write_table(folder / "found" / "split.csv", rows)
+            read = read_table(folder / "found" / "split.csv", "image", "label", "split")
+        if [(row.image, row.label, row.split) for row in read] != rows:
+            return f"a table is not read back as it was written: {rows!r}"
+        faults = [*faults_of(said.getvalue()), *faults_in(folder / "run"), *faults_in(folder / "found")]
+        return f"raw: {faults!r}" if faults else None
+
+    return call
+
+
 def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
     """config.json of timm's hub layout."""
     config: dict[str, Any] = {
@@ -301,6 +335,5 @@ def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
     return call
 
 
-TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {
-    function.__name__: function for function in (weights, checkpoints, resuming, tables, tars, folders, hub_configs)
-}
+ALL = (weights, checkpoints, resuming, tables, tars, folders, names, hub_configs)
+TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {function.__name__: function for function in ALL}

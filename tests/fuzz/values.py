@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,24 @@ LINES = [
     b"null",
     b'{"step": 1e999}',
 ]
+
+
+def name(random: random.Random) -> str:
+    """Returns a name of a file or folder, of letters that terminals obey, that hide others, or that nobody knows."""
+    kinds: list[Callable[[], str]] = [
+        lambda: chr(random.randrange(1, 0x20)),
+        lambda: chr(random.randrange(0x7F, 0x500)),
+        lambda: chr(random.choice([0x200B, 0x200D, 0x200E, 0x202E, 0x2028, 0x2029, 0x2066, 0xFEFF, 0xE0041, 0x1F468])),
+        lambda: chr(random.randrange(0x500, 0xD800)),
+        lambda: random.choice(
+            ["\n", "\r", "=", "+", "-", "@", "$", "'", '"', "\\", "{", "%s", "`", ",", ";", "error: "]
+        ),
+        lambda: random.choice("abc 019"),
+    ]
+    made = random.choice(["", "", "=", "@", "\nerror: forged", "$'", "$\\frac{"])
+    while len(made) < random.choice([1, 4, 12, 50]):
+        made += random.choice(kinds)()
+    return made.encode()[:200].decode(errors="ignore").replace("/", "_")
 
 
 def plain(random: random.Random, depth: int = 2) -> Any:
