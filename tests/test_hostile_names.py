@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,11 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from conv2former._yaml import dump_yaml, read_yaml
 from conv2former.config.schema import DataConfig
-from conv2former.data import open_train_and_val
+from conv2former.data import batches, open_train_and_val
 from conv2former.data.tables import read_table, write_table
+from conv2former.engine import fonts, pictures
 from conv2former.engine.terminal import say
-from conv2former.tools.output import write_csv
+from conv2former.errors import DataError
+from conv2former.tools import publish
+from conv2former.tools.output import save_figure, write_csv
 
 from .hostile import NAMES, faults_in, faults_of
 
@@ -106,7 +111,9 @@ def test_from_training_to_export(tmp_path, terminal, request):
     assert not faults_in(store)
     other = shutil.copy(best, tmp_path / "other\nerror: disk full.pt")
     terminal("average", best, other, "--output", tmp_path / "soup\nerror: disk full.pt")
-    terminal("export", best, "--format", "exported", "--output", tmp_path / "net\nerror: disk full.pt2")
+    terminal(
+        "export", "--checkpoint", best, "--format", "torchscript", "--output", tmp_path / "net\nerror: disk full.pt"
+    )
 
 
 @pytest.mark.parametrize("source", ["csv", "wds"])
@@ -179,6 +186,47 @@ def test_the_split_of_a_run_is_a_data_set(tmp_path):
     for source in open_train_and_val(config):
         assert source.class_names == sorted(["=a", "b\n", "-1"])
         assert [source.images[i][0].size for i in range(len(source))] == [(32, 32)] * 3
+
+
+def test_a_figure_shows_names_and_obeys_none(tmp_path):
+    figure = pictures.confusion_figure([[1] * len(NAMES)] * len(NAMES), NAMES, title="a title\x1b[31m\nin two lines")
+    save_figure(figure, tmp_path / "a.png")
+    texts = [text.get_text() for text in fonts._texts(figure)]
+    assert all(line.isprintable() for text in texts for line in text.split("\n"))
+    assert "a title\\x1b[31m\nin two lines" in texts
+    assert sum("$\\frac{1}{0$" in text for text in texts) >= 2
+    assert max(map(len, texts)) < 40
+
+
+def test_yaml_has_each_text_in_one_line(tmp_path):
+    content = {"root": "a\nerror: disk full", NAMES[1]: [NAMES[2], "x" * 500, "a b"]}
+    (tmp_path / "a.yaml").write_text(dump_yaml(content))
+    assert not faults_in(tmp_path)
+    assert len((tmp_path / "a.yaml").read_text().splitlines()) == 5
+    assert read_yaml(tmp_path / "a.yaml") == content
+
+
+@pytest.mark.parametrize("name", ["a`b", "``", "a", "\n# title", "`" * 5])
+def test_code_in_a_model_card_ends_where_it_should(name):
+    code = publish._code(name)
+    ticks = re.match("`+", code)[0]
+    assert code.endswith(ticks)
+    assert ticks not in code[len(ticks) : -len(ticks)]
+    assert "\n" not in code
+
+
+def test_an_error_of_a_loaders_worker_keeps_its_lines():
+    """A worker's error comes as the text of its traceback."""
+
+    def loader():
+        told = str(DataError("a\nb:", "  - c"))
+        yield 1
+        start = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+        raise DataError(f"{start}conv2former.errors.DataError: {told}\n")
+
+    with pytest.raises(DataError) as caught:
+        list(batches(loader()))
+    assert str(caught.value) == "a\\nb:\n  - c"
 
 
 def test_numbers_in_tables_stay_numbers(tmp_path):
