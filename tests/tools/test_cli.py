@@ -56,7 +56,7 @@ def test_our_message_is_the_last_of_torchruns_report(tmp_path, monkeypatch, caps
 
 
 def test_a_message_of_several_lines_stays_one(tmp_path, monkeypatch, capsys):
-    failure, said = end(monkeypatch, capsys, tmp_path, ConfigError("a.yaml: 2 mistakes:\n  - one\n  - two"))
+    failure, said = end(monkeypatch, capsys, tmp_path, ConfigError("a.yaml: 2 mistakes:", "  - one", "  - two"))
     assert said == "error: a.yaml: 2 mistakes:\n  - one\n  - two\n"
     last = [line.strip() for line in report(failure)[-3:]]
     assert last == [
