@@ -18,6 +18,7 @@ from ..errors import DataError, closest, counted, shorten
 from .classes import in_class_order
 from .files import RealFiles
 from .images import open_rgb
+from .places import leads_out
 from .split import DataSource, NoValidationSplit, UnlabelledSplit, check_single_label, choose_split, match_listed
 
 __all__ = ["TABLE_ENDINGS", "Row", "TableImages", "open_table", "read_class_list", "read_table", "write_table"]
@@ -292,8 +293,14 @@ def _check_files(config: DataConfig, path: Path, rows: Sequence[Row]) -> RealFil
     """Returns where the files that a table names really lie.
 
     Raises:
-        DataError: one is not there.
+        DataError: one is not there, or a relative path leads out of the folder.
     """
+    outside = next((row for row in rows if leads_out(row.image)), None)
+    if outside:
+        raise DataError(
+            f"{path}, line {outside.line}: {outside.image} leads out of data.root by '..'; make data.root a folder "
+            "above all images, or write absolute paths"
+        )
     real_files = RealFiles()
     missing = [row for row in rows if not real_files.add(_path_of(config, row))]
     if missing:

@@ -245,18 +245,18 @@ def encoded(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("kind", ["image", "binary", "struct"])
 def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
     """By row if the bytes are in the data, by path if they are in a file; a wrong label is no unreadable image."""
-    picture(4).save(tmp_path / "x.png")
+    root = tmp_path / "data"
+    root.mkdir()
+    picture(4).save(root / "x.png")
     contents = [encoded(picture(5)), b"no image", None, encoded(picture(6)), encoded(picture(7))]
     image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     feature = {"image": datasets.Image(), "binary": datasets.Value("binary"), "struct": image}[kind]
     images = contents if kind == "binary" else [content and {"bytes": content, "path": None} for content in contents]
     if kind == "struct":  # `to_parquet` would put the files of the other into the data
-        images += [{"bytes": None, "path": str(tmp_path / name)} for name in ("x.png", "none.png")]
+        images += [{"bytes": None, "path": str(root / name)} for name in ("x.png", "none.png")]
         images += [{"bytes": contents[0], "path": "gone.png"}]
     labels = [1, 0, 0, 1, 0, 1, 1, 1][: len(images)]
     features = datasets.Features({"image": feature, "label": datasets.ClassLabel(names=["cat", "dog"])})
-    root = tmp_path / "data"
-    root.mkdir()
     for split in ("train", "test"):
         table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         table.to_parquet(root / f"{split}.parquet")
@@ -307,7 +307,7 @@ def test_one_split_alone_saved_to_disk(parquet, tmp_path):
 
 
 def test_hf_images_in_an_archive(tmp_path):
-    """What is no local file is left to `datasets`."""
+    """Outside data.root, with leave."""
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -319,7 +319,7 @@ def test_hf_images_in_an_archive(tmp_path):
     datasets.DatasetDict(
         {split: datasets.Dataset.from_dict(columns, features=features) for split in ("train", "test")}
     ).save_to_disk(tmp_path / "data")
-    train, _ = open_train_and_val(config(tmp_path / "data", "hf"))
+    train, _ = open_train_and_val(config(tmp_path / "data", "hf", absolute_paths=True))
     assert train.images[0][0].getpixel((0, 0)) == (8, 8, 8)
     stored = datasets.load_from_disk(tmp_path / "data")["train"].cast_column("image", datasets.Image(decode=False))
     path = r" \(zip://bad.png.*\)" if stored[1]["image"]["bytes"] is None else ""  # `datasets` 3 copies the bytes
@@ -497,7 +497,7 @@ def test_a_cache_that_cannot_be_written(error, parquet, tmp_path, monkeypatch):
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
         raise error(13, "Permission denied", str(cache / "parquet"))
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError, match=r"cache.*: `datasets` cannot write its cache there .*; set HF_HOME, or "):
         open_train_and_val(config(parquet, "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
