@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from .split import (
     UnlabelledSplit,
     check_single_label,
     choose_split,
+    is_no_label,
     match_listed,
 )
 from .streams import StreamSource
@@ -51,7 +52,7 @@ class _HfReader:
     def __call__(self, row: dict[str, Any], where: str) -> tuple[Image.Image, int]:
         label = row[self.label_key]
         if label not in self.relabel:
-            if label in (None, -1):
+            if is_no_label(label, ()):
                 raise UnlabelledSplit(f"{where}: no label ({label!r})")
             classes = counted(len(self.relabel), "class", "classes")
             raise DataError(f"{where}: label {label!r} is none of the {classes}")
@@ -230,7 +231,7 @@ def open_hf(
     def unique(key: str) -> Iterable[Any]:
         return _stream_labels(dataset.features[key], key, count, name) if config.streaming else dataset.unique(key)
 
-    found = _hf_labels(dataset.features, config.label_key, name, unique, config.streaming)
+    found = _hf_labels(dataset.features, config.label_key, name, unique, class_names or (), config.streaming)
     is_of_folders = dataset.builder_name == "imagefolder"  # whose list of classes `datasets` has sorted as text
     names = class_names or (in_class_order(found.values()) if is_of_folders else list(found.values()))
     is_listed = isinstance(dataset.features[config.label_key], datasets.ClassLabel)
@@ -310,9 +311,18 @@ def _check_columns(features: Any, config: DataConfig, where: str) -> None:
 
 
 def _hf_labels(
-    features: Any, key: str, where: str, unique: Callable[[str], Iterable[Any]], is_stream: bool = False
+    features: Any,
+    key: str,
+    where: str,
+    unique: Callable[[str], Iterable[Any]],
+    class_names: Collection[str],
+    is_stream: bool = False,
 ) -> dict[Any, str]:
-    """Returns the name of every label: from the column's own list, or from its `unique` values, in class order."""
+    """Returns the name of every label: from the column's own list, or from its `unique` values, in class order.
+
+    Raises:
+        DataError: the column holds no classes, or its list has no name for one; UnlabelledSplit if a row has no label.
+    """
     import datasets
 
     feature = features[key]
@@ -324,13 +334,14 @@ def _hf_labels(
         raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
     with _reading(where):
         labels = list(unique(key))
-    if None in labels or (is_named and -1 in labels):
-        raise UnlabelledSplit(f"{where}: the column '{key}' (data.label_key) has rows without a label")
+    if any(is_no_label(label, () if is_named else class_names) for label in labels):
+        none = "" if None in labels else " (-1)" if -1 in labels else " (blank, or -1)"
+        raise UnlabelledSplit(f"{where}: the column '{key}' (data.label_key) has rows without a label{none}")
     if is_named:
+        beyond = [label for label in labels if not 0 <= label < len(feature.names)]
+        if beyond:
+            names = counted(len(feature.names), "name")
+            raise DataError(f"{where}: the column '{key}' (data.label_key) has {shorten(beyond, 5)}, and {names}")
         return dict(enumerate(feature.names))
-    if labels == [-1]:
-        raise UnlabelledSplit(
-            f"{where}: the column '{key}' (data.label_key) is -1 in every row, so there are no labels"
-        )
     ordered = in_class_order(labels) if all(isinstance(label, str) for label in labels) else sorted(labels)
     return {label: str(label) for label in ordered}

@@ -19,7 +19,15 @@ from .classes import in_class_order
 from .files import RealFiles
 from .images import open_rgb
 from .places import leads_out
-from .split import DataSource, NoValidationSplit, UnlabelledSplit, check_single_label, choose_split, match_listed
+from .split import (
+    DataSource,
+    NoValidationSplit,
+    UnlabelledSplit,
+    check_single_label,
+    choose_split,
+    is_no_label,
+    match_listed,
+)
 
 __all__ = ["TABLE_ENDINGS", "Row", "TableImages", "open_table", "read_class_list", "read_table", "write_table"]
 
@@ -224,9 +232,10 @@ def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
 def open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
     """Opens a split of a table; see `sources.open_split`."""
     path, rows = _rows_of(config, split)
-    unlabelled = next((row for row in rows if not row.label), None)
+    unlabelled = next((row for row in rows if is_no_label(row.label, class_names or ())), None)
     if unlabelled:
-        raise UnlabelledSplit(f"{path}, line {unlabelled.line}: the {config.label_key} is empty")
+        what = "-1, which stands for no label" if unlabelled.label else "empty"
+        raise UnlabelledSplit(f"{path}, line {unlabelled.line}: the {config.label_key} is {what}")
     rows = _with_slashes(rows, config.root)
     real_files = _check_files(config, path, rows)
     rows, note = _each_once(config, path, rows, real_files)

@@ -9,6 +9,7 @@ import time
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from conv2former import DataError
 from conv2former.config.schema import DataConfig
 from conv2former.data import digits, open_train_and_val, open_val
 from conv2former.data.images import UnreadableImage
+from conv2former.data.sources import open_split
 
 
 def picture(shade: int, mode: str = "RGB") -> Image.Image:
@@ -280,6 +282,31 @@ def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
         ) as caught:
             open_train_and_val(config(root, "hf"))
         assert not isinstance(caught.value, UnreadableImage)
+
+
+@pytest.mark.parametrize("labels", [["a", " "], ["a", ""], [0, -1], ["1", "-1"]])
+def test_hf_values_that_stand_for_no_label(labels, tmp_path):
+    """Unless a list of classes has -1."""
+    columns = {"image": [encoded(picture(0))] * 2, "label": labels}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"the column 'label' \(data.label_key\) has rows without a label \(.*-1\)"):
+        open_split(config(tmp_path, "hf"), "train")
+    if "-1" in map(str, labels):
+        (tmp_path / "names.txt").write_text(f"-1\n{labels[0]}\n")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "train.parquet").rename(tmp_path / "data" / "train.parquet")
+        source = open_split(config(tmp_path / "data", "hf", class_names=str(tmp_path / "names.txt")), "train")
+        assert source.images.labels.tolist() == [1, 0]
+
+
+def test_hf_labels_without_a_name_are_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict({"image": [picture(0)], "label": [1]}, features=features).with_format("arrow")[:]
+    for wrong in (2, -7, 2**62):
+        wrongly = table.set_column(1, table.schema.field(1), [[wrong]])
+        pq.write_table(wrongly, tmp_path / "train.parquet")
+        with pytest.raises(DataError, match=rf"the column 'label' \(data.label_key\) has {wrong}, and 2 names"):
+            open_split(config(tmp_path, "hf"), "train")
 
 
 def test_links(folder):
