@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["clipped", "columns_of", "without_controls"]
+__all__ = ["clipped", "columns_of", "shown", "without_controls"]
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but line ends and tabs
 
@@ -34,3 +34,12 @@ def clipped(text: str, columns: int, keep_end: bool = False) -> str:
             break
         taken = character + taken if keep_end else taken + character
     return "…" + taken if keep_end else taken + "…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Returns a value from a file as an error shows it: as Python writes it, cut if that is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits, and no list in 1000 lists
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."

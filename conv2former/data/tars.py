@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .._yaml import cut
 from ..config.schema import DataConfig
 from ..errors import DataError, closest, shorten
+from ..text import shown
 from .classes import in_class_order
 from .files import RealFiles, find_files
 from .images import IMAGE_ENDINGS, UNREAD_ENDINGS, naming, open_rgb, unread_hint
@@ -268,7 +268,7 @@ def _label(content: bytes, label_key: str, where: str) -> int | str:
     if label == -1 or label is None or label == "":
         raise UnlabelledSplit(f"{where}: no label ({label!r})")
     if type(label) not in (int, str):
-        raise DataError(f"{where}: the label {cut(repr(label))} is neither an integer nor a class name")
+        raise DataError(f"{where}: the label {shown(label)} is neither an integer nor a class name")
     if type(label) is int and label < 0:
         raise DataError(f"{where}: the label {label} is below 0, so it is not the index of a class")
     return label

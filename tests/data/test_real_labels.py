@@ -6,7 +6,6 @@ from conv2former import DataError, _private
 from conv2former.data.classes import class_names_of
 from conv2former.data.real_labels import FILE_NAME, real_labels
 
-
 TEXTS = ["", "{", "{}", "5", "[1]", '[["1"]]', "[[1.5]]", "[[true]]", "[[NaN]]", pytest.param("[" * 100_000, id="deep")]
 
 
