@@ -6,13 +6,18 @@ timm's terms are used throughout, so that the fields are keywords of `timm.data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-__all__ = ["CHANNELS", "FIELDS", "Preprocessing", "as_img_size", "channels_text", "size_text"]
+from .text import shown
+
+__all__ = ["CHANNELS", "FIELDS", "Preprocessing", "as_img_size", "channels_text", "is_noted", "size_text", "wrong_note"]
 
 CHANNELS = (1, 3)  # of images that can be read: grey and RGB
+MIN_SIDE, MAX_SIDE = 32, 4096  # pixels
+LARGEST = 1e12  # of a mean or std
 
 
 def as_img_size(size: Sequence[int] | int) -> int | tuple[int, int]:
@@ -100,3 +105,61 @@ class Preprocessing:
 
 
 FIELDS = tuple(field.name for field in fields(Preprocessing))
+
+
+def is_noted(value: Any) -> bool:
+    """Returns whether the value of a field says anything: timm's scripts note None, or '', for what was not given."""
+    return value is not None and value != ""
+
+
+def wrong_note(noted: Mapping[Any, Any]) -> str:
+    """Returns what is wrong with a file's note of a preprocessing, a configuration or timm's `pretrained_cfg`.
+
+    Returns:
+        The first field that cannot be used, its value and what is allowed; empty where all can be, or are not noted.
+    """
+    for key, (is_right, expected) in _ALLOWED.items():
+        value = noted.get(key)
+        if is_noted(value) and not is_right(value):
+            return f"{key} is {shown(value)}; expected {expected}"
+    return ""
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and MIN_SIDE <= value <= MAX_SIDE
+
+
+def _is_size(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return _is_side(value) or (is_pair and all(map(_is_side, value)))
+
+
+def _is_input_size(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_list and type(value[0]) is int and value[0] >= 1 and all(map(_is_side, value[1:]))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -LARGEST <= value <= LARGEST and math.isfinite(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and 1 <= len(value) <= 1000 and all(map(_is_number, value))
+
+
+def _one_of(*texts: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, str) and value in texts, " or ".join(map(repr, texts))
+
+
+_SIDES = f"whole numbers of pixels from {MIN_SIDE} to {MAX_SIDE}"
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (_is_input_size, f"[channels, height, width], the last two {_SIDES}"),
+    "img_size": (_is_size, f"one number or [height, width], {_SIDES}"),
+    "mean": (_are_numbers, "a list of finite numbers, one for each channel"),
+    "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of numbers above 0, one for each channel"),
+    "interpolation": _one_of("bilinear", "bicubic"),
+    "crop_pct": (lambda value: _is_number(value) and 0.1 <= value <= 1, "a number from 0.1 to 1"),
+    "crop_mode": _one_of("center", "squash", "border"),
+}

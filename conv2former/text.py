@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["clipped", "columns_of", "from_table_cell", "printable", "table_cell"]
+__all__ = ["clipped", "columns_of", "from_table_cell", "printable", "shown", "table_cell"]
 
 _JOINERS = "\u200c\u200d"  # Hindi, Persian and emoji need them
 _FORMULA = re.compile(r"[=+\-@\uff1d\uff0b\uff0d\uff20]")  # what spreadsheets compute, or run; also in full width
@@ -89,3 +89,12 @@ def clipped(text: str, columns: int, keep_end: bool = False) -> str:
             break
         taken = character + taken if keep_end else taken + character
     return "…" + taken if keep_end else taken + "…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Returns a value from a file as an error shows it: as Python writes it, cut if that is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits, and no list in 1000 lists
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -95,6 +95,8 @@ class DataConfig(Section):
     sampling: Literal["uniform", "balanced", "sqrt"] = "uniform"
     # null: as many as the data has; otherwise checked against it
     num_classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    # hf only: read image files outside data.root, too, where the data has their absolute paths
+    absolute_paths: bool = False
     streaming: bool = False  # hf only: read the training images as they come instead of storing the data set first
     epoch_images: Positive | None = None  # with streaming: how many images an epoch is; the length is not guessed
     # with streaming: images in the buffer that the order is drawn from, per process
@@ -276,6 +278,8 @@ class Config(Section):
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
         if self.data.streaming and self.data.source != "hf":
             found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
+        if self.data.absolute_paths and self.data.source != "hf":
+            found.append(f"data.absolute_paths: only with data.source hf, not {self.data.source}")
         if self.data.streaming and self.data.epoch_images is None:
             found.append("data.epoch_images: missing; with data.streaming say how many images an epoch is")
         if self.data.val_split == NO_SPLIT and not self.data.holdout:

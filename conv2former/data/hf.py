@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..config.schema import NO_SPLIT, DataConfig
 from ..errors import DataError, UserError, closest, counted, first_line, shorten
 from .classes import in_class_order
 from .files import RealFiles, is_within
-from .images import UnreadableImage, naming, open_rgb, pixel_limit, to_rgb
+from .images import UnreadableImage, naming, open_rgb
+from .places import Places, check_card
 from .split import (
     DataSource,
     NoValidationSplit,
@@ -27,11 +28,14 @@ from .split import (
     UnlabelledSplit,
     check_single_label,
     choose_split,
+    is_no_label,
     match_listed,
 )
 from .streams import StreamSource
 
 __all__ = ["open_hf"]
+
+MAX_BYTES = 1 << 30  # of an image in an archive, where a small file may claim any size
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,35 @@ class _HfReader:
     relabel: dict[Any, int]  # from the labels as they are in the data
     value_range: tuple[float, float] | None
     max_pixels: int | None
+    places: Places
 
     def __call__(self, row: dict[str, Any], where: str) -> tuple[Image.Image, int]:
         label = row[self.label_key]
         if label not in self.relabel:
-            if label in (None, -1):
+            if is_no_label(label, ()):
                 raise UnlabelledSplit(f"{where}: no label ({label!r})")
             classes = counted(len(self.relabel), "class", "classes")
             raise DataError(f"{where}: label {label!r} is none of the {classes}")
-        return _hf_image(row[self.image_key], where, self.value_range, self.max_pixels), self.relabel[label]
+        return self._image(row[self.image_key], where), self.relabel[label]
+
+    def _image(self, value: Any, where: str) -> Image.Image:
+        """Reads a value of an image column that is not decoded: bytes, or a dictionary of `bytes` and `path`.
+
+        Raises:
+            UnreadableImage: there is none, or it is not readable; named by its row, or by its path if it is a file.
+            DataError: it is a file in a place that is none of the data's.
+        """
+        value = value if isinstance(value, dict) else {"bytes": value}
+        content, path = value.get("bytes"), value.get("path")
+        if content is None and not path:
+            raise UnreadableImage(f"{where}: no image; remove the row", where)
+        if content is not None:
+            return open_rgb(content, where, self.value_range, self.max_pixels)
+        self.places.check(path, where)
+        if "://" not in path:
+            return open_rgb(path, path, self.value_range, self.max_pixels)
+        name = f"{where} ({path})"
+        return open_rgb(_fetched(path, name), name, self.value_range, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -79,23 +103,19 @@ class _HfImages:
         return f"{self.source_name}, row {index}"
 
 
-def _hf_image(value: Any, where: str, value_range: tuple[float, float] | None, max_pixels: int | None) -> Image.Image:
-    """Reads a value of an image column that is not decoded: bytes, or a dictionary of `bytes` and `path`.
+def _fetched(path: str, name: str) -> bytes:
+    """Returns the content of a file on the hub, or in an archive.
 
     Raises:
-        UnreadableImage: there is none, or it is not readable; named by its row, or by its path if it is a file.
+        UnreadableImage: it cannot be read, or is too large.
     """
-    import datasets
+    import fsspec  # a dependency of datasets
 
-    value = value if isinstance(value, dict) else {"bytes": value}
-    content, path = value.get("bytes"), value.get("path")
-    if content is None and path is None:
-        raise UnreadableImage(f"{where}: no image; remove the row", where)
-    if content is not None or "://" not in path:
-        file, name = (path, path) if content is None else (content, where)
-        return open_rgb(file, name, value_range, max_pixels)
-    with naming(f"{where} ({path})"), pixel_limit(max_pixels):  # on the hub, or in an archive
-        return to_rgb(datasets.Image().decode_example({"bytes": None, "path": path}), value_range)
+    with naming(name), fsspec.open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        return content
 
 
 @contextmanager
@@ -113,10 +133,13 @@ def _reading(where: str) -> Iterator[None]:
         raise DataError(f"{where}: `datasets` cannot read the data ({reason}); copy or download it again") from None
 
 
-def _load_hf(root: str, files: dict[str, str] | None, streaming: bool) -> Any:
+def _load_hf(root: str, files: dict[str, str] | None, streaming: bool, places: Places) -> Any:
     """Returns the splits of a folder of data files, of a name on the hub, or of a `save_to_disk` folder.
 
     The last may also be of one split, which is then returned.
+
+    Raises:
+        DataError: it cannot be read, or names data files elsewhere than in `places`, as a README.md in it may.
     """
     import datasets
 
@@ -130,13 +153,20 @@ def _load_hf(root: str, files: dict[str, str] | None, streaming: bool) -> Any:
         if is_one_split or (path / "dataset_dict.json").is_file():
             if streaming:
                 raise DataError(f"{root} is stored already, by save_to_disk: leave data.streaming out")
-            return datasets.load_from_disk(root)
+            stored = datasets.load_from_disk(root)
+            for split in stored.values() if isinstance(stored, dict) else [stored]:
+                places.check_all((file["filename"] for file in split.cache_files), root)
+            return stored
         if path.is_dir() or not path.is_absolute():
-            return datasets.load_dataset(str(path.resolve()) if path.is_dir() else root, streaming=streaming)
+            name = str(path.resolve()) if path.is_dir() else root
+            check_card(path)
+            listed = datasets.load_dataset_builder(name).config.data_files or {}
+            places.check_all((str(file) for split in listed.values() for file in split), root)
+            return datasets.load_dataset(name, streaming=streaming)
         reason = "a file; give its folder" if path.is_file() else "no such folder"
     except UserError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+    except Exception as e:  # foreign files make it raise nearly anything, and ImportError of what is not installed
         _check_cache(e)
         reason = first_line(e)
     raise DataError(f"{root}: `datasets` cannot read it as a folder or a hub name (data.root): {reason}")
@@ -187,7 +217,8 @@ def open_hf(
     """
     import datasets
 
-    dataset, own = _one_of(config, _load_hf(config.root, files, config.streaming), split)
+    places = Places.of(config)
+    dataset, own = _one_of(config, _load_hf(config.root, files, config.streaming, places), split)
     name = f"{config.root} ({own})"
     if config.streaming and dataset.features is None:
         with _reading(name):
@@ -200,7 +231,7 @@ def open_hf(
     def unique(key: str) -> Iterable[Any]:
         return _stream_labels(dataset.features[key], key, count, name) if config.streaming else dataset.unique(key)
 
-    found = _hf_labels(dataset.features, config.label_key, name, unique, config.streaming)
+    found = _hf_labels(dataset.features, config.label_key, name, unique, class_names or (), config.streaming)
     is_of_folders = dataset.builder_name == "imagefolder"  # whose list of classes `datasets` has sorted as text
     names = class_names or (in_class_order(found.values()) if is_of_folders else list(found.values()))
     is_listed = isinstance(dataset.features[config.label_key], datasets.ClassLabel)
@@ -216,21 +247,26 @@ def open_hf(
     if is_image:
         # An image that `datasets` cannot decode must be an error of its own, not one of the row.
         dataset = dataset.cast_column(config.image_key, datasets.Image(decode=False))
-    read = _HfReader(config.image_key, config.label_key, relabel, config.value_range, config.max_image_pixels)
+    read = _HfReader(config.image_key, config.label_key, relabel, config.value_range, config.max_image_pixels, places)
     if config.streaming:
         num_images = config.epoch_images if own == config.train_split else 0
         return StreamSource(dataset, read, names, name, num_images or 0, config.shuffle_images)
-    paths = _paths(dataset, config.image_key) if is_image else []
+    paths = _paths(dataset, config.image_key, places, name) if is_image else []
     return DataSource(_HfImages(dataset, read, name), names, name, files=paths, real_files=_each_once(paths, name))
 
 
-def _paths(dataset: Any, image_key: str) -> list[str]:
-    """Returns the paths of images that are files of their own, as in image folders; none if some are in the data."""
+def _paths(dataset: Any, image_key: str, places: Places, where: str) -> list[str]:
+    """Returns the paths of images that are files of their own, as in image folders; none if some are in the data.
+
+    Raises:
+        DataError: one is not in `places`.
+    """
     chunks = dataset.data.column(image_key).chunks
     if len(dataset) != dataset.data.num_rows or any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
         return []
-    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
-    return [path for path in paths if path and "://" not in path]  # those in archives are left out
+    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist() if path]
+    places.check_all(paths, where)
+    return [path for path in paths if "://" not in path]  # those in archives are left out
 
 
 def _each_once(paths: Sequence[str], where: str) -> RealFiles:
@@ -275,9 +311,18 @@ def _check_columns(features: Any, config: DataConfig, where: str) -> None:
 
 
 def _hf_labels(
-    features: Any, key: str, where: str, unique: Callable[[str], Iterable[Any]], is_stream: bool = False
+    features: Any,
+    key: str,
+    where: str,
+    unique: Callable[[str], Iterable[Any]],
+    class_names: Collection[str],
+    is_stream: bool = False,
 ) -> dict[Any, str]:
-    """Returns the name of every label: from the column's own list, or from its `unique` values, in class order."""
+    """Returns the name of every label: from the column's own list, or from its `unique` values, in class order.
+
+    Raises:
+        DataError: the column holds no classes, or its list has no name for one; UnlabelledSplit if a row has no label.
+    """
     import datasets
 
     feature = features[key]
@@ -289,13 +334,14 @@ def _hf_labels(
         raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
     with _reading(where):
         labels = list(unique(key))
-    if None in labels or (is_named and -1 in labels):
-        raise UnlabelledSplit(f"{where}: the column '{key}' (data.label_key) has rows without a label")
+    if any(is_no_label(label, () if is_named else class_names) for label in labels):
+        none = "" if None in labels else " (-1)" if -1 in labels else " (blank, or -1)"
+        raise UnlabelledSplit(f"{where}: the column '{key}' (data.label_key) has rows without a label{none}")
     if is_named:
+        beyond = [label for label in labels if not 0 <= label < len(feature.names)]
+        if beyond:
+            names = counted(len(feature.names), "name")
+            raise DataError(f"{where}: the column '{key}' (data.label_key) has {shorten(beyond, 5)}, and {names}")
         return dict(enumerate(feature.names))
-    if labels == [-1]:
-        raise UnlabelledSplit(
-            f"{where}: the column '{key}' (data.label_key) is -1 in every row, so there are no labels"
-        )
     ordered = in_class_order(labels) if all(isinstance(label, str) for label in labels) else sorted(labels)
     return {label: str(label) for label in ordered}

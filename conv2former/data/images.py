@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import warnings
@@ -34,11 +35,15 @@ IMAGE_ENDINGS = (
 UNREAD_ENDINGS = (
     ".arw", ".cr2", ".cr3", ".dng", ".heic", ".heics", ".heif", ".hif", ".jxl", ".nef", ".orf", ".raf", ".rw2", ".svg",
 )  # fmt: skip
+# Pillow's names of the formats that are read. Its others are of no use here, and to open some is unsafe: for EPS it
+# starts another program, Ghostscript. TGA is last because any file may be one by its first bytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 MAX_ASPECT_RATIO = 200  # resized by its short side, a longer image would fill the memory
 Range = tuple[float, float]
 
 TO_RGB = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF and EXIF
+STRIP_PIXELS = 1 << 24  # that are converted at once: some ways need tens of bytes for a pixel
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -81,7 +86,7 @@ def naming(name: str) -> Iterator[None]:
         raise UnreadableImage(f"{name}: {e}", name) from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
         if isinstance(e, UnidentifiedImageError):
-            reason = "empty, or of a format that Pillow does not read"
+            reason = "empty, or of a format that is not read"
             if hint := unread_hint([os.path.splitext(name)[1]]):
                 raise UnreadableImage(f"{name}: not a readable image ({reason}){hint}", name) from None
         else:
@@ -137,12 +142,30 @@ def open_rgb(
         if isinstance(file, bytes):
             file = io.BytesIO(file)
         elif isinstance(file, (str, os.PathLike)):  # given a path, Pillow maps the file, and jumbles some turned TIFFs
-            if not os.path.isfile(file) and os.path.exists(file):  # opening a pipe would wait for ever
-                raise _RefusedImage("not a file; remove it")
-            file = stack.enter_context(open(file, "rb"))
+            file = stack.enter_context(_opened(file))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return to_rgb(stack.enter_context(Image.open(file)), value_range)
+        return to_rgb(stack.enter_context(Image.open(file, formats=_formats())), value_range)
+
+
+def _opened(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Opens a regular file.
+
+    Raises:
+        OSError: it cannot be opened.
+        _RefusedImage: it is something else.
+    """
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise _RefusedImage("not a file; remove it")
+    # Should it be a pipe by now: opening one waits for ever, unless told not to.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
@@ -187,14 +210,26 @@ def _scaled(image: Image.Image, value_range: Range | None, tags: dict) -> Image.
                 f"mode {image.mode} says not which values are black and white; give data.value_range, or convert it"
             )
         value_range = (0, 4095 if bits == 12 else 65535)
-    elif np.isnan(values).any():
-        raise _RefusedImage("has values that are not numbers (NaN); replace them or remove it")
-    low, high = value_range
-    grey = np.round(((values.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
+    elif not np.isfinite(values).all():
+        raise _RefusedImage("has values that are not finite numbers (NaN or infinite); replace them or remove it")
+    grey = np.empty(values.shape, np.uint8)
+    for rows in _strips(image):
+        grey[rows] = _to_8_bits(values[rows], value_range)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow sees to it for 8 bits only
-        grey = 255 - grey
+        np.subtract(255, grey, out=grey)
     grey[values == image.info.get("transparency")] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, value_range: Range) -> np.ndarray:
+    low, high = value_range
+    return np.round(((values.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
+
+
+def _strips(image: Image.Image) -> list[slice]:
+    """Returns the rows of an image in pieces of at most `STRIP_PIXELS`, or of one row."""
+    height = max(1, STRIP_PIXELS // image.width)
+    return [slice(top, min(top + height, image.height)) for top in range(0, image.height, height)]
 
 
 def _converted(image: Image.Image, value_range: Range | None, encoding: str, tags: dict) -> Image.Image:
@@ -212,6 +247,16 @@ def _converted(image: Image.Image, value_range: Range | None, encoding: str, tag
     if image.mode == "La":
         image = image.convert("LA")  # the only way out of La
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lays an image with transparency over white."""
+    result = Image.new("RGB", image.size)
+    for rows in _strips(image):
+        strip = image.crop((0, rows.start, image.width, rows.stop)).convert("RGBA")
+        result.paste(
+            Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, rows.start)
+        )
+    return result

@@ -16,7 +16,7 @@ from .sources import DataSource
 
 __all__ = ["real_labels"]
 
-FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\D[^/\\]*$")
+FILE_NAME = re.compile(r"ILSVRC2012_val_([0-9]{8})\D[^/\\]*$")
 _LIST = "imagenet_real_labels.json"
 
 
@@ -36,10 +36,7 @@ def real_labels(source: DataSource, class_names: Sequence[str]) -> list[list[int
     synsets = class_names_of(1000, None)
     assert synsets is not None
     place = _places(synsets, class_names)
-    text = _private.imagenet_file(_LIST)
-    if text is None:
-        raise DataError(f"ReaL labels come with timm, and this version of it has no {_LIST}; install timm 1.0.31")
-    listed = json.loads(text)
+    listed = _read_list()
     found = []
     for i in range(len(source)):
         match = FILE_NAME.search(source.images.name(i))
@@ -50,6 +47,25 @@ def real_labels(source: DataSource, class_names: Sequence[str]) -> list[list[int
             )
         found.append([place[label] for label in listed[int(match[1]) - 1] if label in place])
     return found
+
+
+def _read_list() -> list[list[int]]:
+    """Returns the labels of every validation image, as timm carries them.
+
+    Raises:
+        DataError: it does not, or its file is damaged.
+    """
+    text = _private.imagenet_file(_LIST)
+    if text is None:
+        raise DataError(f"ReaL labels come with timm, and this version of it has no {_LIST}; install timm 1.0.31")
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        listed = None
+    is_right = isinstance(listed, list) and all(isinstance(labels, list) for labels in listed)
+    if not is_right or not all(type(label) is int for labels in listed for label in labels):
+        raise DataError(f"timm's {_LIST} is damaged: not a list of lists of whole numbers; install timm anew")
+    return listed
 
 
 def _places(synsets: Sequence[str], class_names: Sequence[str]) -> dict[int, int]:

@@ -25,6 +25,7 @@ __all__ = [
     "check_single_label",
     "choose_split",
     "is_index",
+    "is_no_label",
     "match_listed",
 ]
 
@@ -125,6 +126,12 @@ def match_listed(config: DataConfig, found: Sequence[str], class_names: Sequence
         return match_classes(found, class_names, where)
     except DataError as e:
         raise (DataError(f"{e} ({config.class_names})") if config.class_names else e) from None
+
+
+def is_no_label(label: object, class_names: Collection[str]) -> bool:
+    """Returns whether a label says that there is none: None, -1 or blank text, unless a known class is called so."""
+    text = "" if label is None else str(label).strip()
+    return text in ("", "-1") and text not in class_names
 
 
 def is_index(name: str) -> bool:

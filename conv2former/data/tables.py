@@ -19,7 +19,16 @@ from ..text import from_table_cell, table_cell
 from .classes import in_class_order
 from .files import RealFiles
 from .images import open_rgb
-from .split import DataSource, NoValidationSplit, UnlabelledSplit, check_single_label, choose_split, match_listed
+from .places import leads_out
+from .split import (
+    DataSource,
+    NoValidationSplit,
+    UnlabelledSplit,
+    check_single_label,
+    choose_split,
+    is_no_label,
+    match_listed,
+)
 
 __all__ = ["TABLE_ENDINGS", "Row", "TableImages", "open_table", "read_class_list", "read_table", "write_table"]
 
@@ -226,9 +235,10 @@ def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
 def open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
     """Opens a split of a table; see `sources.open_split`."""
     path, rows = _rows_of(config, split)
-    unlabelled = next((row for row in rows if not row.label), None)
+    unlabelled = next((row for row in rows if is_no_label(row.label, class_names or ())), None)
     if unlabelled:
-        raise UnlabelledSplit(f"{path}, line {unlabelled.line}: the {config.label_key} is empty")
+        what = "-1, which stands for no label" if unlabelled.label else "empty"
+        raise UnlabelledSplit(f"{path}, line {unlabelled.line}: the {config.label_key} is {what}")
     rows = _with_slashes(rows, config.root)
     real_files = _check_files(config, path, rows)
     rows, note = _each_once(config, path, rows, real_files)
@@ -295,8 +305,14 @@ def _check_files(config: DataConfig, path: Path, rows: Sequence[Row]) -> RealFil
     """Returns where the files that a table names really lie.
 
     Raises:
-        DataError: one is not there.
+        DataError: one is not there, or a relative path leads out of the folder.
     """
+    outside = next((row for row in rows if leads_out(row.image)), None)
+    if outside:
+        raise DataError(
+            f"{path}, line {outside.line}: {outside.image} leads out of data.root by '..'; make data.root a folder "
+            "above all images, or write absolute paths"
+        )
     real_files = RealFiles()
     missing = [row for row in rows if not real_files.add(_path_of(config, row))]
     if missing:

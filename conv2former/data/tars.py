@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..config.schema import DataConfig
 from ..errors import DataError, closest, shorten
+from ..text import shown
 from .classes import in_class_order
 from .files import RealFiles, find_files
 from .images import IMAGE_ENDINGS, UNREAD_ENDINGS, naming, open_rgb, unread_hint
@@ -30,6 +31,7 @@ from .tables import read_class_list
 __all__ = ["TarImages", "find_tars", "index_tars", "open_tars"]
 
 MAX_LABEL = 10**9
+MAX_LABEL_BYTES = 1 << 24  # of a .cls or .json member
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of gzip, bzip2, xz and Zstandard
 LABEL_ENDINGS = (".cls", ".json")
@@ -223,6 +225,8 @@ def _samples(path: str, label_key: str) -> Iterator[tuple[_Member, int | str]]:
                 raise UnlabelledSplit(
                     f"{path}, member {image.name}: a sample without a label, {key}.cls or {key}.json{hint}"
                 )
+            if label.size > MAX_LABEL_BYTES:
+                raise DataError(f"{path}, member {label.name}: {label.size:,} bytes are too many for a label")
             file.seek(label.offset)
             yield image, _label(file.read(label.size), label_key, f"{path}, member {label.name}")
 
@@ -253,14 +257,20 @@ def _label(content: bytes, label_key: str, where: str) -> int | str:
                     f"it has {shorten(keys) or 'none'}"
                 )
             label = label[label_key]
+            label = label.strip() if isinstance(label, str) else label
+            str(label).encode()  # JSON may hold half a character, which could not be stored or shown
         elif re.fullmatch("-?[0-9]+", label):
             label = int(label)
     except (ValueError, RecursionError) as e:  # also a number of thousands of digits, and lists in lists in lists
         raise DataError(f"{where}: not readable as a label ({e})") from None
     if type(label) is int and abs(label) > MAX_LABEL:
         raise DataError(f"{where}: the label {str(label)[:20]}... is too large for the index of a class")
-    if type(label) not in (int, str) or label == "":
-        raise DataError(f"{where}: the label {label!r} is neither an integer nor a class name")
+    if label == -1 or label is None or label == "":
+        raise UnlabelledSplit(f"{where}: no label ({label!r})")
+    if type(label) not in (int, str):
+        raise DataError(f"{where}: the label {shown(label)} is neither an integer nor a class name")
+    if type(label) is int and label < 0:
+        raise DataError(f"{where}: the label {label} is below 0, so it is not the index of a class")
     return label
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shorten
 from .contents import announce
+from .hub_config import HUB_CONFIG, SECTION, read_hub_config
 from .variants import PretrainedTag, differences, list_variants, names_of_same_file, parse_variant, variant
 
 __all__ = [
@@ -31,11 +32,9 @@ __all__ = [
     "store_folder",
 ]
 
-HUB_CONFIG = "config.json"  # of timm's hub layout, beside one of these, in the order in which timm looks for them
+# of timm's hub layout, beside config.json, in the order in which timm looks for them
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 CONFIRMATION = "confirmation.json"  # beside them, where the published accuracy was measured; see tools/confirm.py
-SECTION = "conv2former"  # of config.json, with what timm has no place for
-MAX_CONFIG = 1 << 25  # bytes; with the names and descriptions of ImageNet-22k it has 2 million
 NAME = re.compile(r"[a-z][a-z0-9_]{0,99}\.[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
@@ -249,14 +248,11 @@ def _read(name: str) -> InstalledModel:
     """Looks at one folder of the store. Whatever is wrong with it is its `problem`."""
     found = InstalledModel(name, store_folder() / name)
     try:
-        path = found.path / HUB_CONFIG
-        if path.stat().st_size > MAX_CONFIG:
-            return replace(found, problem=f"{HUB_CONFIG} is larger than {MAX_CONFIG:,} bytes")
-        config = json.loads(path.read_text("utf-8"))
+        config = read_hub_config(found.path / HUB_CONFIG)
         _check(config)
     except OSError as e:
         return replace(found, problem=f"{HUB_CONFIG}: {e.strerror or e}")
-    except (ValueError, RecursionError) as e:  # no JSON, or not of text, or not what it should hold
+    except ValueError as e:
         return replace(found, problem=f"{HUB_CONFIG}: {e}")
     own = config.get(SECTION, {})
     source = own.get("source", {})
@@ -284,9 +280,9 @@ def _confirmation(found: InstalledModel) -> dict[str, Any] | None:
     return noted if is_right and found.sha256 and noted.get("sha256") == found.sha256 else None
 
 
-def _check(config: Any) -> None:
-    """Raises a ValueError if a config.json is not one that a network could be built from."""
-    if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg"), dict):
+def _check(config: dict[str, Any]) -> None:
+    """Raises a ValueError if a config.json that could be read is not one that `scripts/convert.py` writes."""
+    if not isinstance(config.get("pretrained_cfg"), dict):
         raise ValueError("not the configuration of a timm model")
     own = config.get(SECTION, {})
     parts = [config.get("model_args", {}), own]
@@ -295,10 +291,9 @@ def _check(config: Any) -> None:
         raise ValueError("not what scripts/convert.py writes")
     if type(own.get("bytes")) not in (int, type(None)):
         raise ValueError(f"{SECTION}.bytes: expected a whole number")
-    size = config["pretrained_cfg"].get("input_size")
-    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)):
+    if config["pretrained_cfg"].get("input_size") is None:
         raise ValueError("pretrained_cfg.input_size: expected [channels, height, width]")
-    if type(config.get("num_classes")) is not int or config["num_classes"] < 0:
+    if config.get("num_classes") is None:
         raise ValueError("num_classes: expected a whole number")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
-from .._preprocessing import FIELDS, Preprocessing
+from .._preprocessing import FIELDS, Preprocessing, is_noted, wrong_note
+from ..errors import CheckpointError, counted
 from .variants import list_variants
 from .variants import variant as variant_named
 
@@ -42,16 +42,20 @@ def noted_preprocessing(
 
     Returns:
         The preprocessing, and the names of the fields that are noted.
+
+    Raises:
+        CheckpointError: a field is noted that cannot be used; says which, its value and what is allowed.
     """
     section = recipe.get("data")
-    noted: dict[Any, Any] = _with_img_size(section if isinstance(section, Mapping) else recipe)
-    noted |= _with_img_size(note)
-    found = {key: noted[key] for key in FIELDS if _is_right(key, noted, channels)}
-    found |= {key: tuple(found[key]) for key in ("mean", "std") if key in found}
+    noted: dict[Any, Any] = {}
+    for part in (section if isinstance(section, Mapping) else recipe, note):
+        if problem := wrong_note(part):
+            raise CheckpointError(f"{problem}; correct it in the file")
+        noted |= _with_img_size(part)
+    found = {key: noted[key] for key in FIELDS if is_noted(noted.get(key))}
     default = Preprocessing().for_channels(channels)
-    for key in ("mean", "std"):
-        if key in found and len(found[key]) != channels:  # of a network for RGB that was made one for grey images
-            found[key] = (sum(found[key]) / len(found[key]),) * channels
+    for key in {"mean", "std"} & found.keys():
+        found[key] = _for_channels(key, tuple(found[key]), channels)
     own = replace(default, **found)
     published = variant_named(variant).pretrained if variant in list_variants() else ()
     for tag in published:
@@ -60,28 +64,17 @@ def noted_preprocessing(
     return own, list(found)
 
 
-def _with_img_size(noted: Mapping[Any, Any]) -> dict[Any, Any]:
-    size = noted.get("input_size")  # (channels, height, width), in timm's arguments and its pretrained_cfg
-    is_size = isinstance(size, (list, tuple)) and len(size) == 3
-    return {**noted, "img_size": list(size[1:])} if is_size else dict(noted)  # type: ignore[index]
-
-
-def _is_right(key: str, noted: Mapping[str, Any], channels: int) -> bool:
-    """Whether a file's note of a field can be used; others, such as timm's empty `--interpolation`, say nothing."""
-    value: Any = noted.get(key)
-    if key in ("mean", "std"):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) in (channels, 3)
-            and all(_is_number(v) and (v > 0 or key == "mean") for v in value)
+def _for_channels(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Returns one value for each channel: one alone is for all, as in timm; three are for RGB, and grey their mean."""
+    if len(values) not in (1, 3, channels):
+        numbers = counted(len(values), "number")
+        raise CheckpointError(
+            f"{key} has {numbers}; expected one for each channel ({channels}); correct it in the file"
         )
-    if key == "img_size":
-        sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        return all(type(side) is int and 32 <= side <= 4096 for side in sides)
-    if key == "crop_pct":
-        return _is_number(value) and 0.1 <= value <= 1
-    return value in {"interpolation": ["bilinear", "bicubic"], "crop_mode": ["center", "squash", "border"]}[key]
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _with_img_size(noted: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Returns a note, that has passed `wrong_note`, with its `img_size` by timm's (channels, height, width)."""
+    size = noted.get("input_size")
+    return {**noted, "img_size": list(size[1:])} if is_noted(size) else dict(noted)  # type: ignore[index]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, closest, shorten
-from .installed import HUB_CONFIG, HUB_FILES, find_installed, list_installed
+from .hub_config import HUB_CONFIG, read_hub_config
+from .installed import HUB_FILES, find_installed, list_installed
 from .safe_load import load_tensors
 from .variants import list_variants, variant
 
@@ -109,9 +109,6 @@ def _no_such_file(path: Path) -> str:
 
 def _read_hub_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:  # a broken encoding, too, is a ValueError
-        raise CheckpointError(f"{path} is not readable as JSON ({e})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a timm model's configuration")
-    return config
+        return read_hub_config(path)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: {e}; correct it, or get the file anew") from None

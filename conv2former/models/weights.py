@@ -16,7 +16,8 @@ from torch import nn
 from ..errors import CheckpointError, shorten
 from ..text import printable
 from .contents import EMA_NAMES, Taken, announce, native_state_dict, take_network
-from .installed import SECTION, say_if_unverified, weights_word
+from .hub_config import HUB_CONFIG, SECTION
+from .installed import say_if_unverified, weights_word
 from .layouts import layout_of_keys, rename_keys_in_place
 from .preprocessing import Preprocessing, noted_preprocessing
 from .reading import read_checkpoint, weight_file
@@ -218,6 +219,12 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
             f"{architecture.num_block_weights():.1e} weights, and it has {num_parameters:,}"
         )
     hub_config = _hub_config(content)
+    count = hub_config.get("num_classes")
+    if count and architecture.num_classes and count != architecture.num_classes:
+        raise CheckpointError(
+            f"{path}: num_classes is {count} in {HUB_CONFIG}, and the weights have {architecture.num_classes} classes; "
+            "correct it"
+        )
     own = hub_config.get(SECTION)
     notes = own if isinstance(own, dict) else content
     recipe = notes.get("args") or notes.get("config") or notes.get("recipe") or {}
@@ -234,7 +241,10 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
     note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config) or _birder_images(content)
     note = note if isinstance(note, dict) else {}
-    preprocessing, noted = noted_preprocessing(recipe, note, name, architecture.in_chans)
+    try:
+        preprocessing, noted = noted_preprocessing(recipe, note, name, architecture.in_chans)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
     assumed = notes.get("assumed")  # of a converted file: what is in pretrained_cfg although nobody noted it
     return CheckpointInfo(
         **vars(architecture),

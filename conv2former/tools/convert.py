@@ -18,7 +18,8 @@ from .._yaml import cut
 from ..data.classes import SYNSET, class_names_of
 from ..errors import CheckpointError, ConfigError, DataError, closest, counted, shorten
 from ..models import CheckpointInfo, Conv2Former, Preprocessing, list_variants, variant
-from ..models.installed import NAME, SECTION, file_sha256, published_tag
+from ..models.hub_config import SECTION
+from ..models.installed import NAME, file_sha256, published_tag
 from ..models.preprocessing import candidates
 from ..models.restore import restore
 from ..models.variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants

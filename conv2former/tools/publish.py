@@ -17,7 +17,8 @@ from .. import _private
 from .._yaml import cut, dump_yaml
 from ..errors import CheckpointError, ConfigError, OutputError, closest, first_line, shorten
 from ..models import InstalledModel, list_installed
-from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, published_tag, store_folder
+from ..models.hub_config import HUB_CONFIG, SECTION
+from ..models.installed import HUB_FILES, names_installed, published_tag, store_folder
 from ..models.variants import names_of_same_file
 from ..models.weights import noted_kind, weights_text
 from ..models.zoo import register_installed

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
 import struct
 import zlib
 
@@ -124,7 +125,7 @@ def test_value_range():
     assert greys(tiff(integers.astype(np.int16), 1, sample_format=2), (-1000, 1000))[:3] == [0, 128, 191]
     unsigned = np.array([[0, 2**31, 2**32 - 1]], dtype=np.uint32)
     assert greys(tiff(unsigned, 1), (0, 2**32 - 1)) == [0, 128, 255]
-    floats = np.array([[-0.5, 0.25, 0.5, np.inf]], dtype=np.float32)
+    floats = np.array([[-0.5, 0.25, 0.5, 1e30]], dtype=np.float32)
     assert greys(encoded(Image.fromarray(floats), "TIFF"), (0, 1)) == [0, 64, 128, 255]
     assert greys(encoded(Image.new("L", (2, 1), 7), "PNG"), (0, 1000)) == [7, 7]  # not for 8 bits
     for values in (integers, floats):
@@ -250,7 +251,7 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF"):
         content = encoded(noise, kind)
         refused(content[: len(content) // 2], "not a readable image .*; remove or replace it")
-    refused(b"", "empty, or of a format that Pillow does not read")
+    refused(b"", "empty, or of a format that is not read")
     refused(b"some text", "empty, or of a format")
     refused(png(0, 8, 0, b""), "not a readable image")
     refused(tmp_path / "none.png", "No such file")
@@ -372,3 +373,67 @@ def test_what_to_do_about_the_files_of_a_phone(tmp_path):
     refused(tmp_path / "IMG_1.HEIC", "not a readable image")
     with pytest.raises(UnreadableImage, match=r".heic are images that Pillow does not read: convert them"):
         open_rgb(tmp_path / "IMG_1.HEIC", "IMG_1.HEIC")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "SGI", "ICNS", "DDS"])
+def test_formats_that_are_not_listed_are_not_opened(kind):
+    """Whatever the file is called: for EPS, Pillow starts another program."""
+    refused(encoded(Image.new("RGB", (32, 32)), kind), "empty, or of a format that is not read")
+
+
+def test_the_endings_are_of_the_formats_that_are_read():
+    Image.init()
+    assert {Image.EXTENSION[ending] for ending in images.IMAGE_ENDINGS if ending in Image.EXTENSION} <= {
+        *images.FORMATS
+    }
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA"):
+        assert open_rgb(encoded(Image.new("RGB", (3, 2)), kind), "it").size == (3, 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value, tmp_path):
+    """In training, evaluation and prediction alike; data.on_error may skip them."""
+    grey = np.full((40, 40), 0.5, dtype=np.float32)
+    for name in ("good", "bad"):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / f"{name}.tif").write_bytes(encoded(Image.fromarray(grey), "TIFF"))
+        grey[3, 4] = value
+    refused(tmp_path / "cat" / "bad.tif", "has values that are not finite numbers", (0, 1))
+    data = DataConfig(root=str(tmp_path), value_range=(0, 1), img_size=32, workers=0)
+    with pytest.raises(DataError, match=r"cat/bad.tif: has values .* data.on_error=skip"):
+        next(batches(eval_loader(open_split(data, "."), data, 2, 0, 1, False)))
+    skipping = data.model_copy(update={"on_error": "skip"})
+    (batch,) = batches(eval_loader(open_split(skipping, "."), skipping, 2, 0, 1, False))
+    assert (len(batch.images), [name for name, _ in batch.skipped]) == (1, [str(tmp_path / "cat" / "bad.tif")])
+
+
+def test_large_images_are_converted_in_strips(monkeypatch):
+    """To the same pixels, without tens of bytes of memory for each."""
+    random = np.random.default_rng(0)
+    deep = encoded(Image.fromarray(random.integers(0, 65536, (23, 7), dtype=np.uint16)), "PNG")
+    clear = encoded(Image.fromarray(random.integers(0, 256, (23, 7, 4), dtype=np.uint8)), "PNG")
+    palette = encoded(
+        Image.fromarray(random.integers(0, 9, (23, 7), dtype=np.uint8)).convert("P"), "GIF", transparency=3
+    )
+    for content in (deep, clear, palette):
+        expected = open_rgb(content, "it").tobytes()
+        for pixels in (1, 15, 160):
+            with monkeypatch.context() as patch:
+                patch.setattr(images, "STRIP_PIXELS", pixels)
+                assert open_rgb(content, "it").tobytes() == expected
+
+
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "it.png")
+    monkeypatch.setattr(os.path, "isfile", lambda _: True)
+    refused(tmp_path / "it.png", "not a readable image")
+
+
+def test_sockets_and_devices_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("it.png")
+        refused("it.png", "not a file; remove it")
+    refused("/dev/zero", "not a file; remove it")
+    (tmp_path / "round.png").symlink_to("round.png")
+    refused(tmp_path / "round.png", "not a readable image")

@@ -9,6 +9,7 @@ import time
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from conv2former import DataError
 from conv2former.config.schema import DataConfig
 from conv2former.data import digits, open_train_and_val, open_val
 from conv2former.data.images import UnreadableImage
+from conv2former.data.sources import open_split
 
 
 def picture(shade: int, mode: str = "RGB") -> Image.Image:
@@ -245,18 +247,18 @@ def encoded(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("kind", ["image", "binary", "struct"])
 def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
     """By row if the bytes are in the data, by path if they are in a file; a wrong label is no unreadable image."""
-    picture(4).save(tmp_path / "x.png")
+    root = tmp_path / "data"
+    root.mkdir()
+    picture(4).save(root / "x.png")
     contents = [encoded(picture(5)), b"no image", None, encoded(picture(6)), encoded(picture(7))]
     image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     feature = {"image": datasets.Image(), "binary": datasets.Value("binary"), "struct": image}[kind]
     images = contents if kind == "binary" else [content and {"bytes": content, "path": None} for content in contents]
     if kind == "struct":  # `to_parquet` would put the files of the other into the data
-        images += [{"bytes": None, "path": str(tmp_path / name)} for name in ("x.png", "none.png")]
+        images += [{"bytes": None, "path": str(root / name)} for name in ("x.png", "none.png")]
         images += [{"bytes": contents[0], "path": "gone.png"}]
     labels = [1, 0, 0, 1, 0, 1, 1, 1][: len(images)]
     features = datasets.Features({"image": feature, "label": datasets.ClassLabel(names=["cat", "dog"])})
-    root = tmp_path / "data"
-    root.mkdir()
     for split in ("train", "test"):
         table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         table.to_parquet(root / f"{split}.parquet")
@@ -280,6 +282,31 @@ def test_hf_unreadable_images_and_labels_are_named(kind, tmp_path):
         ) as caught:
             open_train_and_val(config(root, "hf"))
         assert not isinstance(caught.value, UnreadableImage)
+
+
+@pytest.mark.parametrize("labels", [["a", " "], ["a", ""], [0, -1], ["1", "-1"]])
+def test_hf_values_that_stand_for_no_label(labels, tmp_path):
+    """Unless a list of classes has -1."""
+    columns = {"image": [encoded(picture(0))] * 2, "label": labels}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"the column 'label' \(data.label_key\) has rows without a label \(.*-1\)"):
+        open_split(config(tmp_path, "hf"), "train")
+    if "-1" in map(str, labels):
+        (tmp_path / "names.txt").write_text(f"-1\n{labels[0]}\n")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "train.parquet").rename(tmp_path / "data" / "train.parquet")
+        source = open_split(config(tmp_path / "data", "hf", class_names=str(tmp_path / "names.txt")), "train")
+        assert source.images.labels.tolist() == [1, 0]
+
+
+def test_hf_labels_without_a_name_are_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict({"image": [picture(0)], "label": [1]}, features=features).with_format("arrow")[:]
+    for wrong in (2, -7, 2**62):
+        wrongly = table.set_column(1, table.schema.field(1), [[wrong]])
+        pq.write_table(wrongly, tmp_path / "train.parquet")
+        with pytest.raises(DataError, match=rf"the column 'label' \(data.label_key\) has {wrong}, and 2 names"):
+            open_split(config(tmp_path, "hf"), "train")
 
 
 def test_links(folder):
@@ -307,7 +334,7 @@ def test_one_split_alone_saved_to_disk(parquet, tmp_path):
 
 
 def test_hf_images_in_an_archive(tmp_path):
-    """What is no local file is left to `datasets`."""
+    """Outside data.root, with leave."""
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -319,7 +346,7 @@ def test_hf_images_in_an_archive(tmp_path):
     datasets.DatasetDict(
         {split: datasets.Dataset.from_dict(columns, features=features) for split in ("train", "test")}
     ).save_to_disk(tmp_path / "data")
-    train, _ = open_train_and_val(config(tmp_path / "data", "hf"))
+    train, _ = open_train_and_val(config(tmp_path / "data", "hf", absolute_paths=True))
     assert train.images[0][0].getpixel((0, 0)) == (8, 8, 8)
     stored = datasets.load_from_disk(tmp_path / "data")["train"].cast_column("image", datasets.Image(decode=False))
     path = r" \(zip://bad.png.*\)" if stored[1]["image"]["bytes"] is None else ""  # `datasets` 3 copies the bytes
@@ -497,7 +524,7 @@ def test_a_cache_that_cannot_be_written(error, parquet, tmp_path, monkeypatch):
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
         raise error(13, "Permission denied", str(cache / "parquet"))
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError, match=r"cache.*: `datasets` cannot write its cache there .*; set HF_HOME, or "):
         open_train_and_val(config(parquet, "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")

@@ -150,7 +150,10 @@ def test_no_split_and_nothing_held_out():
 @pytest.mark.parametrize("labels", [[-1, -1], [0, -1]])
 def test_an_unlabelled_split_of_hugging_face(labels, tmp_path):
     save(tmp_path / "hf", train=[0, 1] * 4, test=labels)
-    refused(config(tmp_path / "hf", source="hf"), rf"\(test\): the column 'label' .* has rows without a label{WAY_OUT}")
+    refused(
+        config(tmp_path / "hf", source="hf"),
+        rf"\(test\): the column 'label' .* has rows without a label \(-1\){WAY_OUT}",
+    )
     assert sizes(config(tmp_path / "hf", source="hf", val_split="none")) == (6, 2)
 
 

@@ -298,3 +298,17 @@ def test_several_labels_in_a_column_of_hugging_face(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
     refused(config(tmp_path, source="hf", holdout=0.2), r"\(train\): the label 'a\|b' is several labels")
+
+
+@pytest.mark.parametrize("label", ["²", "٣", "+1", "0x10", "1_000", "9" * 5000, "1e400", "nan", "-2"])
+def test_labels_that_are_odd_are_names(photos, tmp_path, label):
+    table = write(tmp_path / "list.csv", text([*rows(split=False)[:2], ("dog/1, my.png", label)]))
+    assert set(open_val(config(photos, csv=table), None).class_names) == {"cat", label}
+
+
+def test_minus_1_stands_for_no_label(photos, tmp_path):
+    """Unless a list of classes has it."""
+    table = write(tmp_path / "list.csv", text([*rows(split=False)[:2], ("dog/1, my.png", "-1")]))
+    refused(config(photos, csv=table, holdout=0.5), "list.csv, line 3: the label is -1, which stands for no label")
+    names = write(tmp_path / "names.txt", "cat\n-1\n")
+    assert open_val(config(photos, csv=table, class_names=names), None).images.labels.tolist() == [0, 1]

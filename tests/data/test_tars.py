@@ -160,13 +160,25 @@ def test_a_list_of_class_names(tmp_path):
         ({"photo.v2.png": picture(0), "photo.v2.cls": b"1"}, r", member photo.\*: a sample without an image"),
         ({**pairs(1), "000.jpg": picture(0)}, ", member 000.jpg: its sample already has 000.png"),
         ([*pairs(1, 2).items(), *pairs(1).items()], ", member 000.png: its sample already has 000.png"),
-        ({"0.png": picture(0), "0.cls": b" \n"}, ", member 0.cls: the label '' is neither"),
+        ({"0.png": picture(0), "0.cls": b" \n"}, r", member 0.cls: no label \(''\)"),
         ({"0.png": picture(0), "0.cls": b"\xff\xfe"}, ", member 0.cls: not readable as a label"),
         ({"0.png": picture(0), "0.json": b"{"}, ", member 0.json: not readable as a label"),
         ({"0.png": picture(0), "0.json": b"[1]"}, ", member 0.json has no key 'label' .*: it has none"),
         ({"0.png": picture(0), "0.json": b'{"labels": 1}'}, r"\(did you mean 'labels'\?\)"),
         ({"0.png": picture(0), "0.json": b'{"label": 0.5}'}, ", member 0.json: the label 0.5 is neither"),
-        ({"0.png": picture(0), "0.json": b'{"label": null}'}, ", member 0.json: the label None is neither"),
+        ({"0.png": picture(0), "0.json": b'{"label": null}'}, r", member 0.json: no label \(None\)"),
+        ({"0.png": picture(0), "0.json": b'{"label": true}'}, ", member 0.json: the label True is neither"),
+        ({"0.png": picture(0), "0.json": b'{"label": [0]}'}, r", member 0.json: the label \[0\] is neither"),
+        ({"0.png": picture(0), "0.json": b'{"label": NaN}'}, ", member 0.json: the label nan is neither"),
+        ({"0.png": picture(0), "0.json": b'{"label": 1e400}'}, ", member 0.json: the label inf is neither"),
+        ({"0.png": picture(0), "0.json": b'{"label": " "}'}, r", member 0.json: no label \(''\)"),
+        ({"0.png": picture(0), "0.json": b'{"label": -1}'}, r", member 0.json: no label \(-1\)"),
+        ({"0.png": picture(0), "0.json": b'{"label": -2}'}, ", member 0.json: the label -2 is below 0"),
+        ({"0.png": picture(0), "0.json": b'{"label": "\\ud800"}'}, ", member 0.json: not readable as a label"),
+        ({"0.png": picture(0), "0.json": b'{"label": [' + b"0, " * 999 + b"0]}"}, ", 0.*[.]{3} is neither"),
+        ({"0.png": picture(0), "0.cls": b"-1"}, r", member 0.cls: no label \(-1\)"),
+        ({"0.png": picture(0), "0.cls": b"-7"}, ", member 0.cls: the label -7 is below 0"),
+        ({"0.png": picture(0), "0.cls": bytes((1 << 24) + 1)}, ", member 0.cls: 16,777,217 bytes are too many"),
         ({"0.png": picture(0), "0.cls": b"9" * 5000}, ", member 0.cls: not readable as a label"),
         ({"0.png": picture(0), "0.cls": b"9" * 30}, ", member 0.cls: the label 9{20}... is too large for the index"),
         (
@@ -290,3 +302,13 @@ def test_several_labels(tmp_path):
     image = pairs(0)["000.png"]
     write(tmp_path / "train.tar", {"a.png": image, "a.cls": b"cat|dog", "b.png": image, "b.cls": b"cat"})
     refused(tmp_path, r"\(train\): the label 'cat|dog' is several labels")
+
+
+@pytest.mark.parametrize("label", ["²", "٣", "+1", "0x10", "1_000", "1e3", "nan", "True"])
+def test_texts_that_only_look_like_numbers_are_names(tmp_path, label):
+    write(
+        tmp_path / "train-0.tar", {"0.png": picture(0), "0.cls": label.encode(), "1.png": picture(1), "1.cls": b"dog"}
+    )
+    assert sorted(open_split(DataConfig(source="wds", root=str(tmp_path)), "train").class_names) == sorted(
+        [label, "dog"]
+    )

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="can be repeated (default: all)")
     parser.add_argument("--case", metavar="TARGET:NUMBER", help="only this one")
     args = parser.parse_args()
-    end, finds, cases = time.monotonic() + 60 * args.minutes, Counter[str](), Counter[str]()
+    finds, cases = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         base = Path(folder)
         prepare(base)
@@ -101,7 +101,7 @@ def main() -> None:
             said = run_case(name, args.seed, int(number), base)
             print(said or "right")
             sys.exit(1 if said else 0)
-        number = 0
+        number, end = 0, time.monotonic() + 60 * args.minutes
         while time.monotonic() < end:
             for name in args.target or TARGETS:
                 cases[name] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -18,13 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from conv2former import inspect_checkpoint, list_installed, load_model
+from conv2former._preprocessing import is_noted
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_train_and_val
+from conv2former.data.images import open_rgb
+from conv2former.data.sources import DataSource
 from conv2former.data.tables import read_class_list, read_table, write_table
 from conv2former.engine import train
 from conv2former.engine.checkpoint import latest_checkpoint, read_training_checkpoint
@@ -63,6 +71,7 @@ def prepare(base: Path) -> None:
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(base / "photos" / split / name / f"{i}.png")
     train(_settings(base / "photos"), base / "run")
+    save_file(load_model(_newest(base))[0].state_dict(), base / "model.safetensors")
 
 
 def _newest(base: Path) -> Path:
@@ -209,28 +218,37 @@ def tables(random: random.Random, folder: Path, base: Path) -> Call:
     ]
     lines = [b"image,label,split", *rows]
     for _ in range(random.choice([1, 2])):
-        label = random.choice(values.TEXTS).encode()
+        label = random.choice([*values.TEXTS, *values.LABELS]).encode()
         changes = [(b",a,", b"," + label + b","), (b"train/", b"../photos/train/"), (b",", b";"), (b".png", b"\0.png")]
         changes += [(b"image", b"label"), (b",b,", b",-1,"), (b"train", b'"train')]
+        changes += [(b"train/a/0.png", random.choice(values.paths(base)).encode())]
         place, (old, new) = random.randrange(len(lines)), random.choice(changes)
         lines[place] = lines[place].replace(old, new)
     data = values.text_lines(random, lines) if random.random() < 0.5 else b"\n".join(lines)
     (folder / "table.csv").write_bytes(data if random.random() < 0.7 else values.damaged(random, data))
     (folder / "names.txt").write_bytes(values.text_lines(random, [b"a", b"b"]))
 
-    def call() -> None:
+    def call() -> str | None:
         if random.random() < 0.3:
             read_class_list(folder / "names.txt")
-        _look_at(DataConfig(source="csv", root=str(base / "photos"), csv=str(folder / "table.csv")))
+        return _look_at(DataConfig(source="csv", root=str(base / "photos"), csv=str(folder / "table.csv")))
 
     return call
 
 
-def _look_at(config: DataConfig) -> None:
+def _look_at(config: DataConfig) -> str | None:
     for source in open_train_and_val(config):
-        assert len(source.class_names) > 0  # type: ignore[union-attr]
+        assert isinstance(source, DataSource)
+        assert len(source.class_names) > 0
+        if "-1" in source.class_names or "" in source.class_names:
+            return f"no label has become a class: {source.class_names}"
+        labels = source.images.labels
+        if len(labels) != len(source) or labels.min() < 0 or labels.max() >= len(source.class_names):
+            return f"labels {labels} of {len(source.class_names)} classes"
         for i in range(min(4, len(source))):
-            source.images[i]  # type: ignore[union-attr]
+            if source.images[i][0].mode != "RGB":
+                return "an image is not RGB"
+    return None
 
 
 def tars(random: random.Random, folder: Path, base: Path) -> Call:
@@ -247,6 +265,7 @@ def tars(random: random.Random, folder: Path, base: Path) -> Call:
         values.TERMINAL.encode(),
         b"",
         b"[" * 100_000,
+        *(text.encode() for text in values.LABELS),
     ]
     for split in ("train", "val"):
         made = io.BytesIO()
@@ -310,30 +329,131 @@ def names(random: random.Random, folder: Path, base: Path) -> Call:
     return call
 
 
-def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
-    """config.json of timm's hub layout."""
-    config: dict[str, Any] = {
-        "architecture": "conv2former_n",
-        "num_classes": 10,
-        "pretrained_cfg": {
-            "input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic",
-            "crop_pct": 0.9, "label_names": ["a"] * 10,
-        },
-    }  # fmt: skip
-    node = config if random.random() < 0.3 else config["pretrained_cfg"]
-    node[random.choice(list(node))] = random.choice(
-        [values.plain(random), [3, 0, 0], [0, 0, 0], True, [True] * 3, [1e400] * 3, [3, 10**9, 10**9], -1, "x" * 10**6]
-    )
-    data = json.dumps(config).encode()
-    (folder / "config.json").write_bytes(values.damaged(random, data) if random.random() < 0.3 else data)
-    shutil.copy(FIXTURES / "model_k7.safetensors", folder / "model.safetensors")
+def parquet(random: random.Random, folder: Path, base: Path) -> Call:
+    """Parquet files with odd labels, images and paths, and what a README.md says about them."""
+    kind = random.choice([pa.int64(), pa.string(), pa.float64(), pa.bool_(), pa.list_(pa.int64()), pa.binary()])
+    odd: dict[Any, list[Any]] = {
+        pa.int64(): [-1, -2, 2**62, None],
+        pa.string(): [*values.TEXTS, *values.LABELS, None],
+    }
+    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    content = (base / "photos" / "train" / "a" / "0.png").read_bytes()
+    for split in ("train", "val"):
+        images: list[Any] = [{"bytes": content, "path": None} for _ in range(4)]
+        images[random.randrange(4)] = random.choice(
+            [
+                None,
+                {"bytes": None, "path": random.choice([*values.paths(base), str(folder / "none.png")])},
+                {"bytes": values.damaged(random, content), "path": random.choice(values.TEXTS)},
+                images[0],
+            ]
+        )
+        plain = {pa.int64(): [0, 1], pa.string(): ["a", "b"], pa.float64(): [0.0, float("nan")]}
+        of_kind = plain.get(kind, {pa.bool_(): [True, False], pa.binary(): [b"a", b"\xff"]}.get(kind, [[0], [1]]))
+        labels = of_kind * 2
+        if random.random() < 0.5:
+            labels[random.randrange(4)] = random.choice(odd.get(kind, [None]))
+        table = pa.table({"image": pa.array(images, image_type), "label": pa.array(labels, kind)})
+        features = datasets.Features(
+            image=datasets.Image(),
+            label=datasets.ClassLabel(names=["a", "b"]) if kind == pa.int64() else datasets.Value("string"),
+        )
+        if kind in (pa.int64(), pa.string()) and random.random() < 0.6:
+            table = table.replace_schema_metadata(features.arrow_schema.metadata)
+        pq.write_table(table, folder / f"{split}.parquet")
+        if random.random() < 0.15:
+            path = folder / f"{split}.parquet"
+            path.write_bytes(values.damaged(random, path.read_bytes()))
+    if random.random() < 0.2:
+        place = random.choice([*values.paths(base), "*.parquet", "val.parquet"])
+        card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(place)}\n---\n".encode()
+        (folder / "README.md").write_bytes(card if random.random() < 0.5 else values.damaged(random, card))
+    return lambda: _look_at(DataConfig(source="hf", root=str(folder)))
 
-    def call() -> None:
-        list_installed()
-        load_model(folder)
+
+def images(random: random.Random, folder: Path, base: Path) -> Call:
+    """One image file, of any format and mode, damaged or with odd claims."""
+    mode = random.choice(["RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "I", "I;16", "F"])
+    image = Image.effect_noise((random.choice([1, 7, 64]), random.choice([1, 9, 500])), 60).convert("RGB").convert("L")
+    image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert("RGB").convert(mode)
+    if mode == "F":
+        image.putpixel((0, 0), random.choice([float("nan"), float("inf"), 1e30]))
+    kind = random.choice(
+        ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "EPS", "ICO", "PDF", "ICNS"]
+    )
+    made = io.BytesIO()
+    try:
+        image.save(made, kind, **({"save_all": True, "append_images": [image] * 300} if kind == "GIF" else {}))
+    except (OSError, ValueError, KeyError):  # a mode that the format has not
+        made = io.BytesIO()
+        image.convert("RGB").save(made, "PNG")
+    data = made.getvalue()
+    change = random.randrange(4)
+    if change < 2:
+        data = values.damaged(random, data)
+    elif change == 2 and data[:8] == b"\x89PNG\r\n\x1a\n":
+        data = values.odd_png(random, data)
+    path = folder / random.choice(["x.png", "x.jpg", "x.tif", "x"])
+    path.write_bytes(data)
+
+    def call() -> str | None:
+        found = open_rgb(path, str(path), random.choice([None, (0, 1), (0, 65535)]), random.choice([None, 100, 10**9]))
+        return None if found.mode == "RGB" and min(found.size) > 0 else f"{found}"
 
     return call
 
 
-ALL = (weights, checkpoints, resuming, tables, tars, folders, names, hub_configs)
-TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {function.__name__: function for function in ALL}
+def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
+    """config.json of timm's hub layout: a field that is there and wrong must not be replaced in silence."""
+    fields = {
+        "input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic",
+        "crop_pct": 0.9, "label_names": ["a", "b"],
+    }  # fmt: skip
+    config: dict[str, Any] = {"architecture": "conv2former_n", "num_classes": 2, "pretrained_cfg": fields}
+    config["conv2former"] = {"variant": SHAPE, "source": {}, "metric": 1.0}
+    node = random.choice([config, fields, fields, fields, config["conv2former"]])
+    key = random.choice(list(node))
+    node[key] = random.choice(
+        [
+            values.plain(random),
+            [3, 0, 0],
+            [0, 0, 0],
+            True,
+            [True] * 3,
+            [1e400] * 3,
+            [3, 10**9, 10**9],
+            -1,
+            "x" * 10**6,
+            10**400,
+            [10**400] * 3,
+            ["a"] * 10**6,
+            [["a"], ["b"]],
+        ]
+    )
+    data = json.dumps(config, default=str).encode()
+    is_damaged = random.random() < 0.3
+    if is_damaged:
+        data = random.choice([values.damaged(random, data), b"[" * 10**6, b'{"a":' * 10**5])
+    (folder / "config.json").write_bytes(data)
+    shutil.copy(base / "model.safetensors", folder / "model.safetensors")
+
+    def call() -> str | None:
+        os.environ["CONV2FORMER_HOME"] = str(folder / "home")
+        (folder / "home").mkdir()
+        shutil.copytree(folder, folder / "home" / "conv2former_fuzzed.own", ignore=lambda *_: ["home"])
+        list_installed()
+        _, info = load_model(folder)
+        if is_damaged or key not in info.preprocessing.to_dict() or node is not fields or not is_noted(node[key]):
+            return None
+        taken, noted = info.preprocessing.to_dict()[key], node[key]
+        is_one = isinstance(noted, (list, tuple)) and len(noted) == 1
+        same = [*noted] * 3 if is_one else [*noted] if isinstance(noted, tuple) else noted
+        return None if taken == same else f"{key}: {noted!r:.80} is taken as {taken!r}"
+
+    return call
+
+
+FUNCTIONS = (weights, checkpoints, resuming, tables, tars, folders, names, parquet, images, hub_configs)
+TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {
+    function.__name__: function for function in FUNCTIONS
+}

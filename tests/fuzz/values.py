@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import struct
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 TERMINAL = "\x1b]0;title\x07\x1b[31m\nerror: forged\r"
 TEXTS = ["", " ", "a", "Größe 💥", "\0", "../../etc/passwd", "=1+1", "x" * 100_000, TERMINAL, "9" * 5000, "nan"]
+LABELS = ["-1", "-2", "1e400", "NaN", "true", "null", "[0]", "9223372036854775808", "²", "٣", "+1", "0x10", "1_000"]
 NUMBERS = [0, 1, -1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan")]
 LINES = [
     b"",
@@ -107,3 +111,32 @@ def text_lines(random: random.Random, lines: list[bytes]) -> bytes:
             place, random.choice([*LINES, json.dumps(plain(random), default=str).encode(), random.randbytes(30)])
         )
     return b"\n".join(lines) + random.choice([b"", b"\n", b"\r\n"])
+
+
+def paths(base: Path) -> list[str]:
+    """Returns paths and addresses that lead out of a data set, or nowhere."""
+    inside = ["https://localhost:9/x.png", "file:///etc/passwd", "hf://datasets/a/b/x.png", "memory://x", "~/x.png"]
+    archives = ["zip://x::http://localhost:9/a.zip", "zip://x.png::/etc/a.zip", "simplecache::file:///etc/passwd"]
+    return [
+        *inside,
+        *archives,
+        "../x.png",
+        "/etc/passwd",
+        "/dev/zero",
+        "C:\\x.png",
+        "..\\x.png",
+        f"{base}/run",
+        "",
+        ".",
+    ]
+
+
+def odd_png(random: random.Random, content: bytes) -> bytes:
+    """Returns a PNG that claims another size, or has a chunk of text that unpacks to much."""
+    if random.random() < 0.5:
+        head = struct.pack(">II", random.choice([0, 1, 60_000, 2**31 - 1]), random.choice([0, 1, 60_000, 2**31 - 1]))
+        changed = b"IHDR" + head + content[24:29]
+        return content[:12] + changed + struct.pack(">I", zlib.crc32(changed)) + content[33:]
+    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(random.choice([10, 2 << 20, 300 << 20])))
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    return content[:33] + chunk + content[33:]

@@ -222,14 +222,14 @@ def note(folder, **keys) -> None:
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: No such file"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: No such file"),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: Expecting"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
     "bytes": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: "),
     "a size in words": (lambda folder: note(folder, conv2former={"bytes": "x"}), "bytes: expected a whole number"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "not the configuration of a timm model"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not a timm model"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: "),
     "no size": (lambda folder: edit(folder, lambda c: c["pretrained_cfg"].update(input_size=3)), "input_size"),
     "classes": (lambda folder: edit(folder, lambda c: c.update(num_classes="5")), "num_classes"),
-    "section": (lambda folder: edit(folder, lambda c: c.update(conv2former=[1])), "not what scripts/convert.py writes"),
+    "section": (lambda folder: edit(folder, lambda c: c.update(conv2former=[1])), r"conv2former is \[1\]; expected"),
     "shape": (lambda folder: edit(folder, lambda c: c["model_args"].update(dims=[1, 2])), "dims: expected"),
     "another": (lambda folder: edit(folder, lambda c: c["model_args"].update(depths=[2] * 4)), "than pub_a: depths"),
     "cut off": (

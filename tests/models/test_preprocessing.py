@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from conv2former import Preprocessing
+from conv2former import CheckpointError, Preprocessing
 from conv2former.data import eval_transform
 from conv2former.models.preprocessing import candidates, noted_preprocessing
 
@@ -94,22 +96,53 @@ def test_the_published_crop_goes_with_the_size():
     ("key", "value"),
     [
         ("mean", 0.5),
-        ("mean", [0.5]),
+        ("mean", []),
         ("mean", ["a", "b", "c"]),
         ("mean", [float("nan")] * 3),
+        ("mean", [True] * 3),
+        ("mean", [10**400] * 3),
+        ("mean", [[0.5]] * 3),
+        ("mean", True),
+        ("mean", {}),
+        ("mean", [0.5] * 10**6),
         ("std", [0, 1, 1]),
+        ("std", [-1, 1, 1]),
+        ("std", 0),
         ("std", [True, True, True]),
+        ("std", [float("inf")] * 3),
         ("img_size", 16),
+        ("img_size", 0),
         ("img_size", "224"),
         ("img_size", True),
+        ("img_size", [224]),
+        ("img_size", 224.0),
         ("input_size", [3, 10**6, 10**6]),
+        ("input_size", [3, 0, 0]),
+        ("input_size", [0, 64, 64]),
+        ("input_size", [64, 64]),
+        ("input_size", 224),
+        ("input_size", [3, "64", 64]),
         ("crop_pct", 0),
         ("crop_pct", float("inf")),
         ("crop_pct", True),
+        ("crop_pct", "0.9"),
         ("interpolation", "lanczos"),
         ("interpolation", ["bicubic"]),
+        ("interpolation", True),
         ("crop_mode", {}),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_a_note_that_cannot_be_used_is_none(key, value):
-    assert noted_preprocessing({key: value}, {}, None) == (Preprocessing(), [])
+def test_a_note_that_cannot_be_used_is_refused(key, value):
+    """Naming the field, its value and what is allowed; wherever it is noted."""
+    start = re.escape(f"{key} is {repr(value)[:80]}")
+    for recipe, note in (({key: value}, {}), ({"data": {key: value}}, {}), ({}, {key: value})):
+        with pytest.raises(CheckpointError, match=rf"^{start}.*; expected .*; correct it in the file$") as caught:
+            noted_preprocessing(recipe, note, None)
+        assert len(str(caught.value)) < 300
+
+
+def test_as_many_values_as_channels():
+    with pytest.raises(CheckpointError, match=r"^mean has 2 numbers; expected one for each channel \(3\)"):
+        noted_preprocessing({"mean": [0.5, 0.5]}, {}, None)
+    assert noted_preprocessing({"mean": [0.5], "std": [2]}, {}, None)[0] == Preprocessing(mean=HALF, std=(2, 2, 2))
