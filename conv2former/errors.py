@@ -19,10 +19,12 @@ __all__ = [
     "RunStopped",
     "TrainingError",
     "UserError",
+    "WorkerError",
     "before_processes_meet",
     "bullets",
     "closest",
     "counted",
+    "is_lost_worker",
     "note_for_torchrun",
     "raise_mistakes",
     "shorten",
@@ -62,6 +64,12 @@ class OutputError(UserError):
     """A run folder that cannot be written, for example because the disk is full."""
 
 
+class WorkerError(UserError, RuntimeError):
+    """A worker process that loads images was killed, most likely for want of memory, or cannot be started."""
+
+    exit_code = 3
+
+
 class TrainingError(RuntimeError):
     """A run that must not go on, such as one whose loss is not a number. The last checkpoint is as it was."""
 
@@ -74,6 +82,13 @@ class RunStopped(RuntimeError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
     scope = "run"
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Says whether an error is PyTorch's of a loader's worker that has ended, or has no room for its results."""
+    text = str(error)
+    lacks_room = "in DataLoader worker process" in text and "shared memory" in text
+    return isinstance(error, RuntimeError) and (text.startswith("DataLoader worker (pid") or lacks_room)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from ..errors import CheckpointError, OutputError, TrainingError, bullets, shorten
+from ..errors import CheckpointError, OutputError, TrainingError, bullets, is_lost_worker, shorten
 from ..models.weights import read_checkpoint
 from .saved import first_not_finite, wrong_fields
 
@@ -102,6 +102,8 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
         _to_disk(folder)
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
+        if is_lost_worker(e):  # torch says so wherever the program is
+            raise
         raise OutputError(
             f"{path} cannot be written ({_reason(e)}); earlier checkpoints are untouched. Make room or repair the "
             "disk, then the same command goes on"

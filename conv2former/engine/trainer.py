@@ -35,6 +35,7 @@ from ..data import (
     open_train_and_val,
     start_workers,
     train_loader,
+    worker_errors,
 )
 from ..errors import (
     CheckpointError,
@@ -104,7 +105,8 @@ def train(
         # run while a process waits for another in vain.
         with join_world(world, config.train.timeout_minutes) as world, StopSignal() as signal:
             _check_agreement(job, world)
-            return Trainer(job, world, signal).train()
+            with worker_errors():
+                return Trainer(job, world, signal).train()
     finally:
         _RUNNING.release()
         if job and job.lock:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import RunStopped, TrainingError, UserError, note_for_torchrun
+from ..errors import RunStopped, TrainingError, UserError, WorkerError, is_lost_worker, note_for_torchrun
 
 __all__ = ["run_cli"]
 
@@ -61,6 +61,10 @@ def run_cli(
             needed = extra if EXTRAS[package] == "train" else EXTRAS[package]
             text = f'error: this needs {package}, which is not installed: pip install "conv2former[{needed}]"'
             _end(text, UserError.exit_code, rank == 0)
+        if is_lost_worker(e):  # in code that does not expect it, since torch raises it in a signal handler
+            from ..data.workers import why_lost
+
+            _end(f"{mine if rank else 'error: '}{why_lost(e)}", WorkerError.exit_code)
         if _out_of_memory(e):
             reason = (str(e) or type(e).__name__).splitlines()[0][:200]
             _end(f"{mine}out of memory; {less_memory} ({reason})", TrainingError.exit_code)

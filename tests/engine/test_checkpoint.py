@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conv2former import CheckpointError
+from conv2former.data import worker_errors
 from conv2former.engine import checkpoint as module
 from conv2former.engine.checkpoint import (
     latest_checkpoint,
@@ -18,7 +19,7 @@ from conv2former.engine.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from conv2former.errors import OutputError, TrainingError
+from conv2former.errors import OutputError, TrainingError, WorkerError
 
 
 def content(step: int) -> dict:
@@ -113,6 +114,20 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
     assert "\n" not in str(error.value)
     assert names(tmp_path) == ["best.pt", "last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_worker_that_is_killed_during_a_save_is_no_full_disk(tmp_path, monkeypatch):
+    """PyTorch raises its error in a signal handler, wherever the program is."""
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    before = names(tmp_path)
+
+    def killed(*args):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(WorkerError, match=r"a loader's worker process .* was killed"), worker_errors():
+        save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
+    assert names(tmp_path) == before
 
 
 def test_what_a_killed_process_leaves_does_not_count_and_is_removed(tmp_path):

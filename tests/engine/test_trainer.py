@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, logging, prepare, train, trainer
-from conv2former.errors import OutputError, TrainingError
+from conv2former.errors import OutputError, TrainingError, WorkerError
 from conv2former.tools.killing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
 
@@ -466,6 +467,24 @@ def test_an_error_in_a_worker_is_its_own_text(raw_config, tmp_path):
         train(configure(raw_config), tmp_path / "run")
     assert str(error.value).startswith(f"{bad}: not a readable image")
     assert "\n" not in str(error.value)
+
+
+def test_a_killed_worker_is_one_error_and_the_run_goes_on(raw_config, tmp_path, monkeypatch):
+    raw_config["data"]["workers"] = 1
+    before, killed = trainer.train_step, []
+
+    def kill(run, batches, step, check):
+        if step == 7 and not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+        return before(run, batches, step, check)
+
+    monkeypatch.setattr(trainer, "train_step", kill)
+    with pytest.raises(WorkerError, match="most likely by the system for want of memory"):
+        train(configure(raw_config), tmp_path / "run")
+    assert killed
+    assert final(tmp_path / "run")["step"] == 5
+    assert train(configure(raw_config), tmp_path / "run")["steps"] == 20
 
 
 def test_an_unreadable_image_of_a_stream_counts_once(raw_config, tmp_path, capsys):

@@ -41,6 +41,12 @@ def report(*failures: ProcessFailure) -> list[str]:
         (TrainingError("the loss is not finite"), 3, "error: the loss is not finite"),
         (RunStopped("stopped by SIGTERM after step 3"), 75, "stopped by SIGTERM after step 3"),
         (MemoryError(), 3, "error on rank 1: out of memory; take smaller batches or smaller images (MemoryError)"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            3,
+            "error on rank 1: a loader's worker process (pid 7) was killed, most likely by the system for want of "
+            "memory: lower data.workers or the batch size, or give the container or the job more memory",
+        ),
         (ZeroDivisionError("a fault of ours"), 1, "ZeroDivisionError: a fault of ours"),
     ],
 )
