@@ -72,7 +72,7 @@ _REQUIRED: dict[str, Callable[[Any], bool]] = {
 }
 _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "metric": _or_none(_is_number),
-    "best_row": _or_none(_of_texts(_is_number)),
+    "best_row": _or_none(lambda value: _of_texts(_is_number)(value) and _is_count(value.get("epoch"))),
     "confusion": _or_none(_is_table),
     "losses": _or_none(_is_table),
     "skipped": _or_none(_of_texts(_of_texts(lambda value: isinstance(value, str)))),

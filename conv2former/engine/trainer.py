@@ -49,7 +49,7 @@ from ..errors import (
     shorten,
 )
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
-from .checkpoint import latest_checkpoint, link_last, save_checkpoint
+from .checkpoint import check_best_and_last, latest_checkpoint, link_last, save_checkpoint, take_best
 from .distributed import World, join_world
 from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
 from .images import settle_images
@@ -105,6 +105,7 @@ def train(
         # run while a process waits for another in vain.
         with join_world(world, config.train.timeout_minutes) as world, StopSignal() as signal:
             _check_agreement(job, world)
+            _check_files(job, world)
             with worker_errors():
                 return Trainer(job, world, signal).train()
     finally:
@@ -138,6 +139,38 @@ def _check_agreement(job: Job, world: World) -> None:
     for rank, theirs in enumerate(others, 1):
         if changed := differences(first, theirs):
             raise ConfigError(f"rank {rank} has found something else than rank 0:\n" + bullets(changed))
+
+
+def _check_files(job: Job, world: World) -> None:
+    """Looks whether the best weights so far are still there, and makes `last.pt` the checkpoint to go on from.
+
+    Where the best are lost, the run goes on as one that has none yet, and a note says so.
+
+    Raises:
+        UserError: the files cannot be read or written.
+    """
+    saved, folder = job.saved, job.output / "checkpoints"
+    lost: list[str] = []
+
+    def look() -> None:
+        assert saved is not None
+        link_last(folder, saved["step"])
+        if saved.get("best_row"):
+            lost.append(take_best(folder, saved["best_row"]["epoch"] * saved["plan"]["steps_per_epoch"]))
+
+    if saved is None:
+        return
+    world.on_main(look)
+    why = next(filter(None, world.gather("".join(lost))), "")
+    if not why:
+        return
+    row = saved["best_row"]
+    job.notes.insert(
+        0,
+        f"warning: {why}. The best weights so far, of epoch {row['epoch']}, are lost: the best from here on take their "
+        f"place, and {folder / 'last.pt'} has the last ones",
+    )
+    saved["best_metric"] = saved["best_row"] = saved["confusion"] = None
 
 
 class Trainer:
@@ -518,7 +551,7 @@ class Trainer:
             figure = confusion_figure(self.confusion, self.job.class_names)
             confusion = self.log.picture("confusion", figure, self.step)
         checkpoints = self.output / "checkpoints"
-        link_last(checkpoints)  # a run of before there was one
+        check_best_and_last(checkpoints)
         report = {
             "model": find_variant_of(self.config).name,
             "started_from": self.config.model.checkpoint,

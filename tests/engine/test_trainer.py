@@ -254,6 +254,26 @@ def test_a_finished_run_stays_finished(raw_config, tmp_path):
     assert_equal(final(tmp_path / "run"), before)
 
 
+@pytest.mark.parametrize("content", [None, b""])
+def test_the_best_weights_of_a_finished_run_are_lost(raw_config, tmp_path, capsys, content):
+    """The same command says so, and what it recommends is there."""
+    report = train(configure(raw_config), tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    for path in best.parent.glob("step_*.pt"):
+        if path.samefile(best):
+            path.unlink()
+    best.unlink()
+    if content is not None:
+        best.write_bytes(content)
+    capsys.readouterr()
+    again = train(configure(raw_config), tmp_path / "run")
+    assert f"warning: {best}" in capsys.readouterr().out
+    if report["epoch"] < report["epochs"]:
+        assert (again["epoch"], again["top1"]) == (again["epochs"], again["last_top1"])
+    assert torch.load(best)["epoch"] == again["epoch"]
+    assert conv2former.load_model(again["checkpoint"])
+
+
 def test_resume_never_and_from_a_path(raw_config, tmp_path):
     train(configure(raw_config), tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run; choose another --output"):
