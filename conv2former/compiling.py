@@ -33,7 +33,7 @@ import torch
 
 from .models.installed import store_folder
 
-__all__ = ["library"]
+__all__ = ["library", "remove_temporary_folder"]
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
@@ -253,5 +253,11 @@ def _is_writable(folder: Path) -> bool:
 def _temporary_folder() -> Path:
     """Returns a folder that lives as long as this process, the user's and closed to others."""
     folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(remove_temporary_folder)
     return folder
+
+
+def remove_temporary_folder() -> None:
+    """Removes the folder of this process alone, if there is one, as is done at its exit."""
+    if _temporary_folder.cache_info().currsize:
+        shutil.rmtree(_temporary_folder(), ignore_errors=True)

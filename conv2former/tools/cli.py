@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import sys
 import traceback
@@ -51,6 +53,8 @@ def run_cli(
         _end(f"{prefix}{e}", e.exit_code, speaks)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _leave_at_once(130)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: not all was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +77,22 @@ def run_cli(
             _end(text, TrainingError.exit_code, local_rank == 0, is_consequence=True)
         note_for_torchrun(traceback.format_exc().rstrip())
         raise
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Exits without what Python does last: it takes torch apart, for a second and more of work.
+
+    torchrun waits for that, and so do its processes for each other: one whose question is still on its way to another
+    lets go of it only when that one has ended.
+    """
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    if compiling := sys.modules.get("conv2former.compiling"):
+        compiling.remove_temporary_folder()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False) -> NoReturn:

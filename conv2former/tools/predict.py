@@ -394,7 +394,7 @@ class Predictor:
             num_workers=0 if count < 2 else min(workers_for(self.settings), count, os.cpu_count() or 1),
             collate_fn=Sent(list),
         )
-        for items in batches(loader):
+        for items in cast("Iterator[list[_Loaded | Skipped]]", batches(loader)):
             pixels = [item.pixels for item in items if isinstance(item, _Loaded)]
             tops = iter(self._top(torch.stack(pixels), topk) if pixels else [])
             for item in items:
