@@ -25,6 +25,8 @@ __all__ = [
     "closest",
     "counted",
     "is_lost_worker",
+    "is_out_of_memory",
+    "memory_for",
     "note_for_torchrun",
     "raise_mistakes",
     "shorten",
@@ -89,6 +91,34 @@ def is_lost_worker(error: BaseException) -> bool:
     text = str(error)
     lacks_room = "in DataLoader worker process" in text and "shared memory" in text
     return isinstance(error, RuntimeError) and (text.startswith("DataLoader worker (pid") or lacks_room)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error is that memory has run out: Python's, or PyTorch's of a CPU or a GPU."""
+    name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
+    is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return name in ("MemoryError", "OutOfMemoryError") or is_torchs
+
+
+@contextlib.contextmanager
+def memory_for(what: str, advice: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Says of an allocation that fails inside what it was for, since smaller batches are no help before the first one.
+
+    Args:
+        what: needs the memory.
+        advice: what to do.
+        kind: of the error.
+
+    Raises:
+        UserError: of that kind; memory has run out.
+    """
+    try:
+        yield
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        reason = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise kind(f"{what} needs more memory than there is ({reason}): {advice}") from None
 
 
 @contextlib.contextmanager

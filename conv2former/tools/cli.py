@@ -10,7 +10,15 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import RunStopped, TrainingError, UserError, WorkerError, is_lost_worker, note_for_torchrun
+from ..errors import (
+    RunStopped,
+    TrainingError,
+    UserError,
+    WorkerError,
+    is_lost_worker,
+    is_out_of_memory,
+    note_for_torchrun,
+)
 
 __all__ = ["run_cli"]
 
@@ -69,7 +77,7 @@ def run_cli(
             from ..data.workers import why_lost
 
             _end(f"{mine if rank else 'error: '}{why_lost(e)}", WorkerError.exit_code)
-        if _out_of_memory(e):
+        if is_out_of_memory(e):
             reason = (str(e) or type(e).__name__).splitlines()[0][:200]
             _end(f"{mine}out of memory; {less_memory} ({reason})", TrainingError.exit_code)
         if _lost_contact(e):
@@ -101,12 +109,6 @@ def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False
         print(text, file=sys.stderr)
     note_for_torchrun(text, is_consequence)
     sys.exit(code)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
-    is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return name in ("MemoryError", "OutOfMemoryError") or is_torchs
 
 
 def _lost_contact(error: Exception) -> bool:
