@@ -33,7 +33,7 @@ import torch
 
 from .models.installed import store_folder
 
-__all__ = ["library", "remove_temporary_folder"]
+__all__ = ["describe", "library", "remove_temporary_folder"]
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
@@ -58,6 +58,16 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
         flags: for the compiler, besides those for all files.
     """
     return None if os.environ.get("CONV2FORMER_COMPILE") == "0" else _library(source, flags)
+
+
+def describe(source: Path, *flags: str) -> str | None:
+    """Returns for which processors `library` has compiled a file, and its checksum; None where it has not."""
+    found = library(source, *flags)
+    if found is None:
+        return None
+    return (
+        f"{source.name} compiled for {torch.backends.cpu.get_cpu_capability()} (SHA-256 {vars(found)['sha256'][:12]})"
+    )
 
 
 @functools.cache
@@ -163,6 +173,7 @@ def _open(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     if not hasattr(found, MARK):
         raise OSError(f"{path.name} lacks functions of its source")
+    vars(found)["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

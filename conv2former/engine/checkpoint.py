@@ -14,6 +14,7 @@ class_names          names in index order
 skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`
 started_from         the checkpoint given with --resume PATH, or None
 config, variant      the resolved configuration and the network's definition
+kernels              what computed the first step: see kernels_used.py
 seconds              training time so far
 plan                 images, global batch and steps per epoch: a continuation must have the same
 versions, format     of torch, timm and this package; of this layout

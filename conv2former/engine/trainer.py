@@ -53,6 +53,7 @@ from .checkpoint import check_best_and_last, latest_checkpoint, link_last, save_
 from .distributed import World, join_world
 from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
 from .images import settle_images
+from .kernels_used import changed_kernels, kernels_used
 from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
@@ -177,6 +178,7 @@ class Trainer:
     """A run in progress.
 
     Attributes:
+        kernels, first_kernels: what computes now, and what computed the run's first step; on the main process.
         step: optimizer steps done.
         metric: top-1 of last.pt, None if it was not evaluated.
         best_metric, best_row: top-1 and all metrics of best.pt, None so far.
@@ -190,6 +192,7 @@ class Trainer:
             job.config, job.plan, world, job.model, job.class_counts if job.config.weighs else None
         )
         self.check = FiniteCheck.of(self.run)
+        self.kernels = self.first_kernels = kernels_used(self.config, world.device) if world.is_main else {}
         self.step = 0
         self.metric: float | None = None
         self.best_metric: float | None = None
@@ -250,6 +253,9 @@ class Trainer:
             start_workers(loader)
         for line in [*self.job.notes, *describe(self.config, self.plan, self.world.size)]:
             self.log.say(line)
+        self.log.say(f"kernels: {', '.join(f'{name} {text}' for name, text in self.kernels.items())}")
+        if warning := changed_kernels(self.first_kernels, self.kernels):
+            self.log.say(warning)
         source, val_source = self.job.train_source, self.job.val_source
         self.log.say(
             f"training on {counted(len(source), 'image')} of {counted(len(source.class_names), 'class', 'classes')} "
@@ -508,6 +514,7 @@ class Trainer:
             "variant": find_variant_of(self.config).to_dict(),
             "plan": self.job.plan_of_data,
             "started_from": self.job.started_from,
+            "kernels": self.first_kernels,
             "seconds": self.seconds,
             "time": {"training": self.meter.seconds, "waiting": self.meter.waited},
             "versions": versions,
@@ -523,7 +530,7 @@ class Trainer:
         if saved["scaler"]:
             run.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
-        self.metric = saved["metric"]
+        self.metric, self.first_kernels = saved["metric"], saved.get("kernels") or self.kernels
         self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
         self.skipped |= saved.get("skipped") or {}
         self.losses = MeanLoss(self.world, saved.get("losses"))
@@ -569,6 +576,7 @@ class Trainer:
             "checkpoint": str(checkpoints / "best.pt"),
             "last_checkpoint": str(checkpoints / "last.pt"),
             "last_top1": self.metric,
+            "kernels": self.kernels,
             "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,
             "curves": str(curves),
             "confusion": str(confusion) if confusion else None,

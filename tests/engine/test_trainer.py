@@ -17,7 +17,7 @@ import yaml
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
-from conv2former.engine import dry_run, evaluate, logging, prepare, train, trainer
+from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
 from conv2former.errors import OutputError, TrainingError, WorkerError
 from conv2former.tools.killing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
@@ -272,6 +272,23 @@ def test_the_best_weights_of_a_finished_run_are_lost(raw_config, tmp_path, capsy
         assert (again["epoch"], again["top1"]) == (again["epochs"], again["last_top1"])
     assert torch.load(best)["epoch"] == again["epoch"]
     assert conv2former.load_model(again["checkpoint"])
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(raw_config, tmp_path, monkeypatch, capsys):
+    config = configure(raw_config)
+    monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    report = train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"kernels: network {report['kernels']['network']}, images Pillow, torch {torch.__version__}" in said
+    assert "PyTorch's operations" in report["kernels"]["network"]
+    assert final(tmp_path / "run")["kernels"] == report["kernels"]
+    train(config, tmp_path / "run")
+    assert "other kernels" not in capsys.readouterr().out
+    monkeypatch.setattr(kernels_used.compiling, "describe", lambda source, *flags: f"{source.name} compiled")
+    train(config, tmp_path / "run")
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "other kernels" in line]
+    assert f"network: {report['kernels']['network']} -> cpu_kernels.cpp compiled; images: Pillow -> pixels" in warning
+    assert "torch:" not in warning
 
 
 def test_resume_never_and_from_a_path(raw_config, tmp_path):
