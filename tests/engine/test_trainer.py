@@ -18,6 +18,7 @@ import yaml
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
+from conv2former.engine.saved import first_not_finite
 from conv2former.errors import OutputError, TrainingError, WorkerError
 from conv2former.tools.killing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
@@ -367,6 +368,29 @@ def test_exploded_weights_are_not_saved(raw_config, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="loss is not finite after step 5"):
         train(configure(raw_config), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_one_bad_batch_spoils_nothing_that_is_saved(raw_config, tmp_path, monkeypatch, precision, value):
+    """The second pass of an accumulation, with an average and BatchNorm's statistics: the run stops, and goes on."""
+    config = configure(raw_config, train__precision=precision, checkpoint__every_steps=1)
+    real = trainer.train_step
+
+    def spoiled(run, batches, step, check):
+        if step == 7:
+            batches[1].images[:] = value
+        return real(run, batches, step, check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", spoiled)
+        with pytest.raises(TrainingError, match=r"not finite.* at step 7|after step 8 .* not finite"):
+            train(config, tmp_path / "run")
+    saved = final(tmp_path / "run")
+    assert saved["step"] == 7
+    assert not first_not_finite(saved)
+    assert train(config, tmp_path / "run")["steps"] == 20
+    assert not first_not_finite(final(tmp_path / "run"))
 
 
 def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):
