@@ -154,8 +154,8 @@ def closest(word: object, choices: Iterable[str]) -> str:
 
 
 def shorten(items: Iterable[object], limit: int = 20) -> str:
-    """Joins `items` with commas, naming at most `limit` of them and counting the rest."""
-    texts = [str(item) for item in items]
+    """Joins `items` with commas, naming at most `limit` of them and counting the rest; none begins a line."""
+    texts = [str(item).replace("\n", "\\n") for item in items]
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f", and {rest} more" if rest > 0 else "")
 

@@ -290,6 +290,8 @@ def _sha256_beside(path: Path) -> str | None:
 
 
 def _sha256_of(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe, to which nobody may ever write
+        raise OSError("it is not a file")
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -194,6 +194,7 @@ SPOILED = {
     "empty": lambda path: (path.unlink(), path.touch()),
     "cut off": lambda path: (cut := path.read_bytes()[:500], path.unlink(), path.write_bytes(cut)),
     "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
