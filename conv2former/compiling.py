@@ -34,7 +34,7 @@ import torch
 from .models.installed import store_folder
 from .text import printable
 
-__all__ = ["library"]
+__all__ = ["describe", "library", "remove_temporary_folder"]
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
@@ -59,6 +59,16 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
         flags: for the compiler, besides those for all files.
     """
     return None if os.environ.get("CONV2FORMER_COMPILE") == "0" else _library(source, flags)
+
+
+def describe(source: Path, *flags: str) -> str | None:
+    """Returns for which processors `library` has compiled a file, and its checksum; None where it has not."""
+    found = library(source, *flags)
+    if found is None:
+        return None
+    return (
+        f"{source.name} compiled for {torch.backends.cpu.get_cpu_capability()} (SHA-256 {vars(found)['sha256'][:12]})"
+    )
 
 
 @functools.cache
@@ -164,6 +174,7 @@ def _open(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     if not hasattr(found, MARK):
         raise OSError(f"{path.name} lacks functions of its source")
+    vars(found)["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
@@ -254,5 +265,11 @@ def _is_writable(folder: Path) -> bool:
 def _temporary_folder() -> Path:
     """Returns a folder that lives as long as this process, the user's and closed to others."""
     folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(remove_temporary_folder)
     return folder
+
+
+def remove_temporary_folder() -> None:
+    """Removes the folder of this process alone, if there is one, as is done at its exit."""
+    if _temporary_folder.cache_info().currsize:
+        shutil.rmtree(_temporary_folder(), ignore_errors=True)

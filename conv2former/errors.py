@@ -20,11 +20,15 @@ __all__ = [
     "RunStopped",
     "TrainingError",
     "UserError",
+    "WorkerError",
     "before_processes_meet",
     "bullets",
     "closest",
     "counted",
     "first_line",
+    "is_lost_worker",
+    "is_out_of_memory",
+    "memory_for",
     "note_for_torchrun",
     "raise_mistakes",
     "shorten",
@@ -90,6 +94,12 @@ class OutputError(UserError):
     """A run folder that cannot be written, for example because the disk is full."""
 
 
+class WorkerError(UserError, RuntimeError):
+    """A worker process that loads images was killed, most likely for want of memory, or cannot be started."""
+
+    exit_code = 3
+
+
 class TrainingError(_Message, RuntimeError):
     """A run that must not go on, such as one whose loss is not a number. The last checkpoint is as it was."""
 
@@ -102,6 +112,41 @@ class RunStopped(_Message, RuntimeError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
     scope = "run"
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Says whether an error is PyTorch's of a loader's worker that has ended, or has no room for its results."""
+    text = str(error)
+    lacks_room = "in DataLoader worker process" in text and "shared memory" in text
+    return isinstance(error, RuntimeError) and (text.startswith("DataLoader worker (pid") or lacks_room)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error is that memory has run out: Python's, or PyTorch's of a CPU or a GPU."""
+    name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
+    is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return name in ("MemoryError", "OutOfMemoryError") or is_torchs
+
+
+@contextlib.contextmanager
+def memory_for(what: str, advice: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Says of an allocation that fails inside what it was for, since smaller batches are no help before the first one.
+
+    Args:
+        what: needs the memory.
+        advice: what to do.
+        kind: of the error.
+
+    Raises:
+        UserError: of that kind; memory has run out.
+    """
+    try:
+        yield
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        reason = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise kind(f"{what} needs more memory than there is ({reason}): {advice}") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -50,6 +51,16 @@ def test_a_function(compiler, source):
     library = compiling.library(source)
     assert library is not None
     assert library.answer() == {"AVX2": 32, "AVX512": 64}[torch.backends.cpu.get_cpu_capability()]
+
+
+def test_what_is_compiled_has_a_name(compiler, source, monkeypatch, tmp_path):
+    said = compiling.describe(source)
+    (made,) = compiled(tmp_path)
+    assert f"(SHA-256 {hashlib.sha256(made.read_bytes()).hexdigest()[:12]})" in said
+    compiling._library.cache_clear()
+    assert compiling.describe(source) == said  # from the cache, too
+    monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    assert compiling.describe(source) is None
 
 
 def test_without_a_compiler(source, monkeypatch, caplog):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
     from .sources import DataSource, open_train_and_val, open_val
     from .streams import StreamSource
+    from .workers import worker_errors
 
 __all__ = [
     "Batch",
@@ -30,9 +31,10 @@ __all__ = [
     "start_workers",
     "train_loader",
     "train_transforms",
+    "worker_errors",
 ]
 
-_MODULES = ("batch", "loader", "sources", "streams")
+_MODULES = ("batch", "loader", "sources", "streams", "workers")
 
 
 def __getattr__(name: str) -> Any:

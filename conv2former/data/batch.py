@@ -23,6 +23,7 @@ from ..config.schema import DataConfig
 from ..errors import DataError
 from . import pixels
 from .images import UnreadableImage, any_size
+from .workers import portable_errors
 
 __all__ = [
     "Augmented",
@@ -310,16 +311,17 @@ def load_image(
     Raises:
         DataError: the image is unreadable, or anything else is wrong with the sample.
     """
-    try:
-        image, label = read()
-    except UnreadableImage as e:
-        if skip:
-            return Skipped(e.name, str(e))
-        raise UnreadableImage(f"{e}; or go on without such images: data.on_error=skip", e.name) from None
-    if place is not None:
-        seed_all(Stream.IMAGE, *place)
-    with any_size():
-        return transform(image), label, index
+    with portable_errors():
+        try:
+            image, label = read()
+        except UnreadableImage as e:
+            if skip:
+                return Skipped(e.name, str(e))
+            raise UnreadableImage(f"{e}; or go on without such images: data.on_error=skip", e.name) from None
+        if place is not None:
+            seed_all(Stream.IMAGE, *place)
+        with any_size():
+            return transform(image), label, index
 
 
 def collate(items: list[Item]) -> Batch:

@@ -24,6 +24,7 @@ from ..errors import DataError
 from .batch import Batch, Finish, Item, collate, collate_augmented, eval_transform, load_image, train_transforms
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
+from .workers import Sent, starting_workers, worker_errors
 
 __all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader", "usable_cores", "workers_for"]
 
@@ -195,7 +196,8 @@ def start_workers(loader: DataLoader) -> None:
     for sampler in (loader.sampler, loader.batch_sampler):
         if loader.num_workers and isinstance(sampler, (EpochSampler, _BatchNumbers, _Share)):
             sampler.idle = True
-            iter(loader)
+            with starting_workers(loader.num_workers):
+                iter(loader)
             sampler.idle = False
 
 
@@ -204,9 +206,13 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
 
     Raises:
         DataError: of a sample.
+        WorkerError: a worker has ended, or cannot be started.
     """
     try:
-        yield from loader
+        with worker_errors():
+            with starting_workers(loader.num_workers):
+                loaded = iter(loader)
+            yield from loaded
     except DataError as e:
         text = str(e.args[0]) if e.args else ""  # of a worker: its traceback, whose last line is its error's
         if "Original Traceback" not in text:
@@ -287,7 +293,7 @@ def train_loader(
             sampler=_BatchNumbers(sampler),
             num_workers=workers,
             persistent_workers=workers > 0,
-            collate_fn=_itself,
+            collate_fn=Sent(_itself),
             **common,
         )
     return _TrainLoader(
@@ -295,7 +301,7 @@ def train_loader(
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=collate_augmented,
+        collate_fn=Sent(collate_augmented),
         **common,
     )
 
@@ -338,7 +344,7 @@ def eval_loader(
         "batch_size": batch_size,
         "pin_memory": pin_memory,
         "worker_init_fn": worker_init,
-        "collate_fn": collate,
+        "collate_fn": Sent(collate),
     }
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)

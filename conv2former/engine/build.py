@@ -27,7 +27,7 @@ from .._yaml import cut
 from ..config import Config, Plan
 from ..data import Stream, seed_all, train_transforms
 from ..data.classes import class_names_of, match_classes, order_in_doubt
-from ..errors import CheckpointError, ConfigError, DataError, UserError, closest, first_line, raise_mistakes
+from ..errors import CheckpointError, ConfigError, DataError, UserError, closest, first_line, memory_for, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
 from ..models.variants import differences, parse_variant, read_builtin_variants
 from ..models.weights import (
@@ -60,6 +60,7 @@ _logger = logging.getLogger(__name__)
 
 # before an optimizer's name: every 6 steps the weights go back half of the way to where they were 6 steps before
 LOOKAHEAD = "lookahead_"
+SMALLER = "choose a smaller network (model.name or model.variant), or a machine with more of it"
 
 # fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
 OVERFLOWS = 20
@@ -188,20 +189,23 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
     Raises:
         ConfigError: there is no such variant.
         CheckpointError: the starting weights cannot be read or do not fit.
+        UserError: memory does not suffice for it.
     """
     seed_all(Stream.INIT, config.train.seed)
-    model = timm.create_model(
-        find_variant_of(config).name,
-        num_classes=num_classes,
-        in_chans=config.model.in_chans or 3,
-        drop_rate=config.model.drop_rate,
-        drop_path_rate=drop_path_rate_of(config),
-        head_init_scale=config.model.head_init_scale,
-        fused=config.model.fused,
-    )
-    assert isinstance(model, Conv2Former)
-    if config.model.checkpoint:
-        _load(model, config.model.checkpoint, class_names, config.model.freeze)
+    variant = find_variant_of(config)
+    with memory_for(f"the network {variant.name} of {num_classes:,} classes", SMALLER):
+        model = timm.create_model(
+            variant.name,
+            num_classes=num_classes,
+            in_chans=config.model.in_chans or 3,
+            drop_rate=config.model.drop_rate,
+            drop_path_rate=drop_path_rate_of(config),
+            head_init_scale=config.model.head_init_scale,
+            fused=config.model.fused,
+        )
+        assert isinstance(model, Conv2Former)
+        if config.model.checkpoint:
+            _load(model, config.model.checkpoint, class_names, config.model.freeze)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     return model
 
@@ -290,8 +294,9 @@ def build_run(
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     num_classes = model.num_classes
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model.to(world.device)
-    model.to(memory_format=memory_format)
+    with memory_for(f"the network on {world.device}", SMALLER):
+        model.to(world.device)
+        model.to(memory_format=memory_format)
     if config.train.batchnorm == "sync" and world.size > 1:
         model = cast(Conv2Former, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     freeze(model, config.model.freeze)

@@ -1,6 +1,6 @@
 """Training checkpoints: one plain dict of tensors and built-in types per file, written whole or not at all.
 
-Beside each `step_NNNNNNNN.pt` lies a `.sha256` in the format of the program `sha256sum`. A file that does not match it
+Beside each file lies a `.sha256` in the format of the program `sha256sum`. A `step_NNNNNNNN.pt` that does not match it
 is damaged, and the one before it is used.
 
 step, epoch          optimizer steps done, epochs done
@@ -14,6 +14,7 @@ class_names          names in index order
 skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`
 started_from         the checkpoint given with --resume PATH, or None
 config, variant      the resolved configuration and the network's definition
+kernels              what computed the first step: see kernels_used.py
 seconds              training time so far
 plan                 images, global batch and steps per epoch: a continuation must have the same
 versions, format     of torch, timm and this package; of this layout
@@ -22,30 +23,36 @@ versions, format     of torch, timm and this package; of this layout
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from ..errors import CheckpointError, OutputError, TrainingError, bullets, shorten
+from ..errors import CheckpointError, OutputError, TrainingError, bullets, is_lost_worker, shorten
 from ..models.weights import read_checkpoint
 from .saved import first_not_finite, wrong_fields
 
 __all__ = [
     "FORMAT",
+    "check_best_and_last",
     "latest_checkpoint",
     "link_last",
     "read_training_checkpoint",
     "remove_leftovers",
     "save_checkpoint",
+    "take_best",
 ]
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
+MOST_READ = 1000  # characters of a checksum's file
+MAY_PASS = {errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT}  # of a disk or a server, not of a file
 
 
 class _Hashed:
@@ -86,7 +93,7 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
             f"after step {content['step']} {name} has numbers that are not finite: nothing is saved, and earlier "
             "checkpoints are untouched. Lower optim.base_lr or set optim.clip_grad"
         )
-    path = folder / f"step_{content['step']:08d}.pt"
+    path = folder / _name(content["step"])
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,14 +101,17 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
             hashed = _Hashed(file)
             torch.save({**content, "format": FORMAT}, cast(Any, hashed))
             _to_disk(file)
-        _write_whole(_checksum_path(path), f"{hashed.sha256.hexdigest()}  {path.name}\n")
+        sha256 = hashed.sha256.hexdigest()
+        _write_checksum(path, sha256)
         # before the rename: a kill between them is then made good by the repeated steps
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
-            _copy(temporary, folder / name)
+            _replace(temporary, folder / name, sha256)
         os.replace(temporary, path)
         _to_disk(folder)
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
+        if is_lost_worker(e):  # torch says so wherever the program is
+            raise
         raise OutputError(
             f"{path} cannot be written ({_reason(e)}); earlier checkpoints are untouched. Make room or repair the "
             "disk, then the same command goes on"
@@ -112,19 +122,81 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
     return path
 
 
-def link_last(folder: Path) -> None:
-    """Makes `last.pt` the newest checkpoint if there is no such file, as in runs of versions that wrote none.
+def link_last(folder: Path, step: int) -> None:
+    """Makes `last.pt` the checkpoint of the step that a run goes on from, unless they are one file already.
+
+    It may have been damaged since, or be missing, as in runs of versions that wrote none.
+
+    Args:
+        folder: of the checkpoints; where it has none of that step, nothing is done.
+        step: optimizer steps done.
 
     Raises:
         OutputError: it cannot be written.
     """
-    last, steps = folder / "last.pt", _list(folder)
-    if last.exists() or not steps:
-        return
+    last, source = folder / "last.pt", folder / _name(step)
     try:
-        _copy(steps[-1], last)
+        if source.is_file() and not (
+            last.exists() and last.samefile(source) and _sha256_beside(last) == _sha256_beside(source)
+        ):
+            _replace(source, last, _sha256_of(source))
     except OSError as e:
         raise OutputError(f"{last} cannot be written ({e})") from None
+
+
+def check_best_and_last(folder: Path) -> None:
+    """Checks that `best.pt` and `last.pt` are as they were saved.
+
+    Raises:
+        CheckpointError: one is missing, damaged or cut off.
+    """
+    for path in (folder / "best.pt", folder / "last.pt"):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file any more; the same command looks for what can take its place")
+        try:
+            _verify(path)
+        except CheckpointError as e:
+            raise CheckpointError(f"{e}; the same command looks for what can take its place") from None
+
+
+def take_best(folder: Path, step: int) -> str:
+    """Looks whether `best.pt` is what a run has saved as its best so far, and makes it anew where that can be done.
+
+    Args:
+        folder: of the checkpoints.
+        step: of the best so far.
+
+    Returns:
+        Nothing if it is there; else why those weights are lost. What was found in their place is then called
+        `best.pt.damaged`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        CheckpointError: the file is there and cannot be read, for a reason that may pass.
+    """
+    best = folder / "best.pt"
+    try:
+        # a run that was killed while it saved a better one has that one, and comes to it again
+        if read_training_checkpoint(best)["step"] >= step:
+            return ""
+        why = f"{best} is that of another step"
+    except CheckpointError as e:
+        if getattr(e.__context__, "errno", None) in MAY_PASS or (best.is_file() and not os.access(best, os.R_OK)):
+            raise
+        why = str(e)
+    source = folder / _name(step)
+    try:
+        if source.is_file() and not (best.exists() and best.samefile(source)):
+            with contextlib.suppress(CheckpointError):
+                read_training_checkpoint(source)
+                _replace(source, best, _sha256_of(source))
+                return ""
+        if os.path.lexists(best):
+            os.replace(best, best.with_name("best.pt.damaged"))
+        _checksum_path(best).unlink(missing_ok=True)
+    except OSError as e:
+        raise OutputError(f"{best} cannot be written ({e})") from None
+    return why
 
 
 def _reason(error: BaseException) -> str:
@@ -148,6 +220,10 @@ def _to_disk(file: IO[Any] | Path) -> None:
             os.close(descriptor)
 
 
+def _write_checksum(path: Path, sha256: str) -> None:
+    _write_whole(_checksum_path(path), f"{sha256}  {path.name}\n")
+
+
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -169,6 +245,10 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _name(step: int) -> str:
+    return f"step_{step:08d}.pt"
+
+
 def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
@@ -180,20 +260,53 @@ def _verify(path: Path) -> None:
         CheckpointError: they differ, or the file cannot be read.
     """
     try:
-        expected = _checksum_path(path).read_text().split(" ")[0]
-    except FileNotFoundError:
-        return
+        expected = _sha256_beside(path)
     except (OSError, UnicodeDecodeError):
         raise CheckpointError(f"{_checksum_path(path)} cannot be read") from None
-    sha256 = hashlib.sha256()
+    if expected is None:
+        return
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                sha256.update(block)
+        found = _sha256_of(path)
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read ({e})") from None
-    if sha256.hexdigest() != expected:
+    if found != expected:
         raise CheckpointError(f"{path} does not match its checksum: it is damaged or cut off")
+
+
+def _sha256_beside(path: Path) -> str | None:
+    """Returns the checksum that lies beside a file, None where there is none.
+
+    Raises:
+        OSError, UnicodeDecodeError: there is something else, such as a pipe, for which nobody waits here.
+    """
+    beside = _checksum_path(path)
+    try:
+        if not stat.S_ISREG(beside.stat().st_mode):
+            raise OSError(f"{beside} is not a file")
+        with beside.open() as file:
+            return file.read(MOST_READ).split(" ")[0]
+    except FileNotFoundError:
+        return None
+
+
+def _sha256_of(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe, to which nobody may ever write
+        raise OSError("it is not a file")
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def _replace(source: Path, target: Path, sha256: str) -> None:
+    """Gives a file another name, too, and a checksum under it.
+
+    In between there is no checksum: one of another file would call a whole one damaged after a kill.
+    """
+    _checksum_path(target).unlink(missing_ok=True)
+    _copy(source, target)
+    _write_checksum(target, sha256)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import OutputError
 from ..text import printable
 from .fonts import drawing
+from .tensorboard import TensorBoard
 from .terminal import Bar, PlainProgress, bar_size, clock, say
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class RunLog:
         must_evaluate: whether the evaluation after `first_step` is still to come, so that its row, if any, goes too.
         hidden: keys of rows that TensorBoard does not get.
 
-    Every method raises OutputError if the folder cannot be written.
+    Every method raises OutputError if the folder cannot be written, but for TensorBoard's files, of which a line warns.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class RunLog:
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
         self.path = folder / "metrics.jsonl"
         self._start, self._first_step = time.perf_counter(), first_step
-        self._writer: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._bar: Any = None
         if not is_main:
             return
@@ -88,13 +89,11 @@ class RunLog:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(temporary, self.path)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._plain = PlainProgress("training", " steps", total_steps, first_step)
         if sys.stderr.isatty():
             self._bar = Bar(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
+        if tensorboard:
+            self._tensorboard = TensorBoard(folder / "tensorboard", first_step, self.say)
 
     def say(self, *lines: str) -> None:
         """Prints lines, above the bar if there is one, and writes each to `train.log` with the time; see `say`."""
@@ -147,17 +146,16 @@ class RunLog:
             temporary = path.with_name(f".{path.name}")
             imsave(temporary, pixels, format="png")
             os.replace(temporary, path)
-            if self._writer and in_tensorboard:
-                self._writer.add_image(name, pixels[..., :3], step, dataformats="HWC")
+        if self._tensorboard and in_tensorboard:
+            self._tensorboard.picture(step, name, pixels[..., :3])
         return path
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer:
-            with writing(self.folder):
-                self._writer.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def _log(self, *lines: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -167,13 +165,11 @@ class RunLog:
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
         if not self.is_main:
             return
-        with writing(self.folder):
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-            if self._writer:
-                for key, value in row.items():
-                    if key not in self._hidden:
-                        self._writer.add_scalar(f"{group}/{key}", value, step)
+        with writing(self.folder), self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        if self._tensorboard:
+            shown = {f"{group}/{key}": value for key, value in row.items() if key not in self._hidden}
+            self._tensorboard.numbers(step, shown)
 
 
 @contextlib.contextmanager

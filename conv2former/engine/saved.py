@@ -45,6 +45,19 @@ def _has_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def _is_plain(value: Any) -> bool:
+    """Says whether a value can be compared with another, as tensors cannot."""
+    if isinstance(value, dict):
+        return _has_texts(value) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _is_plain_dict(value: Any) -> bool:
+    return isinstance(value, dict) and _is_plain(value)
+
+
 def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -66,17 +79,18 @@ _REQUIRED: dict[str, Callable[[Any], bool]] = {
     "scaler": _or_none(_has_texts),
     "best_metric": _or_none(_is_number),
     "class_names": _is_list_of_texts,
-    "config": _of_texts(_has_texts),
-    "variant": _has_texts,
-    "plan": _has_texts,
+    "config": _of_texts(_is_plain_dict),
+    "variant": _is_plain_dict,
+    "plan": _is_plain_dict,
 }
 _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "metric": _or_none(_is_number),
-    "best_row": _or_none(_of_texts(_is_number)),
+    "best_row": _or_none(lambda value: _of_texts(_is_number)(value) and _is_count(value.get("epoch"))),
     "confusion": _or_none(_is_table),
     "losses": _or_none(_is_table),
     "skipped": _or_none(_of_texts(_of_texts(lambda value: isinstance(value, str)))),
     "seconds": _is_number,
+    "kernels": _of_texts(lambda value: isinstance(value, str)),
     "started_from": _or_none(lambda value: isinstance(value, str)),
     "time": _or_none(lambda value: _of_texts(_is_number)(value) and value.keys() >= {"training", "waiting"}),
     "format": _is_count,

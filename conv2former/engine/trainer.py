@@ -35,6 +35,7 @@ from ..data import (
     open_train_and_val,
     start_workers,
     train_loader,
+    worker_errors,
 )
 from ..errors import (
     CheckpointError,
@@ -49,10 +50,11 @@ from ..errors import (
     shorten,
 )
 from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
-from .checkpoint import latest_checkpoint, link_last, save_checkpoint
+from .checkpoint import check_best_and_last, latest_checkpoint, link_last, save_checkpoint, take_best
 from .distributed import World, join_world
 from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
 from .images import settle_images
+from .kernels_used import changed_kernels, kernels_used
 from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
@@ -105,7 +107,9 @@ def train(
         # run while a process waits for another in vain.
         with join_world(world, config.train.timeout_minutes) as world, StopSignal() as signal:
             _check_agreement(job, world)
-            return Trainer(job, world, signal).train()
+            _check_files(job, world)
+            with worker_errors():
+                return Trainer(job, world, signal).train()
     finally:
         _RUNNING.release()
         if job and job.lock:
@@ -139,10 +143,43 @@ def _check_agreement(job: Job, world: World) -> None:
             raise ConfigError(f"rank {rank} has found something else than rank 0:", *bullets(changed))
 
 
+def _check_files(job: Job, world: World) -> None:
+    """Looks whether the best weights so far are still there, and makes `last.pt` the checkpoint to go on from.
+
+    Where the best are lost, the run goes on as one that has none yet, and a note says so.
+
+    Raises:
+        UserError: the files cannot be read or written.
+    """
+    saved, folder = job.saved, job.output / "checkpoints"
+    lost: list[str] = []
+
+    def look() -> None:
+        assert saved is not None
+        link_last(folder, saved["step"])
+        if saved.get("best_row"):
+            lost.append(take_best(folder, saved["best_row"]["epoch"] * saved["plan"]["steps_per_epoch"]))
+
+    if saved is None:
+        return
+    world.on_main(look)
+    why = next(filter(None, world.gather("".join(lost))), "")
+    if not why:
+        return
+    row = saved["best_row"]
+    job.notes.insert(
+        0,
+        f"warning: {why}. The best weights so far, of epoch {row['epoch']}, are lost: the best from here on take their "
+        f"place, and {folder / 'last.pt'} has the last ones",
+    )
+    saved["best_metric"] = saved["best_row"] = saved["confusion"] = None
+
+
 class Trainer:
     """A run in progress.
 
     Attributes:
+        kernels, first_kernels: what computes now, and what computed the run's first step; on the main process.
         step: optimizer steps done.
         metric: top-1 of last.pt, None if it was not evaluated.
         best_metric, best_row: top-1 and all metrics of best.pt, None so far.
@@ -156,6 +193,7 @@ class Trainer:
             job.config, job.plan, world, job.model, job.class_counts if job.config.weighs else None
         )
         self.check = FiniteCheck.of(self.run)
+        self.kernels = self.first_kernels = kernels_used(self.config, world.device) if world.is_main else {}
         self.step = 0
         self.metric: float | None = None
         self.best_metric: float | None = None
@@ -213,6 +251,9 @@ class Trainer:
             start_workers(loader)
         for line in [*self.job.notes, *describe(self.config, self.plan, self.world.size)]:
             self.log.say(line)
+        self.log.say(f"kernels: {', '.join(f'{name} {text}' for name, text in self.kernels.items())}")
+        if warning := changed_kernels(self.first_kernels, self.kernels):
+            self.log.say(warning)
         source, val_source = self.job.train_source, self.job.val_source
         self.log.say(
             f"training on {counted(len(source), 'image')} of {counted(len(source.class_names), 'class', 'classes')} "
@@ -471,6 +512,7 @@ class Trainer:
             "variant": find_variant_of(self.config).to_dict(),
             "plan": self.job.plan_of_data,
             "started_from": self.job.started_from,
+            "kernels": self.first_kernels,
             "seconds": self.seconds,
             "time": {"training": self.meter.seconds, "waiting": self.meter.waited},
             "versions": versions,
@@ -486,7 +528,7 @@ class Trainer:
         if saved["scaler"]:
             run.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
-        self.metric = saved["metric"]
+        self.metric, self.first_kernels = saved["metric"], saved.get("kernels") or self.kernels
         self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
         self.skipped |= saved.get("skipped") or {}
         self.losses = MeanLoss(self.world, saved.get("losses"))
@@ -514,7 +556,7 @@ class Trainer:
             figure = confusion_figure(self.confusion, self.job.class_names)
             confusion = self.log.picture("confusion", figure, self.step)
         checkpoints = self.output / "checkpoints"
-        link_last(checkpoints)  # a run of before there was one
+        check_best_and_last(checkpoints)
         report = {
             "model": find_variant_of(self.config).name,
             "started_from": self.config.model.checkpoint,
@@ -532,6 +574,7 @@ class Trainer:
             "checkpoint": str(checkpoints / "best.pt"),
             "last_checkpoint": str(checkpoints / "last.pt"),
             "last_top1": self.metric,
+            "kernels": self.kernels,
             "tensorboard": str(self.output / "tensorboard") if self.config.log.tensorboard else None,
             "curves": str(curves),
             "confusion": str(confusion) if confusion else None,

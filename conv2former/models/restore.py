@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, memory_for
 from .backbone import Conv2Former
 from .variants import differences, list_variants, read_variant, variant
 from .weights import CheckpointInfo, describe_checkpoint, load_content, read_checkpoint
@@ -51,10 +51,11 @@ def restore(
         raise CheckpointError(
             f"{path} names {len(info.class_names or ())} classes, and its classifier has {info.num_classes}"
         )
-    model = Conv2Former(in_chans=info.in_chans, num_classes=info.num_classes, **info.model_args())
-    if not info.has_head:
-        model.reset_classifier(0, reset_other=True)
-    load_content(model, content, path, use_ema)
+    with memory_for(f"the network in {path}", "use a machine with more of it", CheckpointError):
+        model = Conv2Former(in_chans=info.in_chans, num_classes=info.num_classes, **info.model_args())
+        if not info.has_head:
+            model.reset_classifier(0, reset_other=True)
+        load_content(model, content, path, use_ema)
     height, width = info.preprocessing.size
     cfg = {
         **make_cfg(None),

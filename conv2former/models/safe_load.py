@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import CheckpointError, shorten
+from ..errors import CheckpointError, is_out_of_memory, shorten
 
 __all__ = ["load_tensors"]
 
@@ -59,11 +59,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
         _check_tensors(path, content, size)
     except CheckpointError:
         raise
-    except MemoryError:
-        raise CheckpointError(
-            f"{path} claims more memory than this machine has: it is damaged or made to harm"
-        ) from None
     except Exception as e:  # whatever the readers of three formats raise, of bytes that are wrong
+        if is_out_of_memory(e):
+            raise CheckpointError(
+                f"{path} claims more memory than this machine has: it is damaged or made to harm, or this machine is "
+                "too small for it"
+            ) from None
         raise CheckpointError(f"{path} is truncated or not a checkpoint that torch can read{_reason(e)}") from None
     return content
 

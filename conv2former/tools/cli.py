@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import RunStopped, TrainingError, UserError, first_line, note_for_torchrun
+from ..errors import (
+    RunStopped,
+    TrainingError,
+    UserError,
+    WorkerError,
+    first_line,
+    is_lost_worker,
+    is_out_of_memory,
+    note_for_torchrun,
+)
 from ..printing import print_lines
 
 __all__ = ["run_cli"]
@@ -52,6 +63,8 @@ def run_cli(
         _end(f"{prefix}{e}", e.exit_code, speaks)  # the lines of an error are printable
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _leave_at_once(130)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: not all was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +75,11 @@ def run_cli(
             needed = extra if EXTRAS[package] == "train" else EXTRAS[package]
             text = f'error: this needs {package}, which is not installed: pip install "conv2former[{needed}]"'
             _end(text, UserError.exit_code, rank == 0)
-        if _out_of_memory(e):
+        if is_lost_worker(e):  # in code that does not expect it, since torch raises it in a signal handler
+            from ..data.workers import why_lost
+
+            _end(f"{mine if rank else 'error: '}{why_lost(e)}", WorkerError.exit_code)
+        if is_out_of_memory(e):
             _end(f"{mine}out of memory; {less_memory} ({first_line(e)})", TrainingError.exit_code)
         if _lost_contact(e):
             text = f"{mine}another process has ended; its message says why"
@@ -71,18 +88,28 @@ def run_cli(
         raise
 
 
+def _leave_at_once(code: int) -> NoReturn:
+    """Exits without what Python does last: it takes torch apart, for a second and more of work.
+
+    torchrun waits for that, and so do its processes for each other: one whose question is still on its way to another
+    lets go of it only when that one has ended.
+    """
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    if compiling := sys.modules.get("conv2former.compiling"):
+        compiling.remove_temporary_folder()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False) -> NoReturn:
     """Exits with a message, which is printed if this is the process that `speaks`."""
     if speaks:
         print_lines(*text.split("\n"), file=sys.stderr)
     note_for_torchrun(text, is_consequence)
     sys.exit(code)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
-    is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return name in ("MemoryError", "OutOfMemoryError") or is_torchs
 
 
 def _lost_contact(error: Exception) -> bool:

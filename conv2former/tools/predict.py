@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from .._preprocessing import CHANNELS, FIELDS
 from ..config import apply_overrides, check_config
 from ..config.schema import DataConfig
-from ..data import Skipped, eval_transform
+from ..data import Skipped, batches, eval_transform
 from ..data.classes import class_names_of, display_names, match_classes
 from ..data.files import find_files
 from ..data.images import IMAGE_ENDINGS, UnreadableImage, any_size, open_rgb, unread_hint
 from ..data.loader import workers_for
+from ..data.workers import Sent, portable_errors
 from ..errors import CheckpointError, ConfigError, DataError, OutputError, bullets, closest, counted
 from ..models import Preprocessing, load_model
 from ..models.weights import weights_text
@@ -305,7 +306,7 @@ class _Images(Dataset):
             image = open_rgb(file, shown, self.settings.value_range, self.settings.max_image_pixels)
         except UnreadableImage as e:
             return Skipped(name, str(e))
-        with any_size():
+        with portable_errors(), any_size():
             preview = _fitted(image, self.preview) if self.preview else None
             return _Loaded(name, image.size, self.transform(image), preview)
 
@@ -388,14 +389,14 @@ class Predictor:
             batch_size: images in a forward pass; it changes the results by rounding only.
             preview: the longer side of the images' previews, pixels; None for none.
         """
-        batches = -(-len(images) // batch_size)
+        count = -(-len(images) // batch_size)
         loader = DataLoader(
             cast(Any, _Images(images, self.settings, preview)),
             batch_size=batch_size,
-            num_workers=0 if batches < 2 else min(workers_for(self.settings), batches, os.cpu_count() or 1),
-            collate_fn=list,
+            num_workers=0 if count < 2 else min(workers_for(self.settings), count, os.cpu_count() or 1),
+            collate_fn=Sent(list),
         )
-        for items in loader:
+        for items in cast("Iterator[list[_Loaded | Skipped]]", batches(loader)):
             pixels = [item.pixels for item in items if isinstance(item, _Loaded)]
             tops = iter(self._top(torch.stack(pixels), topk) if pixels else [])
             for item in items:

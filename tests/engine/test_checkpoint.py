@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from conv2former import CheckpointError
+from conv2former.data import worker_errors
 from conv2former.engine import checkpoint as module
 from conv2former.engine.checkpoint import (
+    check_best_and_last,
     latest_checkpoint,
     link_last,
     read_training_checkpoint,
     remove_leftovers,
     save_checkpoint,
+    take_best,
 )
-from conv2former.errors import OutputError, TrainingError
+from conv2former.errors import OutputError, TrainingError, WorkerError
 
 
 def content(step: int) -> dict:
@@ -37,7 +40,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, content(step), is_best=step == 2, keep=2)
     assert names(tmp_path) == [
-        "best.pt", "last.pt",
+        "best.pt", "best.pt.sha256", "last.pt", "last.pt.sha256",
         "step_00000003.pt", "step_00000003.pt.sha256", "step_00000004.pt", "step_00000004.pt.sha256",
     ]  # fmt: skip
     assert read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
@@ -74,7 +77,9 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"step_00000002\.pt cannot be written .*No space left"):
         save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
-    assert names(tmp_path) == ["best.pt", "last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == [
+        "best.pt", "best.pt.sha256", "last.pt", "last.pt.sha256", "step_00000001.pt", "step_00000001.pt.sha256",
+    ]  # fmt: skip
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
 
 
@@ -111,8 +116,24 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
-    assert names(tmp_path) == ["best.pt", "last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == [
+        "best.pt", "best.pt.sha256", "last.pt", "last.pt.sha256", "step_00000001.pt", "step_00000001.pt.sha256",
+    ]  # fmt: skip
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_worker_that_is_killed_during_a_save_is_no_full_disk(tmp_path, monkeypatch):
+    """PyTorch raises its error in a signal handler, wherever the program is."""
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    before = names(tmp_path)
+
+    def killed(*args):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(WorkerError, match=r"a loader's worker process .* was killed"), worker_errors():
+        save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
+    assert names(tmp_path) == before
 
 
 def test_what_a_killed_process_leaves_does_not_count_and_is_removed(tmp_path):
@@ -121,7 +142,7 @@ def test_what_a_killed_process_leaves_does_not_count_and_is_removed(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["last.pt", "step_00000001.pt", "step_00000001.pt.sha256"]
+    assert names(tmp_path) == ["last.pt", "last.pt.sha256", "step_00000001.pt", "step_00000001.pt.sha256"]
 
 
 @pytest.mark.parametrize("moment", ["_write_whole", "best.pt", "last.pt", "step_00000002.pt"])
@@ -161,11 +182,93 @@ def test_a_file_system_without_hard_links_has_copies(tmp_path, monkeypatch):
 
 
 def test_a_run_of_before_there_was_a_last_file_gets_one(tmp_path):
-    link_last(tmp_path / "none")
+    link_last(tmp_path / "none", 1)
     save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
     (tmp_path / "last.pt").unlink()
-    link_last(tmp_path)
+    link_last(tmp_path, 1)
     assert read_training_checkpoint(tmp_path / "last.pt")["step"] == 1
+
+
+SPOILED = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: (path.unlink(), path.touch()),
+    "cut off": lambda path: (cut := path.read_bytes()[:500], path.unlink(), path.write_bytes(cut)),
+    "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("spoil", [spoil for key, spoil in SPOILED.items() if key != "a folder"])
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_spoiled_best_or_last_file_is_noticed_and_made_anew(tmp_path, name, spoil):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=step == 1, keep=2)
+    check_best_and_last(tmp_path)
+    spoil(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.*the same command looks"):
+        check_best_and_last(tmp_path)
+    link_last(tmp_path, 2)
+    assert take_best(tmp_path, 1) == ""
+    check_best_and_last(tmp_path)
+    assert [read_training_checkpoint(tmp_path / name)["step"] for name in ("best.pt", "last.pt")] == [1, 2]
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_best_file_that_cannot_be_made_anew_is_put_aside(tmp_path, spoil):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=step == 1, keep=1)
+    assert take_best(tmp_path, 1) == ""
+    spoil(tmp_path / "best.pt")
+    before = os.path.lexists(tmp_path / "best.pt")
+    assert "best.pt" in take_best(tmp_path, 1)
+    assert os.path.lexists(tmp_path / "best.pt.damaged") == before
+    assert not [name for name in names(tmp_path) if name in ("best.pt", "best.pt.sha256")]
+
+
+def test_a_best_file_that_a_server_does_not_give_now_is_left_alone(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    monkeypatch.setattr(module, "_sha256_of", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(CheckpointError, match="I/O error"):
+        take_best(tmp_path, 1)
+    assert (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        os.mkfifo,
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("nowhere/a"),
+        lambda path: path.write_bytes(b"\xff\0"),
+    ],
+    ids=["pipe", "folder", "dangling link", "bytes"],
+)
+def test_what_is_no_checksum_ends_in_a_sentence(tmp_path, plant):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step), is_best=False, keep=5)
+    checksum = tmp_path / "step_00000002.pt.sha256"
+    checksum.unlink()
+    plant(checksum)
+    path, _, warnings = latest_checkpoint(tmp_path)
+    assert (path.name, len(warnings)) == (("step_00000002.pt", 0) if checksum.is_symlink() else ("step_00000001.pt", 1))
+
+
+def test_a_checksum_is_never_that_of_another_file(tmp_path, monkeypatch):
+    """A kill between a file and its checksum leaves the file without one: it is not called damaged."""
+    save_checkpoint(tmp_path, content(1), is_best=True, keep=1)
+    write = module._write_whole
+
+    def killed(path, text):
+        if path.name == "best.pt.sha256":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(module, "_write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, content(2), is_best=True, keep=1)
+    check_best_and_last(tmp_path)
+    assert read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
 
 
 def test_saving_holds_no_second_copy_of_the_weights(tmp_path):
@@ -202,10 +305,11 @@ WRONG = {
     "scaler": [5, {5: 5}],
     "best_metric": ["x", float("nan"), [1]],
     "class_names": ["abc", [5], None, {"a": 1}],
-    "config": [5, {"data": 5}, {5: {}}, None],
-    "variant": [None, [1]],
-    "plan": [5, None],
-    "best_row": [5, {"epoch": "x"}, {5: 5}],
+    "config": [5, {"data": 5}, {5: {}}, None, {"data": {"root": torch.zeros(2)}}, {"data": {"root": [torch.zeros(2)]}}],
+    "variant": [None, [1], {"dims": torch.zeros(2)}],
+    "plan": [5, None, {"images": torch.zeros(2)}],
+    "kernels": [5, {"network": 5}],
+    "best_row": [5, {"epoch": "x"}, {5: 5}, {"epoch": 1e300}, {"loss": 1.0}],
     "confusion": [5, [[1], 2], [["x"]]],
     "losses": [5, [["x", 1]]],
     "skipped": [5, {"training": 5}, {"training": {"a": 5}}],

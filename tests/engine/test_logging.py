@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import threading
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from conv2former.engine import World, meter, trainer
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.logging import RunLog, read_metrics
 from conv2former.engine.meter import MeanLoss, Meter, describe_waiting
+from conv2former.engine.tensorboard import TensorBoard
 from conv2former.engine.trainer import train
 
 ROW = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gib": 1.0}
@@ -142,3 +147,31 @@ def test_rows_that_no_run_has_written_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes("\n".join([json.dumps(train_row), *foreign, json.dumps(eval_row)]).encode() + b"\n\xff\xfe\0\n")
     assert read_metrics(path) == [train_row, eval_row]
+
+
+@pytest.mark.parametrize("where", ["its thread", "at the end", "at the start"])
+def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capfd, where):
+    """Its thread finds the disk full and prints nothing of its own; `/dev/full` is a disk that always is."""
+    folder, said, before = tmp_path / "tensorboard", [], threading.excepthook
+    if where == "its thread":
+        monkeypatch.setattr(event_file_writer, "RecordWriter", Full)
+    elif where == "at the start":
+        folder.write_bytes(b"")  # where a folder is to be
+    board = TensorBoard(folder, 0, said.append)
+    if where == "at the end":
+        (events,) = folder.iterdir()
+        events.unlink()
+        events.symlink_to("/dev/full")
+    for step in range(1, 50):
+        board.numbers(step, {"train/loss": 1.0})
+    board.picture(1, "curves", np.zeros((2, 2, 3), np.uint8))
+    board.close()
+    assert threading.excepthook is before
+    assert len(said) == 1
+    assert said[0].endswith("the run goes on without TensorBoard")
+    assert capfd.readouterr().err == ""
+
+
+class Full(event_file_writer.RecordWriter):
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

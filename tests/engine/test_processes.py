@@ -14,6 +14,7 @@ import torch
 from conv2former.config import check_config
 from conv2former.engine import distributed, prepare, train, trainer
 from conv2former.engine.logging import read_metrics
+from conv2former.engine.saved import first_not_finite
 from conv2former.errors import RunStopped
 from conv2former.tools.cli import run_cli
 from conv2former.tools.killing import ForkedProcesses, differing_runs, kill_and_compare, metrics_of
@@ -121,23 +122,28 @@ def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
     assert "DIFFERENT in step_00000020.pt.model." in lines[-2]
 
 
-def test_not_a_number_on_one_process_stops_all(raw_config, tmp_path, monkeypatch, exit_codes):
+@pytest.mark.parametrize(("precision", "accum_steps"), [("fp32", 1), ("bf16", 2)])
+def test_not_a_number_on_one_process_stops_all(raw_config, tmp_path, monkeypatch, exit_codes, precision, accum_steps):
     real = trainer.train_step
 
     def poisoned(run, batches, step, check):
         if run.world.rank == 1 and step == 7:
-            batches[0].images[0, 0, 0, 0] = float("nan")
+            batches[-1].images[0, 0, 0, 0] = float("nan")
         return real(run, batches, step, check)
 
-    monkeypatch.setattr(trainer, "train_step", poisoned)
-    config = configure(raw_config, train__accum_steps=1, checkpoint__every_steps=1)
-    codes, output = run(lambda: train(config, tmp_path / "run"), 2, tmp_path)
+    changes = {"train__precision": precision, "train__accum_steps": accum_steps, "train__batch_size": 4 // accum_steps}
+    config = configure(raw_config, **changes, checkpoint__every_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", poisoned)
+        codes, output = run(lambda: train(config, tmp_path / "run"), 2, tmp_path)
     assert codes == [3, 3], output
     assert output.count("error") == 1, output
     assert "not finite at step 7 (loss nan on rank 1, gradient norm nan, learning rate" in output
     saved = final(tmp_path / "run")
     assert saved["step"] == 7
-    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert not first_not_finite(saved)
+    codes, output = run(lambda: train(config, tmp_path / "run"), 2, tmp_path)
+    assert codes == [0, 0], output
 
 
 def test_a_full_disk_stops_all(raw_config, tmp_path, monkeypatch, exit_codes):

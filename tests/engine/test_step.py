@@ -7,10 +7,10 @@ from timm.optim import Lookahead
 from conv2former import ConfigError
 from conv2former.config import make_plan
 from conv2former.data import Batch
-from conv2former.engine import World
+from conv2former.engine import World, build
 from conv2former.engine.build import autocast_for, build_model, build_run, check_names, freeze
 from conv2former.engine.step import FiniteCheck, mix, train_step
-from conv2former.errors import TrainingError
+from conv2former.errors import TrainingError, UserError
 
 from .conftest import configure
 
@@ -341,3 +341,14 @@ def test_names_of_optimizers(raw_config):
         check("lookahead_adahessian")
     with pytest.raises(ConfigError, match=r"optim\.betas: lookahead_sgd has none"):
         check_names(configure(raw_config, optim__opt="lookahead_sgd", optim__betas=[0.9, 0.99]), WORLD.device)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: you tried to")])
+def test_a_network_that_is_too_large_advises_no_smaller_batch(raw_config, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(build.timm, "create_model", full)
+    with pytest.raises(UserError, match=r"needs more memory than there is .*choose a smaller network") as raised:
+        build.build_model(configure(raw_config), 3)
+    assert "batch" not in str(raised.value)

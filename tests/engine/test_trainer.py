@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import yaml
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
-from conv2former.engine import dry_run, evaluate, logging, prepare, train, trainer
-from conv2former.errors import OutputError, TrainingError
+from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
+from conv2former.engine.saved import first_not_finite
+from conv2former.errors import OutputError, TrainingError, WorkerError
 from conv2former.tools.killing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
 
@@ -253,6 +255,43 @@ def test_a_finished_run_stays_finished(raw_config, tmp_path):
     assert_equal(final(tmp_path / "run"), before)
 
 
+@pytest.mark.parametrize("content", [None, b""])
+def test_the_best_weights_of_a_finished_run_are_lost(raw_config, tmp_path, capsys, content):
+    """The same command says so, and what it recommends is there."""
+    report = train(configure(raw_config), tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    for path in best.parent.glob("step_*.pt"):
+        if path.samefile(best):
+            path.unlink()
+    best.unlink()
+    if content is not None:
+        best.write_bytes(content)
+    capsys.readouterr()
+    again = train(configure(raw_config), tmp_path / "run")
+    assert f"warning: {best}" in capsys.readouterr().out
+    if report["epoch"] < report["epochs"]:
+        assert (again["epoch"], again["top1"]) == (again["epochs"], again["last_top1"])
+    assert torch.load(best)["epoch"] == again["epoch"]
+    assert conv2former.load_model(again["checkpoint"])
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(raw_config, tmp_path, monkeypatch, capsys):
+    config = configure(raw_config)
+    monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    report = train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"kernels: network {report['kernels']['network']}, images Pillow, torch {torch.__version__}" in said
+    assert "PyTorch's operations" in report["kernels"]["network"]
+    assert final(tmp_path / "run")["kernels"] == report["kernels"]
+    train(config, tmp_path / "run")
+    assert "other kernels" not in capsys.readouterr().out
+    monkeypatch.setattr(kernels_used.compiling, "describe", lambda source, *flags: f"{source.name} compiled")
+    train(config, tmp_path / "run")
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "other kernels" in line]
+    assert f"network: {report['kernels']['network']} -> cpu_kernels.cpp compiled; images: Pillow -> pixels" in warning
+    assert "torch:" not in warning
+
+
 def test_resume_never_and_from_a_path(raw_config, tmp_path):
     train(configure(raw_config), tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run; choose another --output"):
@@ -329,6 +368,29 @@ def test_exploded_weights_are_not_saved(raw_config, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="loss is not finite after step 5"):
         train(configure(raw_config), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_one_bad_batch_spoils_nothing_that_is_saved(raw_config, tmp_path, monkeypatch, precision, value):
+    """The second pass of an accumulation, with an average and BatchNorm's statistics: the run stops, and goes on."""
+    config = configure(raw_config, train__precision=precision, checkpoint__every_steps=1)
+    real = trainer.train_step
+
+    def spoiled(run, batches, step, check):
+        if step == 7:
+            batches[1].images[:] = value
+        return real(run, batches, step, check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", spoiled)
+        with pytest.raises(TrainingError, match=r"not finite.* at step 7|after step 8 .* not finite"):
+            train(config, tmp_path / "run")
+    saved = final(tmp_path / "run")
+    assert saved["step"] == 7
+    assert not first_not_finite(saved)
+    assert train(config, tmp_path / "run")["steps"] == 20
+    assert not first_not_finite(final(tmp_path / "run"))
 
 
 def test_a_damaged_newest_checkpoint_is_said_loudly(raw_config, tmp_path, capsys):
@@ -466,6 +528,24 @@ def test_an_error_in_a_worker_is_its_own_text(raw_config, tmp_path):
         train(configure(raw_config), tmp_path / "run")
     assert str(error.value).startswith(f"{bad}: not a readable image")
     assert "\n" not in str(error.value)
+
+
+def test_a_killed_worker_is_one_error_and_the_run_goes_on(raw_config, tmp_path, monkeypatch):
+    raw_config["data"]["workers"] = 1
+    before, killed = trainer.train_step, []
+
+    def kill(run, batches, step, check):
+        if step == 7 and not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+        return before(run, batches, step, check)
+
+    monkeypatch.setattr(trainer, "train_step", kill)
+    with pytest.raises(WorkerError, match="most likely by the system for want of memory"):
+        train(configure(raw_config), tmp_path / "run")
+    assert killed
+    assert final(tmp_path / "run")["step"] == 5
+    assert train(configure(raw_config), tmp_path / "run")["steps"] == 20
 
 
 def test_an_unreadable_image_of_a_stream_counts_once(raw_config, tmp_path, capsys):

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conv2former import inspect_checkpoint, list_installed, load_model
+from conv2former import compiling, inspect_checkpoint, list_installed, load_model
 from conv2former._preprocessing import is_noted
 from conv2former.config.schema import DataConfig
 from conv2former.data import open_train_and_val
@@ -204,6 +204,68 @@ def resuming(random: random.Random, folder: Path, base: Path) -> Call:
     def call() -> None:
         train(_settings(base / "photos", epochs=2) if resume == "auto" else _settings(base / "photos"),
               folder / "run" if resume == "auto" else folder / "other", resume)  # fmt: skip
+
+    return call
+
+
+def run_folders(random: random.Random, folder: Path, base: Path) -> Call:
+    """Finished runs whose files were damaged or replaced by pipes, folders and dangling links, started again."""
+    run = folder / "run"
+    shutil.copytree(base / "run", run)
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    for path in random.sample(files, random.choice([1, 1, 2, 4])):
+        content = path.read_bytes()
+        path.unlink()
+        _plant(random, path, content)
+
+    def call() -> str | None:
+        report = train(_settings(base / "photos"), run)
+        for key in ("checkpoint", "last_checkpoint"):
+            load_model(report[key])
+        return None
+
+    return call
+
+
+def _plant(random: random.Random, path: Path, content: bytes) -> None:
+    """Leaves a file damaged, or puts nothing or something else in its place."""
+    kind = random.randrange(6)
+    if kind < 2:
+        path.write_bytes(values.damaged(random, content or b"\0"))
+    elif kind == 2 and path.suffix in (".pt", ".sha256"):
+        os.mkfifo(path)
+    elif kind == 3:
+        path.mkdir()
+    elif kind == 4:
+        path.symlink_to("nowhere")
+
+
+SOURCE = """
+extern "C" int answer() { return LANE_BYTES; }
+extern "C" void compiled_to_the_end() {}
+"""
+
+
+def compiled_libraries(random: random.Random, folder: Path, base: Path) -> Call:
+    """Damaged and foreign files in the cache of compiled functions: none is loaded, and the answer stays right."""
+    source, store = folder / "answer.cpp", folder / "store"
+    source.write_text(SOURCE)
+    os.environ["CONV2FORMER_HOME"] = str(store)
+    whole = compiling.library(source)
+    if whole is None:
+        return lambda: None
+    expected = whole.answer()
+    for path in random.sample(sorted((store / "compiled").glob("answer-*")), random.choice([1, 2])):
+        content = path.read_bytes()
+        path.unlink()
+        _plant(random, path, content)
+        if path.is_file():
+            path.chmod(random.choice([0o600, 0o600, 0o666]))
+    compiling._library.cache_clear()
+
+    def call() -> str | None:
+        found = compiling.library(source)
+        return None if found is not None and found.answer() == expected else "the library is lost, or another"
 
     return call
 
@@ -453,7 +515,20 @@ def hub_configs(random: random.Random, folder: Path, base: Path) -> Call:
     return call
 
 
-FUNCTIONS = (weights, checkpoints, resuming, tables, tars, folders, names, parquet, images, hub_configs)
+FUNCTIONS = (
+    weights,
+    checkpoints,
+    resuming,
+    run_folders,
+    compiled_libraries,
+    tables,
+    tars,
+    folders,
+    names,
+    parquet,
+    images,
+    hub_configs,
+)
 TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {
     function.__name__: function for function in FUNCTIONS
 }

@@ -12,6 +12,7 @@ import torch
 
 import conv2former
 from conv2former import CheckpointError, Conv2Former, Preprocessing
+from conv2former.models import restore
 from conv2former.models.ablations import FUSIONS
 
 from ..conftest import TINY_YAML, Fixture
@@ -144,3 +145,18 @@ def test_a_folder_with_a_broken_configuration(tmp_path, official_file, text, exp
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=rf"config\.json.*{expected}"):
         conv2former.load_model(tmp_path)
+
+
+def test_a_file_for_which_memory_does_not_suffice(official_file, monkeypatch):
+    """That is said of the file: no batch has been made yet."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 8 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restore, "Conv2Former", full)
+        with pytest.raises(CheckpointError, match=r"the network in .* needs more memory than there is"):
+            conv2former.load_model(official_file)
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(CheckpointError, match="claims more memory than this machine has"):
+        conv2former.load_model(official_file)

@@ -474,3 +474,12 @@ def test_a_network_that_looks_like_one(tmp_path):
     torch.save(model.state_dict(), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is not a Conv2Former checkpoint"):
         conv2former.load_model(tmp_path / "x.pt")
+
+
+def test_a_key_cannot_forge_a_line_of_an_error(tmp_path, official_file):
+    state_dict = conv2former.load_model(official_file)[0].state_dict()
+    torch.save(state_dict | {"x\nerror: forged": torch.zeros(1)}, tmp_path / "forged.pt")
+    with pytest.raises(CheckpointError) as raised:
+        conv2former.load_model(tmp_path / "forged.pt")
+    assert "x\\nerror: forged" in str(raised.value)
+    assert "\nerror: forged" not in str(raised.value).replace("\\n", "")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import time
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from conv2former import compiling
 from conv2former.errors import ConfigError, DataError, RunStopped, TrainingError
 from conv2former.tools.cli import run_cli
 
@@ -41,6 +45,12 @@ def report(*failures: ProcessFailure) -> list[str]:
         (TrainingError("the loss is not finite"), 3, "error: the loss is not finite"),
         (RunStopped("stopped by SIGTERM after step 3"), 75, "stopped by SIGTERM after step 3"),
         (MemoryError(), 3, "error on rank 1: out of memory; take smaller batches or smaller images (MemoryError)"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            3,
+            "error on rank 1: a loader's worker process (pid 7) was killed, most likely by the system for want of "
+            "memory: lower data.workers or the batch size, or give the container or the job more memory",
+        ),
         (ZeroDivisionError("a fault of ours"), 1, "ZeroDivisionError: a fault of ours"),
     ],
 )
@@ -69,6 +79,34 @@ def test_a_message_of_several_lines_stays_one(tmp_path, monkeypatch, capsys):
 def test_where_no_note_can_be_left_the_message_is_printed(tmp_path, monkeypatch, capsys):
     _, said = end(monkeypatch, capsys, tmp_path / "missing", ConfigError("no"))
     assert said == "error: no\n"
+
+
+@pytest.mark.parametrize("run_id", [None, "1"])
+def test_ctrl_c_under_torchrun_takes_nothing_apart(monkeypatch, capsys, run_id):
+    """Temporary files go and the loaders' workers end, but Python's own last work is left out."""
+    done: list[object] = []
+
+    def main():
+        raise KeyboardInterrupt
+
+    def leave(code):
+        done.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if run_id:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(compiling, "remove_temporary_folder", lambda: done.append("temporary files"))
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main, "interrupted; the same command goes on")
+    ended = run_id and worker.join(30) is None and not worker.is_alive()
+    worker.kill()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command goes on\n"
+    assert (done, bool(ended)) == ((["temporary files", 130], True) if run_id else ([], False))
 
 
 def test_the_docs_start_one_device_with_python():

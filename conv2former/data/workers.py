@@ -1,0 +1,129 @@
+"""What can go wrong with a loader's worker processes, each as one error: they end, cannot start or cannot answer.
+
+PyTorch says that a worker has ended from a signal handler, so its error comes wherever the program happens to be: in a
+forward pass, in an evaluation, while a checkpoint is written. So whole loops stand in `worker_errors`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from ..errors import WorkerError, is_lost_worker
+
+__all__ = ["Sent", "portable_errors", "starting_workers", "why_lost", "worker_errors"]
+
+_FEWER = "set data.workers=0, or lower"
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns PyTorch's error about a worker that has ended into one that says why that may be and what to do.
+
+    Raises:
+        WorkerError: a worker was killed or has ended by itself.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not is_lost_worker(e):
+            raise
+        raise WorkerError(why_lost(e)) from None
+
+
+def why_lost(error: BaseException) -> str:
+    """Returns what to say about a worker that has ended, for the error by which `is_lost_worker` knows it."""
+    cause = error.__cause__  # has the signal, where PyTorch waited for a batch at that moment
+    text = str(cause if cause is not None and is_lost_worker(cause) else error)
+    found = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+    who = f"a loader's worker process{f' (pid {found[1]})' if found else ''}"
+    if "Bus error" in text or "shared memory" in text:
+        return (
+            f"{who} found no room in the shared memory, through which images reach this process: enlarge /dev/shm (of "
+            f"a container: --shm-size, or --ipc=host), or {_FEWER} data.workers or the batch size"
+        )
+    if "signal: Killed" in text:
+        return (
+            f"{who} was killed, most likely by the system for want of memory: lower data.workers or the batch size, or "
+            "give the container or the job more memory"
+        )
+    return f"{who} has ended before its time ({text.strip().splitlines()[0][:200]}): with data.workers=0 one sees why"
+
+
+@contextmanager
+def starting_workers(count: int) -> Iterator[None]:
+    """Turns the system's refusal of new processes, or of what they talk through, into an error that says what to do.
+
+    Args:
+        count: of worker processes.
+
+    Raises:
+        WorkerError: they cannot be started.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise WorkerError(
+            f"{count} worker processes of a loader cannot be started ({e}): {_FEWER} data.workers, or raise the limits "
+            "of processes, open files or shared memory (/dev/shm)"
+        ) from None
+
+
+@contextmanager
+def portable_errors() -> Iterator[None]:
+    """Makes sure that an error can travel from a worker to its parent, which would wait for ever for one that cannot.
+
+    Raises:
+        RuntimeError: in the place of an error whose class the parent could not find, with its name and text.
+    """
+    try:
+        yield
+    except Exception as e:
+        if get_worker_info() is None or _is_portable(type(e)):
+            raise
+        raise RuntimeError(f"{type(e).__name__}: {e}") from e
+
+
+def _is_portable(kind: type) -> bool:
+    try:
+        return pickle.loads(pickle.dumps(kind)) is kind
+    except Exception:  # whatever the class of a class raises
+        return False
+
+
+class Sent:
+    """A `collate_fn` that moves tensors into shared memory itself, where it runs in a worker.
+
+    PyTorch would do it in a thread of the worker, and without room there the parent would wait for ever.
+
+    Args:
+        collate: makes a batch of items: tensors in sequences and data classes.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        with portable_errors():
+            batch = self.collate(items)
+            if get_worker_info() is not None:
+                _share(batch)
+        return batch
+
+
+def _share(value: Any) -> None:
+    """Moves the tensors of a batch into shared memory, in place."""
+    if isinstance(value, torch.Tensor):
+        value.share_memory_()
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _share(inner)
+    elif is_dataclass(value):
+        _share([*vars(value).values()])

@@ -1,0 +1,86 @@
+"""Loader workers that are killed, cannot start, or cannot send what they have."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from conv2former.data.batch import collate, load_image
+from conv2former.data.loader import batches
+from conv2former.data.workers import Sent
+from conv2former.errors import WorkerError
+
+
+class Items(Dataset):
+    """Six items, each from calling `act` in a worker."""
+
+    def __init__(self, act) -> None:
+        self.act = act
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int):
+        return load_image(lambda: (torch.zeros(3, 2, 2), 0), lambda image: self.act(index) or image, False, None, index)
+
+
+def load(act, workers: int = 1) -> list:
+    loader = DataLoader(Items(act), batch_size=2, num_workers=workers, collate_fn=Sent(collate), timeout=workers * 60)
+    return list(batches(loader))
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed, most likely by the system for want of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "no room in the shared memory"),
+        (lambda: os._exit(5), "has ended before its time"),
+    ],
+    ids=["killed", "bus error", "exit"],
+)
+def test_a_worker_that_ends_is_one_error(end, said):
+    with pytest.raises(WorkerError, match=said) as raised:
+        load(lambda index: end() if index == 3 else None)
+    assert raised.value.exit_code == 3
+    assert "\n" not in str(raised.value)
+
+
+def test_a_worker_without_room_for_its_batch(monkeypatch):
+    def share(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    with pytest.raises(WorkerError, match="--shm-size"):
+        load(lambda index: None)
+
+
+def test_workers_that_cannot_be_started():
+    class Refused(DataLoader):
+        def __iter__(self):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with pytest.raises(WorkerError, match="1 worker processes of a loader cannot be started"):
+        next(batches(Refused([], num_workers=1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_class_that_the_parent_cannot_find(workers):
+    class Local(Exception):
+        pass
+
+    def act(index):
+        raise Local("of a plug-in")
+
+    with pytest.raises(RuntimeError if workers else Local, match="of a plug-in"):
+        load(act, workers)
+
+
+def test_a_batch_is_as_it_was():
+    alone, sent = load(lambda index: None, 0), load(lambda index: None)
+    assert [batch.indices.tolist() for batch in sent] == [batch.indices.tolist() for batch in alone]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(alone, sent, strict=True))
