@@ -18,7 +18,7 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, logging, prepare, train, trainer
 from conv2former.errors import OutputError, TrainingError
-from conv2former.tools.killing import differing, differing_runs, metrics_of
+from conv2former.tools.comparing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
 
 from .conftest import configure
@@ -29,7 +29,7 @@ def final(folder) -> dict:
 
 
 def assert_equal(a, b, where: str = "") -> None:
-    assert not differing(a, b, where)
+    assert not differing(a, b), where
 
 
 class Killed(Exception):

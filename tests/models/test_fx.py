@@ -1,4 +1,4 @@
-"""Graphs that torch.fx traces of the network: timm's tracer gives the same bits, torchvision's own reaches every layer."""
+"""Graphs of torch.fx: timm's tracer computes the same bits, and torchvision's own reaches every layer."""
 
 from __future__ import annotations
 
