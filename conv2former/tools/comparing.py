@@ -197,7 +197,8 @@ def _is_same(a: Any, b: Any) -> bool:
 
 def _bytes(x: Tensor) -> Tensor:
     """Returns the bytes of a tensor, (numbers, bytes of each)."""
-    return x.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8)
+    flat = x.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)  # one number may have any stride
+    return flat.view(torch.uint8).view(x.numel(), x.element_size())
 
 
 def _difference(a: Any, b: Any) -> str:
