@@ -90,9 +90,6 @@ def test_files_that_are_not_one(runs):
     ]
     assert parts[1].first == "step: 2 in A, 4 in B, which differ by 2 (relative: 0.5)"
     assert parts[2].first == "only in A"
-        "step: 2 in A, 4 in B, which differ by 2 (relative: 0.5)",
-        "only in A",
-    ]
 
 
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
