@@ -257,6 +257,7 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["export", "--checkpoint", file, "--output", "a.onnx"], "export"),
         (["average", file, file, "--output", "b.pt"], "train"),
         (["receptive-field", "--checkpoint", file], "train"),
+        (["compare-runs", "a", "b"], "train"),
         (["benchmark", "models", "conv2former_n"], "train"),
         *(([ROOT / "scripts" / name], "train") for name in ("kill_test.py", "transfer.py", "sample_digits.py")),
     ]

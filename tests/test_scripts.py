@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from conv2former.commands.train import summary
-from conv2former.tools.killing import differing_runs
+from conv2former.tools.comparing import differing_runs
 from conv2former.tools.table import variants_table
 
 from .conftest import ROOT, TINY_YAML

@@ -21,6 +21,7 @@ COMMANDS = {
     "models": "list the variants, and the weights that are installed",
     "recipes": "list the recipes, which --config takes by name",
     "receptive-field": "draw which pixels move a feature",
+    "compare-runs": "whether two runs, or those of two commits, are the same",
     "benchmark": "measure speed and memory",
 }
 HELP = """usage: conv2former COMMAND ...

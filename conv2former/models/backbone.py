@@ -17,7 +17,7 @@ from timm.layers import (
     to_ntuple,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, named_apply
+from timm.models import checkpoint_seq, named_apply, register_notrace_module
 from torch import nn
 
 from . import fused, fused_stem
@@ -45,6 +45,9 @@ def _take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None)
     return taken, max(taken)
 
 
+# Modules that take a faster way where they can are leaves to timm's fx tracer, which would take them through the plain
+# one, rounded otherwise: so a trace computes bit for bit what the network does. Of a Stage the blocks are the leaves.
+@register_notrace_module
 class Stem(nn.Module):
     """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""
 
@@ -87,6 +90,7 @@ class Convolves(nn.Module):
         return self.conv(x)
 
 
+@register_notrace_module
 class Downsample(Convolves):
     """LayerNorm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
 
@@ -133,6 +137,7 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
+@register_notrace_module
 class HeadConv(Convolves):
     """What comes before the pooling: a 1x1 convolution, GELU and LayerNorm, (N, C, H, W) to (N, dim, H, W)."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d
+from timm.models import register_notrace_module
 from torch import nn
 
 from . import fused, kernels
@@ -137,6 +138,7 @@ class ConvMlp(RenamesForeignKeys):
         return self.fc2(x)
 
 
+@register_notrace_module  # a leaf to timm's fx tracer, see backbone.py
 class Conv2FormerBlock(RenamesForeignKeys):
     """One residual block: convolutional modulation, then the MLP, each with layer scale and drop path.
 

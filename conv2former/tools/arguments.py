@@ -20,7 +20,12 @@ from ..errors import ConfigError, closest
 __all__ = ["Parser", "command_line"]
 
 PACKAGE = Path(__file__).parents[1]
-SCRIPTS = {"models": "list_models", "recipes": "list_recipes", "receptive-field": "receptive_field"}
+SCRIPTS = {
+    "models": "list_models",
+    "recipes": "list_recipes",
+    "receptive-field": "receptive_field",
+    "compare-runs": "compare_runs",
+}
 COMMANDS = {script: command for command, script in SCRIPTS.items()}
 LAUNCHER = "; torch.distributed.launch passes it: take torchrun --nproc-per-node=N in its place"
 

@@ -10,9 +10,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,42 +19,9 @@ from ..config import Config
 from ..engine import train
 from ..engine.logging import read_metrics
 from ..errors import TrainingError
+from .comparing import differing_runs
 
-__all__ = ["ForkedProcesses", "differing", "differing_runs", "kill_and_compare", "metrics_of"]
-
-TIMING = ("images_per_second", "data_wait", "memory_gib")  # what no two runs have the same
-_STATE = (
-    "step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "best_row", "confusion",
-    "losses",
-)  # fmt: skip
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl without the timing."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
-
-
-def differing(first: Any, second: Any, where: str = "") -> list[str]:
-    """Returns the places at which two nested structures of tensors and built-in types are not equal bit for bit."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        same = first.dtype == second.dtype and torch.equal(first, second)
-        return [] if same else [where]
-    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
-        return [place for key in first for place in differing(first[key], second[key], f"{where}.{key}")]
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        pairs = enumerate(zip(first, second, strict=True))
-        return [place for i, (a, b) in pairs for place in differing(a, b, f"{where}[{i}]")]
-    return [] if first == second else [where]
-
-
-def differing_runs(whole: Path, parts: Path) -> list[str]:
-    """Returns what two finished runs do not have the same: in the last and the best checkpoint, and in the metrics."""
-    found = []
-    for name in (sorted((whole / "checkpoints").glob("step_*.pt"))[-1].name, "best.pt", "last.pt"):
-        a, b = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, parts))
-        found += [f"{name}{place}" for key in _STATE for place in differing(a[key], b[key], f".{key}")]
-    return found + differing(metrics_of(whole), metrics_of(parts), "metrics.jsonl")
+__all__ = ["ForkedProcesses", "kill_and_compare"]
 
 
 class ForkedProcesses:

@@ -31,7 +31,7 @@ from conv2former.engine.step import FiniteCheck, train_step
 from conv2former.engine.trainer import describe_classes
 from conv2former.errors import OutputError
 from conv2former.models.weights import CLASSIFIER
-from conv2former.tools.killing import differing_runs
+from conv2former.tools.comparing import differing_runs
 from conv2former.tools.validate import validate
 
 from ..conftest import ROOT

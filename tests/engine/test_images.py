@@ -16,9 +16,9 @@ from conv2former.engine.build import build_model, name_network
 from conv2former.engine.images import settle_images
 from conv2former.models import Conv2Former
 from conv2former.models.weights import read_checkpoint
+from conv2former.tools.comparing import differing_runs
 from conv2former.tools.convert import convert
 from conv2former.tools.explain import Explainer
-from conv2former.tools.killing import differing_runs
 from conv2former.tools.predict import Predictor, find_images
 from conv2former.tools.publish import write_folder
 from conv2former.tools.validate import validate

@@ -20,7 +20,7 @@ from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
 from conv2former.engine.saved import first_not_finite
 from conv2former.errors import OutputError, TrainingError, WorkerError
-from conv2former.tools.killing import differing, differing_runs, metrics_of
+from conv2former.tools.comparing import differing, differing_runs, metrics_of
 from conv2former.tools.validate import validate
 
 from .conftest import configure
@@ -31,7 +31,7 @@ def final(folder) -> dict:
 
 
 def assert_equal(a, b, where: str = "") -> None:
-    assert not differing(a, b, where)
+    assert not differing(a, b), where
 
 
 class Killed(Exception):
