@@ -228,18 +228,28 @@ def test_missing_files_are_found():
     assert missing == ["finetune/foldr.yaml", "docs/exprt.md", "configs/finetun/"]
 
 
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+MOST_WORDS = 1500  # what one reads in five minutes
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_can_be_read_in_five_minutes(page):
+    """A longer one is two pages. Code and tables do not count: one looks something up in them."""
+    lines = FENCED.sub("", page.read_text()).splitlines()
+    prose = [line for line in lines if not line.startswith("    ") and not line.lstrip().startswith("|")]
+    assert len(" ".join(prose).split()) <= MOST_WORDS
+
+
 def headings(text: str) -> set[str]:
     """Returns what a link can name behind `#`, as GitHub makes it of the headings of a page."""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def broken_links(page: Path) -> list[str]:
     """Returns the links of a page to files, and to headings of pages, that are not there."""
     broken = []
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", FENCED.sub("", page.read_text())):
         target, _, heading = "".join(link).partition("#")
         path = page.parent / target if target else page
         if re.match(r"\w+:", target):
