@@ -1,4 +1,4 @@
-"""The case of docs/finetune.md: pre-train on the digits 0 to 4, then learn 5 to 9 from few images in three ways."""
+"""The study of docs/transfer.md: pre-train on the digits 0 to 4, then learn 5 to 9 from few images in three ways."""
 
 from __future__ import annotations
 

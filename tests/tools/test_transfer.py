@@ -1,4 +1,4 @@
-"""The case of docs/finetune.md, small: its images, its runs, the table's arithmetic, and what the page shows."""
+"""The study of docs/transfer.md, small: its images, its runs, the table's arithmetic, and what the page shows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ..conftest import ROOT, TINY_YAML
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
 
 CONFIGS = ROOT / "configs" / "finetune"
-PAGE = ROOT / "docs" / "finetune.md"
+PAGE = ROOT / "docs" / "transfer.md"
 
 
 def images(folder: Path) -> dict[str, set[str]]:
@@ -310,8 +310,7 @@ def test_the_script(compared, overrides, monkeypatch, capsys):
 
 def test_the_commands_of_the_page_are_right():
     text = PAGE.read_text()
-    case = text[text.index("## A case") :]
-    commands = re.findall(r"^(?:\w+=\w+ )*(?:python|torchrun) (scripts/.+)$", case, re.MULTILINE)
+    commands = re.findall(r"^(?:\w+=\w+ )*(?:python|torchrun) (scripts/.+)$", text, re.MULTILINE)
     assert len(commands) >= 6
     seen = set()
     for script, *words in map(shlex.split, commands):
@@ -323,7 +322,7 @@ def test_the_commands_of_the_page_are_right():
         elif script == "scripts/transfer.py":
             assert words[0] in ("prepare", "compare", "tune")
     assert seen == {"digits_pretrain", *(f"digits_{way}" for way in WAYS)}
-    assert comparison_table(made_up(), markdown=True).splitlines()[0] in case
+    assert comparison_table(made_up(), markdown=True).splitlines()[0] in text
 
 
 def test_the_settings_are_the_best_of_those_in_the_page():
