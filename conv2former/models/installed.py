@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .._store import store_folder
 from ..errors import CheckpointError, ConfigError, shorten
 from .contents import announce
 from .variants import PretrainedTag, differences, list_variants, names_of_same_file, parse_variant, variant
@@ -37,14 +38,6 @@ CONFIRMATION = "confirmation.json"  # beside them, where the published accuracy 
 SECTION = "conv2former"  # of config.json, with what timm has no place for
 MAX_CONFIG = 1 << 25  # bytes; with the names and descriptions of ImageNet-22k it has 2 million
 NAME = re.compile(r"[a-z][a-z0-9_]{0,99}\.[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-
-
-def store_folder() -> Path:
-    """Returns where weights are installed; it need not exist."""
-    if home := os.environ.get("CONV2FORMER_HOME"):
-        return Path(os.path.expanduser(home)).absolute()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(os.path.expanduser(cache)).absolute() / "conv2former"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 from timm.models import push_to_hf_hub
 
 from .. import _private
+from .._store import store_folder
 from .._yaml import cut, dump_yaml
 from ..errors import CheckpointError, ConfigError, OutputError, closest, shorten
 from ..models import InstalledModel, list_installed
-from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, published_tag, store_folder
+from ..models.installed import HUB_CONFIG, HUB_FILES, SECTION, names_installed, published_tag
 from ..models.variants import names_of_same_file
 from ..models.weights import noted_kind, weights_text
 from ..models.zoo import register_installed
