@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from .models.installed import store_folder
+from ._store import store_folder
 from .text import printable
 
 __all__ = ["describe", "library", "remove_temporary_folder"]

@@ -20,14 +20,14 @@ if _compiled.parent != Path(_store.name):
 import conv2former  # noqa: E402
 from conv2former import compiling  # noqa: E402
 from conv2former.data import pixels  # noqa: E402
-from conv2former.models import compiled  # noqa: E402
+from conv2former.ops.cpu import native  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
 TINY_YAML = "dims: [8, 16, 24, 32]\ndepths: [1, 1, 2, 1]\nkernel_size: 7\n"
 
 # Files that take minutes, which begin first: at the end one of them would leave the other cores idle.
-LONG = ("test_scripts.py", "test_processes.py", "test_kernels.py", "test_slurm.py", "test_packaging.py")
+LONG = ("test_scripts.py", "test_processes.py", "test_operators.py", "test_slurm.py", "test_packaging.py")
 
 compiling.SHORT = 3600.0  # seconds: what a test prints does not depend on whether it is the first to compile
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compiles, before xdist's workers start, what each of them would begin with at the same time."""
     if config.getoption("numprocesses", None):
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda load: load(), (pixels._library, lambda: compiled.usable(torch.float32))))
+            list(pool.map(lambda load: load(), (pixels._library, lambda: native.usable(torch.float32))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

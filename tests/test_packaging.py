@@ -75,6 +75,6 @@ def test_what_is_in_the_wheel(wheel):
     assert "conv2former/configs/models/conv2former_t.yaml" in names
     recipes = {f"conv2former/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("**/*.yaml")}
     assert recipes <= names
-    assert {"conv2former/data/pixels.cpp", "conv2former/models/cpu_kernels.cpp"} <= names  # compiled where they run
+    assert {"conv2former/data/pixels.cpp", "conv2former/ops/cpu/kernels.cpp"} <= names  # compiled where they run
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"conv2former"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

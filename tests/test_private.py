@@ -16,9 +16,10 @@ from conv2former import _private
 from conv2former.data.classes import class_names_of
 from conv2former.data.real_labels import real_labels
 from conv2former.errors import DataError
-from conv2former.models import cpu_ops, fused
+from conv2former.models import fusion
 from conv2former.models.block import Conv2FormerBlock
-from conv2former.models.fused_common import is_anyone_looking, is_transformed
+from conv2former.ops.cpu import onednn
+from conv2former.ops.tensors import is_transformed
 from conv2former.tools.benchmark_machine import OperatorTraffic
 
 from .conftest import ROOT
@@ -135,13 +136,13 @@ def without(monkeypatch):
 
     def take_away(name: _private.Name) -> None:
         monkeypatch.setattr(name, "value", None)
-        cpu_ops._has_pointwise.cache_clear()
-        cpu_ops._has_products.cache_clear()
+        onednn._has_pointwise.cache_clear()
+        onednn._has_products.cache_clear()
 
     yield take_away
     monkeypatch.undo()
-    cpu_ops._has_pointwise.cache_clear()
-    cpu_ops._has_products.cache_clear()
+    onednn._has_pointwise.cache_clear()
+    onednn._has_products.cache_clear()
 
 
 @pytest.mark.parametrize("name", _private.NAMES, ids=lambda name: name.path)
@@ -151,7 +152,7 @@ def test_networks_compute_the_formula_without_it(name, without, block, tiny, mon
     expected = results(block, x)
     block.fused = block.attn.fused = block.mlp.fused = True
     without(name)
-    assert fused.applies(block, x) is (name not in GUARDS)
+    assert fusion.is_fusable(block, x) is (name not in GUARDS)
     for ours, plain in zip(results(block, x), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
@@ -165,7 +166,7 @@ def test_networks_compute_the_formula_without_it(name, without, block, tiny, mon
 def test_what_the_guards_see(block):
     x = torch.randn(1, 8, 4, 4)
     assert not is_transformed(x)
-    assert not is_anyone_looking()
+    assert not fusion.has_global_hooks()
     seen = []
     torch.func.vmap(lambda t: seen.append(is_transformed(t)) or t)(x)
     with forward_ad.dual_level():
@@ -179,11 +180,11 @@ def test_what_the_guards_see(block):
         registers.register_module_full_backward_pre_hook,
     ):
         handle = register(lambda *_: None)
-        assert is_anyone_looking()
+        assert fusion.has_global_hooks()
         handle.remove()
-        assert not is_anyone_looking()
+        assert not fusion.has_global_hooks()
     handle = registers.register_module_forward_hook(lambda *_: None, always_call=True)
-    assert is_anyone_looking()
+    assert fusion.has_global_hooks()
     handle.remove()
 
 

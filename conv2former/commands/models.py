@@ -7,8 +7,8 @@ python scripts/list_models.py --installed --verify   # and whether their files a
 
 from __future__ import annotations
 
+from .._store import store_folder
 from ..errors import ConfigError
-from ..models.installed import store_folder
 from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli

@@ -9,7 +9,8 @@ import torch
 from .. import compiling
 from ..config import Config
 from ..data import pixels
-from ..models import compiled, kernels
+from ..ops.backends import supports_operators
+from ..ops.cpu import native
 
 __all__ = ["changed_kernels", "kernels_used"]
 
@@ -19,9 +20,9 @@ def kernels_used(config: Config, device: torch.device) -> dict[str, str]:
 
     What has to be compiled for it is compiled now.
     """
-    way = _network(device) if config.model.fused else "PyTorch, module by module"
+    backend = _network(device) if config.model.fused else "PyTorch, module by module"
     return {
-        "network": f"{way}, through torch.compile" if config.train.compile else way,
+        "network": f"{backend}, through torch.compile" if config.train.compile else backend,
         "images": compiling.describe(pixels.SOURCE, *pixels.FLAGS) or "Pillow",
         "torch": str(torch.__version__),
     }
@@ -30,12 +31,12 @@ def kernels_used(config: Config, device: torch.device) -> dict[str, str]:
 def _network(device: torch.device) -> str:
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return compiling.describe(compiled.SOURCE) or f"PyTorch's operations for {capability}"
+        return compiling.describe(native.SOURCE) or f"PyTorch's operators for {capability}"
     name = torch.cuda.get_device_name(device)
     x = torch.empty(1, 8, 2, 2, device=device).contiguous(memory_format=torch.channels_last)
-    if not kernels.usable(x, 1):
-        return f"PyTorch's operations on {name}"
-    import triton  # whose version `usable` has looked at
+    if not supports_operators(x, 1):
+        return f"PyTorch's operators on {name}"
+    import triton  # whose version `supports_operators` has looked at
 
     return f"Triton {triton.__version__} on {name}"
 

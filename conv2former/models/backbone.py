@@ -20,7 +20,7 @@ from timm.layers import (
 from timm.models import checkpoint_seq, named_apply, register_notrace_module
 from torch import nn
 
-from . import fused, fused_stem
+from . import fusion, stem_fusion
 from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
 from .weights import CLASSIFIER, adapt_head, check_fit, lacking_head, native_state_dict
@@ -68,9 +68,9 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
             if self.fused:
-                if fused_stem.stem_applies(self, x):
-                    return fused_stem.forward_stem(self, x)
-                x = fused_stem.channels_last(x)
+                if stem_fusion.is_fusable_stem(self, x):
+                    return stem_fusion.forward_stem(self, x)
+                x = stem_fusion.channels_last(x)
         x = self.norm1(self.act1(self.conv1(x)))
         x = self.norm2(self.act2(self.conv2(x)))
         return self.conv3(x)
@@ -86,7 +86,7 @@ class Convolves(nn.Module):
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
             if self.fused:
-                return fused_stem.convolve(self.conv, x)
+                return stem_fusion.convolve(self.conv, x)
         return self.conv(x)
 
 
@@ -110,8 +110,8 @@ class Downsample(Convolves):
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
-            if self.fused and fused_stem.norm_applies(self, x):
-                return fused_stem.forward_norm(self, x)
+            if self.fused and stem_fusion.is_fusable_norm(self, x):
+                return stem_fusion.forward_norm(self, x)
         return self.norm(x)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,8 +132,8 @@ class Stage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            if fused.row_applies(self.blocks, x):
-                return fused.forward(self.blocks, x)
+            if fusion.is_fusable_row(self.blocks, x):
+                return fusion.forward(self.blocks, x)
         return self.blocks(x)
 
 
@@ -184,8 +184,9 @@ class Conv2Former(RenamesForeignKeys):
         head_init_scale: factor on the classifier's initial weights, below 1 for fine-tuning.
         drop_rate: dropout before the classifier.
         drop_path_rate: drop path of the last block; it grows linearly from 0 over all blocks of the network.
-        fused: take the faster and smaller way of `fused.py` wherever it computes the same; False for the modules alone.
-        recompute: on that way, compute cheap maps again in the backward pass instead of keeping them.
+        fused: let `ops` compute blocks and stem, in less time and memory, wherever it computes the same; False for the
+            modules alone.
+        recompute: there, compute cheap maps again in the backward pass instead of saving them.
         device, dtype: where and how to create the parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The Conv2Former block and its two halves, usable on their own in any network.
+"""The Conv2Former block and its two residual branches, usable on their own in any network.
 
 `Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition` - https://arxiv.org/abs/2211.11943
 
@@ -12,7 +12,9 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from timm.models import register_notrace_module
 from torch import nn
 
-from . import fused, kernels
+from ..ops import operators
+from ..ops.branch import SpatialMixing
+from . import fusion
 from .weights import rename_keys_in_place
 
 __all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
@@ -39,6 +41,7 @@ def _depthwise(dim: int, kernel_size: int, dilation: int, **dd: Any) -> nn.Conv2
     return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
 
 
+@fusion.fusable_mixing(SpatialMixing.MODULATION)
 class ConvMod(RenamesForeignKeys):
     """Convolutional modulation: ``proj(conv_dw(gelu(a(h))) * v(h))`` with ``h = norm(x)``.
 
@@ -50,7 +53,8 @@ class ConvMod(RenamesForeignKeys):
         dim: channels C of input and output.
         kernel_size: side of the depthwise kernel, odd. The map may be smaller than the kernel.
         dilation: dilation of the depthwise convolution.
-        fused: let the Triton kernels of `kernels.py` compute what lies between the 1x1 convolutions, on a GPU.
+        fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
+            and under torch.compile.
         device, dtype: where and how to create the parameters.
 
     Raises:
@@ -84,8 +88,8 @@ class ConvMod(RenamesForeignKeys):
         x = self.norm(x)
         a, v = self.a(x), self.v(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out only what stands below this alone
-            if self.fused and fused.kernel_applies(self, a):
-                return self.proj(kernels.modulate(a, *fused.weights(self.conv_dw), v))
+            if self.fused and fusion.is_fusable_mixing(self, a):
+                return self.proj(operators.modulate(a, *fusion.weights(self.conv_dw), v))
         return self.proj(self.fuse(self.conv_dw(self.act(a)), v))
 
     def fuse(self, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -93,6 +97,7 @@ class ConvMod(RenamesForeignKeys):
         return a * v
 
 
+@fusion.fusable_mixing(SpatialMixing.MLP)
 class ConvMlp(RenamesForeignKeys):
     """MLP of 1x1 convolutions with a 3x3 depthwise residual: ``fc2(h + gelu(conv_dw(h)))``, ``h = gelu(fc1(norm(x)))``.
 
@@ -102,7 +107,8 @@ class ConvMlp(RenamesForeignKeys):
         dim: channels C of input and output.
         mlp_ratio: hidden channels as a multiple of `dim`.
         dilation: dilation of the 3x3 depthwise convolution.
-        fused: let the Triton kernels of `kernels.py` compute what lies between the 1x1 convolutions, on a GPU.
+        fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
+            and under torch.compile.
         device, dtype: where and how to create the parameters.
     """
 
@@ -131,14 +137,15 @@ class ConvMlp(RenamesForeignKeys):
         """Maps (N, C, H, W) to (N, C, H, W). The residual connection is the block's."""
         x = self.fc1(self.norm(x))
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fused and fused.kernel_applies(self, x):
-                return self.fc2(kernels.mlp_mix(x, *fused.weights(self.conv_dw)))
+            if self.fused and fusion.is_fusable_mixing(self, x):
+                return self.fc2(operators.mlp_mix(x, *fusion.weights(self.conv_dw)))
         x = self.act(x)
         x = x + self.act(self.conv_dw(x))
         return self.fc2(x)
 
 
 @register_notrace_module  # a leaf to timm's fx tracer, see backbone.py
+@fusion.fusable_block
 class Conv2FormerBlock(RenamesForeignKeys):
     """One residual block: convolutional modulation, then the MLP, each with layer scale and drop path.
 
@@ -151,8 +158,9 @@ class Conv2FormerBlock(RenamesForeignKeys):
             network the authors start at 1e-6, so a fresh block is close to the identity.
         dilation: dilation of both depthwise convolutions.
         mod_layer: the modulation's class, `ConvMod` or one of its ablations.
-        fused: take the faster and smaller way of `fused.py` wherever it computes the same; False for the modules alone.
-        recompute: on that way, compute cheap maps again in the backward pass instead of keeping them.
+        fused: let `ops` compute the block, in less time and memory, wherever that gives the same; False for the
+            modules alone.
+        recompute: there, compute cheap maps again in the backward pass instead of saving them.
         device, dtype: where and how to create the parameters.
 
     Raises:
@@ -190,8 +198,8 @@ class Conv2FormerBlock(RenamesForeignKeys):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fused and fused.applies(self, x):
-                return fused.forward([self], x)
+            if self.fused and fusion.is_fusable(self, x):
+                return fusion.forward([self], x)
         x = x + self.drop_path(self.ls1(self.attn(x)))
         x = x + self.drop_path(self.ls2(self.mlp(x)))
         return x

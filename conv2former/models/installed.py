@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .._store import store_folder
 from ..errors import CheckpointError, ConfigError, shorten
 from .contents import announce
 from .hub_config import HUB_CONFIG, SECTION, read_hub_config
@@ -36,14 +37,6 @@ __all__ = [
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 CONFIRMATION = "confirmation.json"  # beside them, where the published accuracy was measured; see tools/confirm.py
 NAME = re.compile(r"[a-z][a-z0-9_]{0,99}\.[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-
-
-def store_folder() -> Path:
-    """Returns where weights are installed; it need not exist."""
-    if home := os.environ.get("CONV2FORMER_HOME"):
-        return Path(os.path.expanduser(home)).absolute()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(os.path.expanduser(cache)).absolute() / "conv2former"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Times the fused operators of `models/kernels.py` on a GPU, beside the plain formula and a copy of the same bytes."""
+"""Times the fused operators of `ops/operators.py` on a GPU, beside the plain formula and a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, counted
-from ..models import kernels
+from ..ops import operators
+from ..ops.backends import MIN_TRITON, supports_operators
 from .benchmark_machine import copy_probe, matmul_probe
 from .benchmark_models import reason
 from .benchmark_progress import Progress
@@ -73,8 +74,8 @@ def make_tasks(batch_size: int, channels: int, side: int, dtype: torch.dtype, de
 
     tasks = []
     for name, fused, fused_backward, plain, width, kernel_size, maps in (
-        ("modulate", kernels.modulate, kernels.modulate_backward, plain_modulate, channels, KERNEL_SIZE, 2),
-        ("mlp_mix", kernels.mlp_mix, kernels.mlp_mix_backward, plain_mlp_mix, MLP_RATIO * channels, 3, 1),
+        ("modulate", operators.modulate, operators.modulate_backward, plain_modulate, channels, KERNEL_SIZE, 2),
+        ("mlp_mix", operators.mlp_mix, operators.mlp_mix_backward, plain_mlp_mix, MLP_RATIO * channels, 3, 1),
     ):
         shape = (batch_size, width, side, side)
         a, v, grad = (randn(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
@@ -222,10 +223,10 @@ def measure_kernels(
     device = torch.device("cuda", torch.cuda.current_device())
     probe = torch.empty(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     name = torch.cuda.get_device_name(device)
-    if not kernels.usable(probe, KERNEL_SIZE):
+    if not supports_operators(probe, KERNEL_SIZE):
         raise UserError(
             f"benchmark kernels: {name} runs no fused operators for {dtype}; they need an NVIDIA GPU of capability 8.0 "
-            f"or more, Triton {kernels.MIN_TRITON} or newer, and float32, bfloat16 or float16"
+            f"or more, Triton {MIN_TRITON} or newer, and float32, bfloat16 or float16"
         )
     if progress is not None:
         progress.say(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import _private
-from ..models import compiled, cpu_ops
+from ..ops.cpu import native, onednn
 
 __all__ = [
     "OperatorTraffic",
@@ -38,7 +38,7 @@ def matmul_probe(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
 
     It is one of float32 where a CPU has none of `dtype`: nothing of 16 bits is as fast there.
     """
-    if device.type == "cpu" and not cpu_ops.multiplies(dtype):
+    if device.type == "cpu" and not onednn.multiplies(dtype):
         dtype = torch.float32
     side = MATMUL_SIDE[device.type]
     a, b, out = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
@@ -51,7 +51,7 @@ def matmul_probe(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
 
 def native_precisions(device: torch.device) -> list[str]:
     """Returns `fp32`, and `bf16` where a GPU is at work or the CPU has arithmetic for it."""
-    return ["fp32", "bf16"] if device.type == "cuda" or cpu_ops.multiplies(torch.bfloat16) else ["fp32"]
+    return ["fp32", "bf16"] if device.type == "cuda" or onednn.multiplies(torch.bfloat16) else ["fp32"]
 
 
 def copy_probe(device: torch.device) -> tuple[Callable[[], None], int]:
@@ -70,25 +70,25 @@ class OperatorTraffic(_private.DispatchMode):
 
     Views move nothing. What an operator does inside (reordered copies, caches that save a reading) is not seen, so this
     is the traffic that the program asks for: less of it is what fusing operators gains. The functions of
-    `models/compiled.py`, which PyTorch does not know as operators, count as such.
+    `ops/cpu/native.py`, which PyTorch does not know as operators, count as such.
 
     Attributes:
         bytes_moved: so far.
     """
 
-    takes_fused = True  # else the blocks would show it their plain way, see models/fused.py
+    allows_fused = True  # else the blocks would run module by module, see models/fusion.py
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes_moved = 0
 
     def __enter__(self) -> OperatorTraffic:
-        compiled.watchers.append(self._count)
+        native.watchers.append(self._count)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        compiled.watchers.remove(self._count)
+        native.watchers.remove(self._count)
         super().__exit__(*exception)
 
     def _count(self, arguments: Any) -> None:
@@ -136,8 +136,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
-        "compiled_functions": compiled.usable(torch.float32) if device.type == "cpu" else None,
-        "bf16_arithmetic": cpu_ops.multiplies(torch.bfloat16) if device.type == "cpu" else None,
+        "compiled_functions": native.usable(torch.float32) if device.type == "cpu" else None,
+        "bf16_arithmetic": onednn.multiplies(torch.bfloat16) if device.type == "cpu" else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cuda":

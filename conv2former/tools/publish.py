@@ -14,11 +14,12 @@ import torch
 from timm.models import push_to_hf_hub
 
 from .. import _private
+from .._store import store_folder
 from .._yaml import cut, dump_yaml
 from ..errors import CheckpointError, ConfigError, OutputError, closest, first_line, shorten
 from ..models import InstalledModel, list_installed
 from ..models.hub_config import HUB_CONFIG, SECTION
-from ..models.installed import HUB_FILES, names_installed, published_tag, store_folder
+from ..models.installed import HUB_FILES, names_installed, published_tag
 from ..models.variants import names_of_same_file
 from ..models.weights import noted_kind, weights_text
 from ..models.zoo import register_installed

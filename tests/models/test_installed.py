@@ -17,7 +17,8 @@ from timm.models._hub import save_for_hf
 
 import conv2former
 from conv2former import CheckpointError, Conv2Former
-from conv2former.models.installed import file_sha256, find_installed, store_folder
+from conv2former._store import store_folder
+from conv2former.models.installed import file_sha256, find_installed
 from conv2former.models.restore import load_model
 from conv2former.models.variants import add_variant, names_of_same_file, parse_variant
 from conv2former.models.zoo import add_and_register, make_cfg, register_installed

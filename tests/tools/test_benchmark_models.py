@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
-from conv2former.models import compiled, cpu_ops
+from conv2former.ops.cpu import native, onednn
 from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks, benchmark_steps
 from conv2former.tools.benchmark_machine import OperatorTraffic
 from conv2former.tools.benchmark_models import measure
@@ -167,14 +167,14 @@ def test_traffic_by_hand():
 
 
 def test_traffic_of_compiled_functions():
-    if not compiled.usable(torch.float32):
+    if not native.usable(torch.float32):
         pytest.skip("no C++ compiler")
     u, weight, bias = torch.zeros(2, 4, 4, 16), torch.zeros(16, 1, 3, 3), torch.zeros(16)
     out = torch.empty_like(u)
     with OperatorTraffic() as traffic:
-        compiled.mix(u, weight, bias, out)
+        native.mlp_mix(u, weight, bias, out)
     assert traffic.bytes_moved == 4 * (2 * u.numel() + weight.numel() + bias.numel())
-    compiled.mix(u, weight, bias, out)
+    native.mlp_mix(u, weight, bias, out)
     assert traffic.bytes_moved == 4 * (2 * u.numel() + weight.numel() + bias.numel())  # nobody counts any more
 
 
@@ -273,7 +273,7 @@ def test_processors_without_16_bits(monkeypatch):
     """Nothing there is as fast as a product of float32, and `native` is that alone."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has_them in (True, False):
-        monkeypatch.setattr(cpu_ops, "multiplies", lambda dtype, has_them=has_them: has_them)
+        monkeypatch.setattr(onednn, "multiplies", lambda dtype, has_them=has_them: has_them)
         assert benchmark_machine.native_precisions(cpu) == (["fp32", "bf16"] if has_them else ["fp32"])
         assert benchmark_machine.native_precisions(cuda) == ["fp32", "bf16"]
         machine = benchmark_machine.describe_machine(cpu)

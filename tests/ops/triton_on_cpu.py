@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from conv2former.models import triton_launch
+from conv2former.ops.cuda import launch as triton_launch
 
 
 def multiply_bfloat16() -> None:

@@ -1,4 +1,4 @@
-"""The compiled functions against the formulas that they stand for."""
+"""The native functions against the formulas that they stand for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conv2former.models import compiled, cpu_ops
 from conv2former.models.backbone import Downsample, Stem
+from conv2former.ops.cpu import native, onednn
 
-needs_compiler = pytest.mark.skipif(not compiled.usable(torch.float32), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not native.usable(torch.float32), reason="no C++ compiler")
 BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 8e-3}
 SHAPES = [(2, 9, 13, 40), (3, 1, 1, 5), (1, 2, 30, 16), (2, 17, 3, 33), (1, 15, 29, 8), (2, 4, 5, 3)]
 
@@ -52,15 +52,15 @@ def test_modulation(shape, kernel_size, dtype):
     da, dv, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
 
     context = torch.empty_like(a)
-    out = compiled.modulate(a, v, weight, bias, context)
+    out = native.modulate(a, v, weight, bias, context)
     check([out, context], [exact_out, exact_context], dtype)
-    assert torch.equal(compiled.modulate(a, v, weight, bias), out)
+    assert torch.equal(native.modulate(a, v, weight, bias), out)
     values = v.clone()
-    assert compiled.modulate(a, values, weight, bias, out=values) is values
+    assert native.modulate(a, values, weight, bias, out=values) is values
     assert torch.equal(values, out)
 
     overwritten = dout.clone()
-    ours = compiled.modulate_backward(overwritten, a, v, context, weight)
+    ours = native.modulate_backward(overwritten, a, v, context, weight)
     assert ours[1] is overwritten
     check([*ours[:4], *ours[4]], [exact_out, da, dv, dweight, dbias, pixels(da), pixels(dv)], dtype)
 
@@ -80,9 +80,9 @@ def test_modulation_of_maps_without_their_biases(shape, kernel_size, dtype):
     da, dv, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
 
     context = torch.empty_like(a)
-    out = compiled.modulate(a, v, weight, bias, context, biases=(a_bias, v_bias))
+    out = native.modulate(a, v, weight, bias, context, biases=(a_bias, v_bias))
     check([out, context], [exact_out, exact_context], dtype)
-    ours = compiled.modulate_backward(dout, a, v, context, weight, (a_bias, v_bias))
+    ours = native.modulate_backward(dout, a, v, context, weight, (a_bias, v_bias))
     check([*ours[:4], *ours[4]], [exact_out, da, dv, dweight, dbias, pixels(da), pixels(dv)], dtype)
 
 
@@ -99,14 +99,14 @@ def test_mixing(shape, dtype, lacks_bias):
     exact_out = g + F.gelu(conv_dw(g, exact[1], exact[2]))
     du, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
 
-    out = compiled.mix(u, weight, bias, u_bias=u_bias)
+    out = native.mlp_mix(u, weight, bias, u_bias=u_bias)
     check([out], [exact_out], dtype)
     hidden = u.clone()
-    assert compiled.mix(hidden, weight, bias, out=hidden, u_bias=u_bias) is hidden
+    assert native.mlp_mix(hidden, weight, bias, out=hidden, u_bias=u_bias) is hidden
     assert torch.equal(hidden, out)
 
     overwritten = dout.clone()
-    ours = compiled.mix_backward(overwritten, u, weight, bias, u_bias)
+    ours = native.mlp_mix_backward(overwritten, u, weight, bias, u_bias)
     assert ours[1] is overwritten
     check([*ours[:3], *ours[3]], [exact_out, du, dweight, dbias, pixels(du)], dtype)
 
@@ -128,37 +128,37 @@ def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels
     shape = (3, 5, 7, channels)
     x = random(0, *shape, dtype=dtype) * 2 + 3
     weight, bias, gamma = (random(i, channels, dtype=dtype) for i in (1, 2, 3))
-    assert compiled.takes_pixels(x, dtype, inner)
+    assert native.supports_layer_norm(x, dtype, inner)
     exact = wide(x, weight, bias)
     exact_out = F.layer_norm(exact[0], (channels,), exact[1], exact[2], 1e-6)
-    out, mean, rstd = compiled.norm(x, weight, bias, 1e-6, inner)
+    out, mean, rstd = native.layer_norm(x, weight, bias, 1e-6, inner)
     assert out.dtype == inner
     check([out], [exact_out], inner)
     moments = exact[0].mean(-1, keepdim=True), (exact[0].var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()
     check([mean, rstd], list(moments), dtype)
     given = torch.empty_like(out)
-    assert compiled.norm(x, weight, bias, 1e-6, inner, stats=False, out=given) == (given, None, None)
+    assert native.layer_norm(x, weight, bias, 1e-6, inner, stats=False, out=given) == (given, None, None)
     assert torch.equal(given, out)
 
     dout, residual = random(4, *shape, dtype=inner), random(5, *shape, dtype=dtype)
     dx, dweight, dbias = torch.autograd.grad(exact_out, exact, dout.double())
     ours = torch.empty_like(x)
-    sums = compiled.norm_backward(dout, x, mean, rstd, weight, residual, ours)
+    sums = native.layer_norm_backward(dout, x, mean, rstd, weight, residual, ours)
     check([ours, *sums], [dx + residual, dweight, dbias], dtype)
 
     y, mask = random(6, *shape, dtype=inner), torch.tensor([0.0, 1.25, 2.5], dtype=dtype).view(3, 1, 1, 1)
     for scale, factor in ((gamma, mask), (gamma, None), (None, mask), (None, None)):
-        compiled.add_scaled(x, y, scale, factor, ours)
+        native.add_scaled(x, y, scale, factor, ours)
         product = y.double() * (1 if scale is None else scale) * (1 if factor is None else factor)
         check([ours], [x.double() + product], dtype)
-        compiled.add_scaled(x, y, scale, factor, ours, bias)
+        native.add_scaled(x, y, scale, factor, ours, bias)
         product = (y.double() + bias) * (1 if scale is None else scale) * (1 if factor is None else factor)
         check([ours], [x.double() + product], dtype)
-        normed = compiled.norm(ours, weight, gamma, 1e-6, inner)[0]
+        normed = native.layer_norm(ours, weight, gamma, 1e-6, inner)[0]
         for in_place in (False, True):  # the sum where x was, and its norm where y was
             x_, y_ = x.clone(), y.clone()
             total, h = (x_, y_) if in_place else (torch.empty_like(x), torch.empty_like(y))
-            compiled.add_scaled(x_, y_, scale, factor, total, bias, (weight, gamma, 1e-6, h))
+            native.add_scaled(x_, y_, scale, factor, total, bias, (weight, gamma, 1e-6, h))
             assert torch.equal(total, ours)
             assert torch.equal(h, normed)
 
@@ -166,8 +166,8 @@ def check_norm_and_residual_sum(dtype: torch.dtype, inner: torch.dtype, channels
 @needs_compiler
 @pytest.mark.parametrize("channels", [8, 15])
 def test_few_channels_are_left_to_pytorch(channels):
-    assert not compiled.takes_pixels(torch.zeros(1, 2, 2, channels), torch.float32, torch.float32)
-    assert not compiled.takes_gelu_affine(channels, torch.bfloat16)
+    assert not native.supports_layer_norm(torch.zeros(1, 2, 2, channels), torch.float32, torch.float32)
+    assert not native.supports_gelu_affine(channels, torch.bfloat16)
 
 
 @needs_compiler
@@ -180,16 +180,16 @@ def test_gelu_and_batch_norm(channels, dtype):
     exact = wide(x, weight, bias)
     z = F.gelu(exact[0])
     exact_out = F.batch_norm(z.permute(0, 3, 1, 2), None, None, exact[1], exact[2], training=True).permute(0, 2, 3, 1)
-    out, mean, var = compiled.gelu_norm(x, weight, bias, 1e-5)
+    out, mean, var = native.gelu_norm(x, weight, bias, 1e-5)
     check([out], [exact_out], dtype)
     check([mean, var], [z.mean((0, 1, 2)), z.var((0, 1, 2), correction=0)], parameters)
-    grads = compiled.gelu_norm_backward(dout, x, weight, mean, (var + 1e-5).rsqrt())
+    grads = native.gelu_norm_backward(dout, x, weight, mean, (var + 1e-5).rsqrt())
     check(list(grads), list(torch.autograd.grad(exact_out, exact, dout.double())), dtype)
     for images in (x, x[:1, :3, :5].contiguous()):  # of 36 channels, some pixels together fill vectors, and 15 do not
-        affine = compiled.gelu_affine(images, weight, bias)
+        affine = native.gelu_affine(images, weight, bias)
         check([affine], [F.gelu(images.double()) * weight + bias], dtype)
         overwritten = images.clone()
-        assert torch.equal(compiled.gelu_affine(overwritten, weight, bias, overwrite=True), affine)
+        assert torch.equal(native.gelu_affine(overwritten, weight, bias, overwrite=True), affine)
 
 
 @needs_compiler
@@ -205,7 +205,7 @@ def test_weight_gradient_of_a_dense_convolution(channels, size, side, stride, pa
     dout = random(2, *out.shape, dtype=torch.float32)
     (exact,) = torch.autograd.grad(out, weight, dout.double())
     maps = [t.permute(0, 2, 3, 1).contiguous() for t in (dout, x)]
-    check([compiled.conv_weight_grad(*maps, side, stride, padding)], [exact], torch.float32)
+    check([native.conv_weight_grad(*maps, side, stride, padding)], [exact], torch.float32)
 
 
 @needs_compiler
@@ -214,15 +214,15 @@ def test_dense_convolutions_that_are_left_to_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     weight = torch.zeros(36, 36, 3, 3)
     geometry = (1, 1), (1, 1), (1, 1)
-    assert compiled.takes_conv_weight_grad(weight, *geometry)
-    assert not compiled.takes_conv_weight_grad(weight.double(), *geometry)
+    assert native.supports_conv_weight_grad(weight, *geometry)
+    assert not native.supports_conv_weight_grad(weight.double(), *geometry)
     for other in ((36, 36, 3, 2), (8, 36, 3, 3), (288, 144, 2, 2)):
-        assert not compiled.takes_conv_weight_grad(torch.zeros(other), *geometry)
+        assert not native.supports_conv_weight_grad(torch.zeros(other), *geometry)
     for number in range(3):
         other = [*geometry[:number], (1, 2), *geometry[number + 1 :]]
-        assert not compiled.takes_conv_weight_grad(weight, *other)
+        assert not native.supports_conv_weight_grad(weight, *other)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert not compiled.takes_conv_weight_grad(weight, *geometry)
+    assert not native.supports_conv_weight_grad(weight, *geometry)
 
 
 @needs_compiler
@@ -232,11 +232,11 @@ def test_the_stem(dtype, autocast, bound, monkeypatch):
     if autocast and dtype == torch.float64:
         pytest.skip("autocast is not for float64")
     used = []
-    compiled.usable(dtype)  # which asks for the processor, too
+    native.usable(dtype)  # which asks for the processor, too
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     for name in ("gelu_norm", "gelu_norm_backward", "gelu_affine", "conv_weight_grad"):
-        real = getattr(compiled, name)
-        monkeypatch.setattr(compiled, name, lambda *a, real=real, name=name, **k: (used.append(name), real(*a, **k))[1])
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, real=real, name=name, **k: (used.append(name), real(*a, **k))[1])
     torch.manual_seed(0)
     stem, plain, exact = (Stem(3, 72, fused, dtype=dtype) for fused in (True, False, False))
     exact.double()
@@ -252,7 +252,7 @@ def test_the_stem(dtype, autocast, bound, monkeypatch):
                 inferred = module.eval()(x)
         grads = [p.grad for p in module.parameters()]
         results.append([y, x.grad, inferred, *grads, *module.buffers()])
-    single = dtype == torch.float32 and not (autocast and cpu_ops.multiplies(torch.bfloat16))
+    single = dtype == torch.float32 and not (autocast and onednn.multiplies(torch.bfloat16))
     backward = ["gelu_affine", *(["conv_weight_grad"] if single else []), "gelu_norm_backward"]
     assert used == [*["gelu_norm", "gelu_affine"] * 2, *backward * 2, *["gelu_affine"] * 2]
     for ours, theirs, truth in zip(*results, strict=True):
@@ -269,9 +269,9 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            *first, sums = compiled.modulate_backward(maps[0].clone(), *maps[1:], weight)
-            *second, more = compiled.mix_backward(maps[0].clone(), maps[1], weight[..., :3, :3].contiguous(), bias)
-            results.append([*first, *sums, *second, *more, compiled.conv_weight_grad(maps[0], maps[1], 3, 1, 1)])
+            *first, sums = native.modulate_backward(maps[0].clone(), *maps[1:], weight)
+            *second, more = native.mlp_mix_backward(maps[0].clone(), maps[1], weight[..., :3, :3].contiguous(), bias)
+            results.append([*first, *sums, *second, *more, native.conv_weight_grad(maps[0], maps[1], 3, 1, 1)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -285,13 +285,13 @@ def test_gelu_and_its_slope_over_the_whole_range():
     F.gelu(exact).sum().backward()
     size = u.double().abs().clamp(min=1)
     low = torch.full((16,), -50.0)  # with a convolution of zeros and this bias, the second GELU is zero
-    assert ((compiled.mix(u, nothing, low) - F.gelu(u.double())).abs() / size).max() < 1.5e-7
+    assert ((native.mlp_mix(u, nothing, low) - F.gelu(u.double())).abs() / size).max() < 1.5e-7
     eight_bits = u.bfloat16()
-    rounded = compiled.mix(eight_bits, nothing, low).double()
+    rounded = native.mlp_mix(eight_bits, nothing, low).double()
     gelus = F.gelu(eight_bits.double())
     assert ((rounded - gelus).abs() <= 4e-5 + 2**-8 * gelus.abs()).all()
     assert (rounded[eight_bits < -4.5] == 0).all()
-    du = compiled.mix_backward(torch.ones_like(u), u, nothing, low)[1]
+    du = native.mlp_mix_backward(torch.ones_like(u), u, nothing, low)[1]
     assert exact.grad is not None
     assert (du - exact.grad).abs().max() < 3e-7
 
@@ -305,8 +305,8 @@ def test_what_is_not_finite_stays_so(value, dtype):
     weight, bias = torch.ones(16, 1, 3, 3, dtype=dtype), torch.zeros(16, dtype=dtype)
     expected = torch.zeros(5, 5, dtype=torch.bool)
     expected[1:4, 1:4] = True
-    assert torch.equal(~compiled.mix(u, weight, bias)[0, :, :, 3].isfinite(), expected)
-    assert torch.equal(~compiled.modulate(u, torch.ones_like(u), weight, bias)[0, :, :, 3].isfinite(), expected)
+    assert torch.equal(~native.mlp_mix(u, weight, bias)[0, :, :, 3].isfinite(), expected)
+    assert torch.equal(~native.modulate(u, torch.ones_like(u), weight, bias)[0, :, :, 3].isfinite(), expected)
 
 
 @needs_compiler
@@ -315,24 +315,24 @@ def test_bfloat16_is_rounded_as_in_pytorch():
     v = values.to(torch.bfloat16).view(1, 1, -1, 1)
     factor = torch.tensor([1.2345678])
     # gelu(0) is 0: what remains is the bias times v
-    out = compiled.modulate(torch.zeros_like(v), v, torch.zeros(1, 1, 1, 1).bfloat16(), factor.bfloat16())
+    out = native.modulate(torch.zeros_like(v), v, torch.zeros(1, 1, 1, 1).bfloat16(), factor.bfloat16())
     assert torch.equal(out, (v.float() * factor.bfloat16().float()).bfloat16())
 
 
 def test_maps_must_be_contiguous():
-    if not compiled.usable(torch.float32):
+    if not native.usable(torch.float32):
         pytest.skip("no C++ compiler")
     with pytest.raises(ValueError, match="contiguous"):
-        compiled.mix(torch.zeros(1, 4, 4, 4).transpose(1, 2)[:, ::2], torch.zeros(4, 1, 3, 3), torch.zeros(4))
+        native.mlp_mix(torch.zeros(1, 4, 4, 4).transpose(1, 2)[:, ::2], torch.zeros(4, 1, 3, 3), torch.zeros(4))
 
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
-    assert not compiled.usable(torch.float32)
+    assert not native.usable(torch.float32)
 
 
 def test_types_without_functions():
-    assert not compiled.usable(torch.float16)
+    assert not native.usable(torch.float16)
 
 
 @needs_compiler
@@ -340,8 +340,8 @@ def test_types_without_functions():
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
 def test_the_norm_of_a_downsampling(dtype, autocast, dilation, monkeypatch):
     used = []
-    real = compiled.norm
-    monkeypatch.setattr(compiled, "norm", lambda *a, **k: (used.append(1), real(*a, **k))[1])
+    real = native.layer_norm
+    monkeypatch.setattr(native, "layer_norm", lambda *a, **k: (used.append(1), real(*a, **k))[1])
     torch.manual_seed(0)
     ours, plain = (Downsample(24, 32, dilation, fused, dtype=dtype) for fused in (True, False))
     for p in plain.parameters():

@@ -1,12 +1,12 @@
-"""The two heavy parts of the block as single operations, with hand-written gradients.
+"""The spatial mixing of both branches as single operators, with hand-written gradients.
 
     modulate(a, weight, bias, v) = (conv_dw(gelu(a)) + bias) * v
     mlp_mix(f, weight, bias)     = h + gelu(conv_dw(h) + bias)  with  h = gelu(f)
 
 They are operators of torch (`torch.ops.conv2former`), so that torch.compile, DDP and checkpointing see one step each.
 They keep their arguments for the backward pass and compute everything between again. On NVIDIA GPUs they are Triton
-kernels, on CPUs the functions of `compiled.py` or, without a C++ compiler, the formulas above, written out. `usable`
-says where they are faster than these. Triton is imported when a kernel first runs, and nothing here needs it before.
+kernels, on CPUs the native functions or, without a C++ compiler, the formulas above, written out. `backends.py` says
+where they are faster than these. Triton is imported when a kernel first runs, and nothing here needs it before.
 """
 
 from __future__ import annotations
@@ -16,93 +16,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled
+from .cpu import operators as cpu_operators
 
-__all__ = [
-    "MAX_KERNEL_SIZE",
-    "MIN_TRITON",
-    "is_exporting",
-    "mlp_mix",
-    "mlp_mix_backward",
-    "modulate",
-    "modulate_backward",
-    "usable",
-]
+__all__ = ["MAX_KERNEL_SIZE", "mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward"]
 
 MAX_KERNEL_SIZE = 31
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
-MIN_TRITON = "3.3"  # the oldest that was seen to compile the kernels
-
-_devices: dict[int, bool] = {}
-
-
-def usable(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
-    """Says whether the operators can take `x`, are faster than plain PyTorch, and are allowed to.
-
-    They are not where a program is taken down to run elsewhere, without this package: torch.export, TorchScript, ONNX.
-    On a CPU they are for torch.compile; otherwise `fused.py` has a better way.
-
-    Args:
-        x: a map (N, C, H, W); the other maps of the call must be like it.
-        kernel_size: side of the depthwise kernel.
-        dilation: its dilation; there are kernels for 1 only.
-
-    Returns:
-        True for maps in channels_last memory and an odd kernel size of at most 31: float32, bfloat16 or float16 on an
-        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work (torch
-        2.7 or newer), float32, bfloat16 or float64 on a CPU for which `compiled.py` has functions.
-    """
-    if is_exporting() or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
-        return False
-    if x.is_cpu:
-        runs = torch.compiler.is_compiling() and _runs_compiled(x.dtype)
-    else:
-        runs = x.is_cuda and torch.version.hip is None and x.dtype in DTYPES and _runs_triton(x.device.index)
-    return runs and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def is_exporting() -> bool:
-    """Says whether a program is taken down to run elsewhere."""
-    # Torch 2.6 does not tell torch.export from torch.compile, which then does without the operators.
-    tells = hasattr(torch.compiler, "is_exporting")
-    exporting = torch.compiler.is_exporting() if tells else torch.compiler.is_compiling()
-    return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-
-
-@torch.compiler.assume_constant_result
-def _runs_compiled(dtype: torch.dtype) -> bool:
-    return compiled.usable(dtype)
-
-
-@torch.compiler.assume_constant_result
-def _runs_triton(device: int) -> bool:
-    """Says whether a CUDA device runs the kernels. Asked at every call, found out once."""
-    if device not in _devices:
-        _devices[device] = torch.cuda.get_device_capability(device) >= CAPABILITY and _has_triton()
-    return _devices[device]
-
-
-def _has_triton() -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
-    return _release(triton.__version__) >= _release(MIN_TRITON)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Reads the first two numbers of a version, also of `3.9.0+git1234`."""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _triton() -> ModuleType:
-    from . import triton_launch
+    from .cuda import launch  # Triton is optional, and takes a second to import
 
-    return triton_launch
+    return launch
 
 
 def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
@@ -189,73 +115,29 @@ def _check(name: str, weight: Tensor, bias: Tensor, kernel_size: int | None = No
         raise ValueError(f"{name}: bias must be (C,) with C = {x.shape[1]}, but is {tuple(bias.shape)}")
 
 
-# The operators. A function below is the operator's on the CPU: the compiled functions, or the formula.
-
-
-def _conv_dw(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2, groups=x.shape[1])
-
-
-def _conv_dw_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    pad = weight.shape[-1] // 2
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), bias.shape, [1, 1], [pad, pad], [1, 1], False, [0, 0], x.shape[1], [True] * 3
-    )
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """Returns (N, C, H, W) as the compiled functions have it, (N, H, W, C)."""
-    return _nhwc(x).permute(0, 2, 3, 1)
-
-
-def _map(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+# The operators. A function below is the operator's on the CPU.
 
 
 @torch.library.custom_op("conv2former::modulate", mutates_args=(), device_types="cpu")
 def _modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
-    if compiled.usable(a.dtype):
-        return _map(compiled.modulate(_pixels(a), _pixels(v), weight, bias))
-    return _nhwc(_conv_dw(F.gelu(a), weight, bias) * v)
+    return cpu_operators.modulate(a, weight, bias, v)
 
 
 @torch.library.custom_op("conv2former::modulate_backward", mutates_args=(), device_types="cpu")
 def _modulate_backward(
     dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if compiled.usable(a.dtype):
-        a, v, dm = _pixels(a), _pixels(v), _pixels(dm).clone()
-        context = torch.empty_like(a)
-        compiled.modulate(a, v, weight, bias, context)
-        _, da, dv, dweight, (dbias, *_) = compiled.modulate_backward(dm, a, v, context, weight)
-        return _map(da), dweight.to(weight.dtype), dbias.to(bias.dtype), _map(dv)
-    g = F.gelu(a)
-    dg, dweight, dbias = _conv_dw_backward(dm * v, g, weight, bias)
-    return _nhwc(torch.ops.aten.gelu_backward(dg, a)), dweight, dbias, _nhwc(_conv_dw(g, weight, bias) * dm)
+    return cpu_operators.modulate_backward(dm, a, weight, bias, v)
 
 
 @torch.library.custom_op("conv2former::mlp_mix", mutates_args=(), device_types="cpu")
 def _mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if compiled.usable(f.dtype):
-        return _map(compiled.mix(_pixels(f), weight, bias))
-    h = F.gelu(f)
-    return _nhwc(h + F.gelu(_conv_dw(h, weight, bias)))
+    return cpu_operators.mlp_mix(f, weight, bias)
 
 
 @torch.library.custom_op("conv2former::mlp_mix_backward", mutates_args=(), device_types="cpu")
 def _mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if compiled.usable(f.dtype):
-        _, df, dweight, (dbias, *_) = compiled.mix_backward(_pixels(ds).clone(), _pixels(f), weight, bias)
-        return _map(df), dweight.to(weight.dtype), dbias.to(bias.dtype)
-    h = F.gelu(f)
-    dz = torch.ops.aten.gelu_backward(ds, _conv_dw(h, weight, bias))
-    dh, dweight, dbias = _conv_dw_backward(dz, h, weight, bias)
-    return _nhwc(torch.ops.aten.gelu_backward(ds + dh, f)), dweight, dbias
+    return cpu_operators.mlp_mix_backward(ds, f, weight, bias)
 
 
 @_modulate.register_kernel("cuda")

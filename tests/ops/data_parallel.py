@@ -1,6 +1,6 @@
-"""Gradients of two processes by every way through a block, against the plain formula's: `torchrun data_parallel.py`.
+"""Gradients of two processes by every backend, against the plain formula's: `torchrun data_parallel.py`.
 
-A program of its own, since it is what torchrun starts. Process 0 writes a line of JSON: for each way the largest
+A program of its own, since it is what torchrun starts. Process 0 writes a line of JSON: for each backend the largest
 relative difference of a gradient.
 """
 
@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from conv2former.models import fused, kernels
 from conv2former.models.backbone import Conv2Former
+from conv2former.ops import autograd, operators
+from conv2former.ops.cuda import branch
 
 
 def gradients(is_fused: bool, compiled: bool = False) -> list[torch.Tensor]:
@@ -32,16 +33,16 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     exact = gradients(False)
-    ways = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
-    fused._way = lambda middle, x, dtype: fused.ON_GPU[middle]  # the operators; on a GPU they are Triton's
-    calls, operator = [], kernels.modulate_backward
-    kernels.modulate_backward = lambda *args: (calls.append(1), operator(*args))[1]
-    ways["operators"] = gradients(True)
+    grads_of = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
+    autograd.choose_backend = lambda *args, **options: branch  # of a GPU, where the operators are Triton's
+    calls, operator = [], operators.modulate_backward
+    operators.modulate_backward = lambda *args: (calls.append(1), operator(*args))[1]
+    grads_of["operators"] = gradients(True)
     assert len(calls) == 5  # blocks
     if dist.get_rank() == 0:
         differences = {
-            way: max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True))
-            for way, grads in ways.items()
+            backend: max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True))
+            for backend, grads in grads_of.items()
         }
         print(json.dumps(differences), flush=True)
     dist.destroy_process_group()

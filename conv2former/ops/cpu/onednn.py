@@ -1,4 +1,4 @@
-"""PyTorch operations in the form in which a CPU does them fast, on maps of shape (N, H, W, C).
+"""PyTorch's operators in the form in which oneDNN, on a CPU, does them fast, on maps of shape (N, H, W, C).
 
 Channels lie last and close together, so that a 1x1 convolution is one matrix product over all pixels. The depthwise
 convolutions are oneDNN's. Two things that it does slowly are done differently here, with the same result:
@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _private
+from ... import _private
+from ..functional import conv_dw
+from ..tensors import nchw, nhwc
 
 __all__ = [
     "add_conv_dw_input_grad",
-    "conv_dw",
     "conv_dw_gelu",
     "conv_dw_weight_grad",
     "linear",
@@ -33,15 +34,15 @@ aten = torch.ops.aten
 FAST_COLUMNS = 3  # of a kernel, in oneDNN's fast gradient of a depthwise weight; its rows may be many
 
 
-def _fuses(x: Tensor) -> bool:
-    """Says whether oneDNN can append an activation or a sum to an operation on `x`."""
+def _can_fuse(x: Tensor) -> bool:
+    """Returns whether oneDNN can append an activation or a sum to an operation on `x`."""
     return (
         x.dtype in (torch.float32, torch.bfloat16) and bool(torch.backends.mkldnn.enabled) and _has_pointwise(x.dtype)
     )
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Says whether the CPU has matrix products and convolutions of that type.
+    """Returns whether the CPU has matrix products and convolutions of that type.
 
     PyTorch computes them anyway. For 16 bits it then takes about ten times as long as for float32.
     """
@@ -70,31 +71,26 @@ def _has_pointwise(dtype: torch.dtype) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, (..., C) to (..., D)."""
-    return _private.linear_pointwise(x, weight, bias, "none", [], "none") if _fuses(x) else F.linear(x, weight, bias)
+    return _private.linear_pointwise(x, weight, bias, "none", [], "none") if _can_fuse(x) else F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(linear(x))``, (..., C) to (..., D)."""
-    if _fuses(x):
+    if _can_fuse(x):
         return _private.linear_pointwise(x, weight, bias, "gelu", [], "none")
     return aten.gelu_(F.linear(x, weight, bias))
 
 
-def conv_dw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise convolution, 'same' padded, of (N, H, W, C) with (C, 1, k, k) to (N, H, W, C)."""
-    return _nhwc(F.conv2d(_nchw(x), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1]))
-
-
 def conv_dw_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(conv_dw(x))``, (N, H, W, C) to (N, H, W, C)."""
-    if _fuses(x):
-        return _nhwc(_private.convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none"))
+    if _can_fuse(x):
+        return _contiguous_nhwc(_private.convolution_pointwise(*_conv_args(x, weight, bias), "gelu", [], "none"))
     return aten.gelu_(conv_dw(x, weight, bias))
 
 
 def _conv_args(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     pad = weight.shape[-1] // 2
-    return _nchw(x), weight, bias, [pad, pad], [1, 1], [1, 1], x.shape[-1]
+    return nchw(x), weight, bias, [pad, pad], [1, 1], [1, 1], x.shape[-1]
 
 
 def add_conv_dw_input_grad(total: Tensor | None, grad: Tensor, weight: Tensor) -> Tensor:
@@ -106,16 +102,16 @@ def add_conv_dw_input_grad(total: Tensor | None, grad: Tensor, weight: Tensor) -
     turned = weight.flip(2, 3)
     if total is None:
         return conv_dw(grad, turned, None)
-    if _fuses(grad):
+    if _can_fuse(grad):
         args = _conv_args(grad, turned, None)
-        return _nhwc(_private.convolution_pointwise_(_nchw(total), *args, "add", None, None, [], None))
+        return _contiguous_nhwc(_private.convolution_pointwise_(nchw(total), *args, "add", None, None, [], None))
     return total.add_(conv_dw(grad, turned, None))
 
 
 def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     """The gradients of `conv_dw`'s weight and bias.
 
-    oneDNN has a fast way for kernels of up to `FAST_COLUMNS` columns and of no more rows than the map has; beyond that
+    oneDNN is fast for kernels of up to `FAST_COLUMNS` columns and of no more rows than the map has; beyond that
     it takes 3 to 12 times as long as this function. So the kernel is cut into strips of that many columns. The strip of
     the lags s - 1, s, s + 1 is the gradient of a three columns wide kernel for a map that lies s columns further. Both
     maps are copied into buffers whose rows end in kernel_size // 2 columns of zeros: moving on by s columns is then no
@@ -150,16 +146,12 @@ def conv_dw_weight_grad(grad: Tensor, x: Tensor, kernel_size: int) -> tuple[Tens
     return torch.cat(strips, dim=3)[..., :kernel_size], bias_grad
 
 
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()  # which it is, unless an operation chose another memory format
+def _contiguous_nhwc(x: Tensor) -> Tensor:
+    return nhwc(x).contiguous()  # which it is, unless an operator chose another memory format
 
 
 def _weight_grad(grad: Tensor, x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     c = x.shape[-1]
     pad = [rows // 2, cols // 2]
-    args = (_nchw(grad), _nchw(x), x.new_empty(c, 1, rows, cols), [c], [1, 1], pad, [1, 1], False, [0, 0], c)
+    args = (nchw(grad), nchw(x), x.new_empty(c, 1, rows, cols), [c], [1, 1], pad, [1, 1], False, [0, 0], c)
     return aten.convolution_backward(*args, [False, True, True])[1:]

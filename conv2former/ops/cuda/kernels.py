@@ -1,4 +1,4 @@
-"""The Triton kernels behind `kernels.py`; `triton_launch.py` cuts the work and runs them.
+"""The Triton kernels behind `ops/operators.py`; `launch.py` cuts the work and runs them.
 
 All maps are (N, C, H, W) in channels_last memory, so a row of the map is W * C neighbouring numbers. For most kernels
 a *lane* is one channel of one strip of S neighbouring columns of one image, and a thread has a lane or two: it keeps

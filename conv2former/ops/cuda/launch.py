@@ -1,4 +1,4 @@
-"""Cuts the work of `kernels.py` into programs of the Triton kernels, and runs them.
+"""Cuts the work of `ops/operators.py` into programs of the Triton kernels, and runs them.
 
 The cuts are functions of the shapes alone, not of timings: nothing is tuned at the start of a run, and two runs on one
 GPU give the same bits. docs/performance.md has the counts that they come from.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .triton_kernels import (
+from .kernels import (
     PLUS_TIMES_SLOPE,
     TIMES,
     TIMES_SLOPE,
@@ -193,14 +193,14 @@ def context(a: Tensor, weight: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
 
 
 def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
-    """See `kernels.modulate`."""
+    """See `operators.modulate`."""
     return context(a, weight, bias, v)
 
 
 def modulate_backward(
     dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kernels.modulate_backward`. The convolution is computed again: keeping it would cost a map."""
+    """See `operators.modulate_backward`. The convolution is computed again: keeping it would cost a map."""
     dc = dm * v
     band = choose_band(a.shape, a.dtype, weight.shape[-1])
     if band:
@@ -234,7 +234,7 @@ def choose_mlp_blocking(shape: torch.Size) -> MlpBlocking:
 
 
 def mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `kernels.mlp_mix`."""
+    """See `operators.mlp_mix`."""
     n, c, h, w = f.shape
     strip, strips, row_blocks, block_rows, block, programs = choose_mlp_blocking(f.shape)
     out = torch.empty_like(f, memory_format=torch.channels_last)
@@ -246,7 +246,7 @@ def mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.mlp_mix_backward`."""
+    """See `operators.mlp_mix_backward`."""
     n, c, h, w = f.shape
     strip, strips, row_blocks, block_rows, block, programs = choose_mlp_blocking(f.shape)
     dz = torch.empty_like(f, memory_format=torch.channels_last)

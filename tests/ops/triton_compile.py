@@ -19,14 +19,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.models import triton_launch
+from conv2former.ops.cuda import launch as triton_launch
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **constants: Any) -> dict[str, Any]:
-    """Compiles a kernel for the arguments that `triton_launch.launch` gets, and returns its report."""
+    """Compiles a kernel for the arguments that `launch.launch` gets, and returns its report."""
     names = kernel.arg_names
     options = {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": constants.pop("maxnreg", None)}
     given = dict(zip(names, args, strict=False))

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from conv2former.models import compiled, kernels
+from conv2former.ops import backends, operators
+from conv2former.ops.cpu import native
 
-needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason=f"needs Triton {kernels.MIN_TRITON}, for Linux")
+needs_triton = pytest.mark.skipif(not backends._has_triton(), reason=f"needs Triton {backends.MIN_TRITON}, for Linux")
 
 # The relative errors of the results in the maps' type: rounding, once or a few times.
 TOLERANCES = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -109,39 +110,39 @@ def plain_mlp_mix(f, weight, bias):
     return h + F.gelu(F.conv2d(h, weight, bias, padding=1, groups=f.shape[1]))
 
 
-@pytest.fixture(params=["compiled", "PyTorch's operations"])
+@pytest.fixture(params=["native", "PyTorch's operations"])
 def on_the_cpu(request, monkeypatch):
-    if request.param != "compiled":
+    if request.param != "native":
         monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
-    elif not compiled.usable(torch.float64):
+    elif not native.usable(torch.float64):
         pytest.skip("no C++ compiler")
 
 
 @pytest.mark.parametrize("side", [1, 3, 11])
 def test_modulate_on_the_cpu_is_the_formula(side, on_the_cpu):
     (a, v), (weight, bias) = maps(2, 3, 4, 5, count=2), parameters(3, side)
-    out, plain = kernels.modulate(a, weight, bias, v), plain_modulate(a, weight, bias, v)
+    out, plain = operators.modulate(a, weight, bias, v), plain_modulate(a, weight, bias, v)
     inputs, grad = (a, weight, bias, v), torch.randn_like(out)
     torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad(plain, inputs, grad)
-    for result in (torch.autograd.grad(out, inputs, grad), kernels.modulate_backward(grad, *inputs)):
+    for result in (torch.autograd.grad(out, inputs, grad), operators.modulate_backward(grad, *inputs)):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_mlp_mix_on_the_cpu_is_the_formula(on_the_cpu):
     (f,), (weight, bias) = maps(2, 3, 4, 5), parameters(3, 3)
-    out, plain = kernels.mlp_mix(f, weight, bias), plain_mlp_mix(f, weight, bias)
+    out, plain = operators.mlp_mix(f, weight, bias), plain_mlp_mix(f, weight, bias)
     inputs, grad = (f, weight, bias), torch.randn_like(out)
     torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad(plain, inputs, grad)
-    for result in (torch.autograd.grad(out, inputs, grad), kernels.mlp_mix_backward(grad, *inputs)):
+    for result in (torch.autograd.grad(out, inputs, grad), operators.mlp_mix_backward(grad, *inputs)):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_gradients_have_the_types_of_what_they_are_of(on_the_cpu):
     """Under autocast maps are in 16 bits and parameters in 32."""
     (a, v), (weight, bias) = maps(2, 8, 4, 5, count=2, dtype=torch.bfloat16), parameters(8, 3, torch.float32)
-    out = kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
+    out = operators.mlp_mix(operators.modulate(a, weight, bias, v), weight, bias)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert [x.grad.dtype for x in (a, v)] == [torch.bfloat16] * 2
@@ -162,12 +163,12 @@ def test_torch_accepts_the_operators(dtype, on_the_cpu):
 
 
 def test_the_operators_compile_as_one_graph_with_any_size(monkeypatch):
-    monkeypatch.setitem(kernels._devices, 0, False)
+    monkeypatch.setitem(backends._devices, 0, False)
 
     def compute(a, v, weight, bias):
-        assert kernels.usable(a, 3) in (True, False)  # asked and answered outside of the graph
-        sign = -1.0 if kernels._runs_triton(0) else 1.0
-        return sign * kernels.mlp_mix(kernels.modulate(a, weight, bias, v), weight, bias)
+        assert backends.supports_operators(a, 3) in (True, False)  # asked and answered outside of the graph
+        sign = -1.0 if backends._runs_triton(0) else 1.0
+        return sign * operators.mlp_mix(operators.modulate(a, weight, bias, v), weight, bias)
 
     program = torch.compile(compute, fullgraph=True, dynamic=True, backend="aot_eager")
     weight, bias = parameters(6, 3)
@@ -183,8 +184,8 @@ def test_the_operators_compile_as_one_graph_with_any_size(monkeypatch):
 def test_a_second_derivative_is_refused_with_a_way_out():
     (a, v), (weight, bias) = maps(1, 2, 3, 3, count=2), parameters(2, 3)
     for name, out in (
-        ("modulate", kernels.modulate(a, weight, bias, v)),
-        ("mlp_mix", kernels.mlp_mix(a, weight, bias)),
+        ("modulate", operators.modulate(a, weight, bias, v)),
+        ("mlp_mix", operators.mlp_mix(a, weight, bias)),
     ):
         (grad,) = torch.autograd.grad(out.sum(), a, create_graph=True)
         with pytest.raises(RuntimeError, match=f"^{name} has no second derivative: .*fused=False"):
@@ -193,12 +194,12 @@ def test_a_second_derivative_is_refused_with_a_way_out():
 
 def test_checkpointing_computes_the_operators_again():
     (a, v), (weight, bias) = maps(1, 2, 3, 3, count=2), parameters(2, 3)
-    out = torch.utils.checkpoint.checkpoint(kernels.modulate, a, weight, bias, v, use_reentrant=False)
-    expected = torch.autograd.grad(kernels.modulate(a, weight, bias, v).sum(), (a, weight))
+    out = torch.utils.checkpoint.checkpoint(operators.modulate, a, weight, bias, v, use_reentrant=False)
+    expected = torch.autograd.grad(operators.modulate(a, weight, bias, v).sum(), (a, weight))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), (a, weight)), expected)
 
 
-def test_two_processes_average_the_gradients_of_every_way():
+def test_two_processes_average_the_gradients_of_every_backend():
     """With DistributedDataParallel, gloo, and on the GPU's way the operators' CPU side."""
     script = str(Path(__file__).with_name("data_parallel.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
@@ -224,17 +225,17 @@ def test_two_processes_average_the_gradients_of_every_way():
 def test_arguments_that_do_not_fit_are_named(change, message):
     (a, v), (weight, bias) = maps(2, 6, 5, 4, count=2, dtype=torch.float32), parameters(6, 3, torch.float32)
     with pytest.raises(ValueError, match=f"^modulate: .*{message}"):
-        kernels.modulate(**{"a": a, "weight": weight, "bias": bias, "v": v} | change)
+        operators.modulate(**{"a": a, "weight": weight, "bias": bias, "v": v} | change)
 
 
 def test_mlp_mix_takes_three_by_three_only():
     (f,), (weight, bias) = maps(2, 6, 5, 4), parameters(6, 5)
     with pytest.raises(ValueError, match=r"^mlp_mix: weight must be .* k = 3, but is"):
-        kernels.mlp_mix(f, weight, bias)
+        operators.mlp_mix(f, weight, bias)
 
 
 class OnGpu:
-    """What `usable` looks at, of a map that is said to be on a GPU."""
+    """What `supports_operators` looks at, of a map that is said to be on a GPU."""
 
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
@@ -248,34 +249,34 @@ class OnGpu:
         return self.channels_last
 
 
-def test_usable_says_where_the_kernels_run(monkeypatch):
+def test_supports_operators_says_where_the_kernels_run(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setitem(kernels._devices, 0, True)
-    assert kernels.usable(OnGpu(), 11)
-    assert kernels.usable(OnGpu(torch.float32), 31)
-    assert not kernels.usable(OnGpu(torch.float64), 11)
-    assert not kernels.usable(OnGpu(channels_last=False), 11)
-    assert not kernels.usable(OnGpu(), 33)
-    assert not kernels.usable(OnGpu(), 4)
-    assert not kernels.usable(OnGpu(), 11, dilation=2)
-    assert not kernels.usable(torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last), 11)
+    monkeypatch.setitem(backends._devices, 0, True)
+    assert backends.supports_operators(OnGpu(), 11)
+    assert backends.supports_operators(OnGpu(torch.float32), 31)
+    assert not backends.supports_operators(OnGpu(torch.float64), 11)
+    assert not backends.supports_operators(OnGpu(channels_last=False), 11)
+    assert not backends.supports_operators(OnGpu(), 33)
+    assert not backends.supports_operators(OnGpu(), 4)
+    assert not backends.supports_operators(OnGpu(), 11, dilation=2)
+    assert not backends.supports_operators(torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last), 11)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
-    assert not kernels.usable(OnGpu(), 11)
+    assert not backends.supports_operators(OnGpu(), 11)
 
 
-def test_usable_on_the_cpu_while_something_compiles(monkeypatch):
+def test_supports_operators_on_the_cpu_while_something_compiles(monkeypatch):
     x = torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(compiled, "usable", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(native, "usable", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)  # as in torch 2.6, which cannot tell
-    assert not kernels.usable(x, 11)
+    assert not backends.supports_operators(x, 11)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False, raising=False)
-    assert kernels.usable(x, 11)
-    assert not kernels.usable(x.half(), 11)
-    assert not kernels.usable(x.contiguous(), 11)
-    assert not kernels.usable(x, 33)
+    assert backends.supports_operators(x, 11)
+    assert not backends.supports_operators(x.half(), 11)
+    assert not backends.supports_operators(x.contiguous(), 11)
+    assert not backends.supports_operators(x, 33)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
-    assert not kernels.usable(x, 11)
+    assert not backends.supports_operators(x, 11)
 
 
 @pytest.mark.parametrize(
@@ -289,25 +290,25 @@ def test_usable_on_the_cpu_while_something_compiles(monkeypatch):
     ],
 )
 def test_a_device_runs_the_kernels_if_it_and_triton_are_new_enough(monkeypatch, capability, triton, runs):
-    monkeypatch.setattr(kernels, "_devices", {})
+    monkeypatch.setattr(backends, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "triton", triton and SimpleNamespace(__version__=triton))  # None: ImportError
-    assert kernels._runs_triton(0) == runs
-    assert kernels._devices == {0: runs}
+    assert backends._runs_triton(0) == runs
+    assert backends._devices == {0: runs}
 
 
 class Modulate(torch.nn.Module):
     """What a caller does: the operator where it is usable, the formula elsewhere."""
 
     def forward(self, a, v, weight, bias):
-        modulate = kernels.modulate if kernels.usable(a, weight.shape[-1]) else plain_modulate
+        modulate = operators.modulate if backends.supports_operators(a, weight.shape[-1]) else plain_modulate
         return modulate(a, weight, bias, v)
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 has no maps on a GPU without data")
 def test_an_exported_program_has_no_operator_of_ours(monkeypatch):
     """It is to run without this package. Traced otherwise, a map on a GPU (here without data) takes the operator."""
-    monkeypatch.setitem(kernels._devices, 0, True)
+    monkeypatch.setitem(backends._devices, 0, True)
     monkeypatch.setattr(torch.version, "hip", None)
     with FakeTensorMode():
         a, v = (torch.empty(1, 2, 3, 4, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(2))

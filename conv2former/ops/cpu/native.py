@@ -1,6 +1,6 @@
-"""The block's heavy parts as compiled functions for a CPU: `cpu_kernels.cpp`, compiled where it runs.
+"""The block's heavy parts as native functions for a CPU: `kernels.cpp`, compiled where it runs.
 
-Where `compiling.py` cannot compile it, `usable` says no, and PyTorch's own operations do the work, in more time.
+Where `compiling.py` cannot compile it, `usable` returns False, and PyTorch's own operators do the work, in more time.
 
 All maps here are (N, H, W, C) and contiguous. Weights are (C, 1, k, k), biases (C,).
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiling
+from ... import compiling
 
 __all__ = [
     "add_scaled",
@@ -24,19 +24,19 @@ __all__ = [
     "gelu_affine",
     "gelu_norm",
     "gelu_norm_backward",
-    "mix",
-    "mix_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "mlp_mix",
+    "mlp_mix_backward",
     "modulate",
     "modulate_backward",
-    "norm",
-    "norm_backward",
-    "takes_conv_weight_grad",
-    "takes_gelu_affine",
-    "takes_pixels",
+    "supports_conv_weight_grad",
+    "supports_gelu_affine",
+    "supports_layer_norm",
     "usable",
 ]
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 # Types of the maps between blocks and of those in a block, which autocast makes smaller.
 PAIRS = {
@@ -51,12 +51,18 @@ watchers: list[Callable[[tuple], None]] = []  # called with the arguments of eve
 
 
 def usable(dtype: torch.dtype) -> bool:
-    """Says whether the functions are there, for maps of that type on a CPU. The first call may compile them."""
+    """Returns whether the functions are there, for maps of that type on a CPU. The first call may compile them."""
     return dtype in DTYPES and compiling.library(SOURCE) is not None
 
 
-def takes_pixels(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bool:
-    """Says whether `norm`, `norm_backward` and `add_scaled` are there, for maps like `x` and others of type `inner`."""
+def supports_layer_norm(x: Tensor, weight_dtype: torch.dtype, inner: torch.dtype) -> bool:
+    """Returns whether `layer_norm`, `layer_norm_backward` and `add_scaled` are there.
+
+    Args:
+        x: a map (N, H, W, C) between branches.
+        weight_dtype: of the norm's parameters.
+        inner: the type of the maps inside of a branch.
+    """
     same = x.dtype == weight_dtype and (x.dtype, inner) in PAIRS
     return same and x.is_cpu and x.shape[-1] >= _lanes(x.dtype) and x.is_contiguous() and usable(inner)
 
@@ -65,17 +71,17 @@ def _lanes(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float64 else 16  # of the widest vectors
 
 
-def takes_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
-    """Says whether `gelu_affine` and `gelu_norm` are there, for maps of so many channels and that type."""
+def supports_gelu_affine(channels: int, dtype: torch.dtype) -> bool:
+    """Returns whether `gelu_affine` and `gelu_norm` are there, for maps of so many channels and that type."""
     return channels >= _lanes(dtype) and usable(dtype)
 
 
-def takes_conv_weight_grad(
+def supports_conv_weight_grad(
     weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """Says whether `conv_weight_grad` is there and faster than oneDNN, for a dense convolution in its weight's type.
+    """Returns whether `conv_weight_grad` is there and faster than oneDNN, for a dense convolution in its weight's type.
 
-    That is so with AVX2; for AVX-512 oneDNN has a way that is fast, too.
+    That is so with AVX2; for AVX-512 oneDNN has one that is fast, too.
     """
     outs, _, *kernel = weight.shape
     square = len({*kernel}) == len({*stride}) == len({*padding}) == 1 and tuple(dilation) == (1, 1)
@@ -85,7 +91,7 @@ def takes_conv_weight_grad(
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Calls a function of `cpu_kernels.cpp`."""
+    """Calls a function of `kernels.cpp`."""
     function = _functions.get(name) or _function(name, arguments)
     for watch in watchers:
         watch(arguments)
@@ -106,7 +112,7 @@ def _pass(argument: Tensor | int | float | None) -> int | float | None:
     if not isinstance(argument, Tensor):
         return argument
     if not argument.is_contiguous():
-        raise ValueError(f"the maps of a compiled function must be contiguous, not of strides {argument.stride()}")
+        raise ValueError(f"the maps of a native function must be contiguous, not of strides {argument.stride()}")
     return argument.data_ptr()
 
 
@@ -174,7 +180,7 @@ def modulate_backward(
     return out, dout, dv, dweight.sum(0), list(sums.sum(0))
 
 
-def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bias: Tensor | None = None) -> Tensor:
+def mlp_mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bias: Tensor | None = None) -> Tensor:
     """``g + gelu(conv_dw(g))`` with ``g = gelu(u)``.
 
     Args:
@@ -193,17 +199,17 @@ def mix(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, u_bi
     return out
 
 
-def mix_backward(
+def mlp_mix_backward(
     dout: Tensor, u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The gradients of `mix`. That of `u` takes the place of `dout`.
+    """The gradients of `mlp_mix`. That of `u` takes the place of `dout`.
 
     Args:
         dout: gradient of the result, (N, H, W, C); it is overwritten.
-        u, weight, bias, u_bias: as in `mix`.
+        u, weight, bias, u_bias: as in `mlp_mix`.
 
     Returns:
-        The result of `mix`, the gradient of u, that of the weight (C, 1, 3, 3), and the sums over all pixels of the
+        The result of `mlp_mix`, the gradient of u, that of the weight (C, 1, 3, 3), and the sums over all pixels of the
         gradients of the convolution's result (which is that of the bias) and of u, each (C,). Sums and the weight's
         gradient are in float32 at least.
     """
@@ -215,7 +221,7 @@ def mix_backward(
     return out, dout, dweight.sum(0), list(sums.sum(0))
 
 
-def norm(
+def layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -224,7 +230,7 @@ def norm(
     stats: bool = True,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Layer norm over the channels. `takes_pixels` must hold.
+    """Layer norm over the channels. `supports_layer_norm` must hold.
 
     Args:
         x: a map (N, H, W, C).
@@ -244,14 +250,14 @@ def norm(
     return out, mean, rstd
 
 
-def norm_backward(
+def layer_norm_backward(
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `norm`.
+    """The gradients of `layer_norm`.
 
     Args:
         dout: gradient of the result, (N, H, W, C).
-        x, mean, rstd, weight: as in `norm`.
+        x, mean, rstd, weight: as in `layer_norm`.
         residual: what is added to the gradient of x, a map like x.
         dx: the map for their sum.
 
@@ -275,7 +281,9 @@ def add_scaled(
     bias: Tensor | None = None,
     normed: tuple[Tensor, Tensor, float, Tensor] | None = None,
 ) -> None:
-    """Writes ``x + (y + bias) * scale * mask`` to `out`, and perhaps the layer norm of that. `takes_pixels` must hold.
+    """Writes ``x + (y + bias) * scale * mask`` to `out`, and perhaps the layer norm of that.
+
+    `supports_layer_norm` must hold.
 
     Args:
         x: a map (N, H, W, C).
@@ -284,7 +292,8 @@ def add_scaled(
         mask: one number for each image, in x's type, or None for 1.
         out: the map for the result, of x's type; it may be `x`.
         bias: (C,) in x's type, or None for 0.
-        normed: weight, bias and eps of the norm, as in `norm`, and the map for its result, of y's type; it may be `y`.
+        normed: weight, bias and eps of the norm, as in `layer_norm`, and the map for its result, of y's type; it may be
+            `y`.
     """
     n, h, w, c = x.shape
     name = f"add_scaled_{PAIRS[x.dtype, y.dtype]}"
@@ -294,7 +303,7 @@ def add_scaled(
 
 
 def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, overwrite: bool = False) -> Tensor:
-    """``gelu(x) * scale + shift``, GELU and a norm whose statistics are fixed. `takes_gelu_affine` must hold.
+    """``gelu(x) * scale + shift``, GELU and a norm whose statistics are fixed. `supports_gelu_affine` must hold.
 
     Args:
         x: a map (N, H, W, C).
@@ -317,7 +326,7 @@ def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, overwrite: bool = False
 
 
 def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm(gelu(x))`` with the batch's own statistics. `takes_gelu_affine` must hold.
+    """``norm(gelu(x))`` with the batch's own statistics. `supports_gelu_affine` must hold.
 
     Args:
         x: a map (N, H, W, C).

@@ -1,4 +1,4 @@
-"""The fast way through a block against its modules, `fused=False`: the plain formula."""
+"""The fused blocks and stem against their modules, `fused=False`: the plain formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from conv2former import Conv2FormerBlock
-from conv2former.models import compiled, cpu_ops, fused, fused_stem, kernels
+from conv2former.models import fusion, stem_fusion
+from conv2former.ops import autograd, operators
+from conv2former.ops.cpu import chunks, native, onednn
+from conv2former.ops.cuda import branch as cuda_branch
 from conv2former.tools.benchmark_memory import bytes_held
 
 DIM = 20
@@ -21,14 +24,14 @@ DIM = 20
 
 @pytest.fixture(autouse=True)
 def two_images_at_a_time(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 9 * 10 * 4 * DIM * 2)
+    monkeypatch.setattr(chunks, "CHUNK", 9 * 10 * 4 * DIM * 2)
 
 
-@pytest.fixture(autouse=True, params=["compiled", "PyTorch's operations"])
-def both_ways(request, monkeypatch):
-    if request.param != "compiled":
+@pytest.fixture(autouse=True, params=["native", "PyTorch's operators"])
+def with_and_without_native_functions(request, monkeypatch):
+    if request.param != "native":
         monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
-    elif not compiled.usable(torch.float32):
+    elif not native.usable(torch.float32):
         pytest.skip("no C++ compiler")
 
 
@@ -79,9 +82,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What went the fast way."""
+    """What was computed by `ops`."""
     made: list[str] = []
-    for module, name in ((fused, "forward"), (fused_stem, "forward_stem")):
+    for module, name in ((fusion, "forward"), (stem_fusion, "forward_stem")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (made.append(name), real(*a))[1])
     return made
@@ -118,7 +121,7 @@ def test_sizes_and_no_images(size, dtype, bound):
 @pytest.fixture(params=["with 16-bit products", "without"])
 def processor(request, monkeypatch):
     """One that has matrix products of 16-bit types and one that has not; PyTorch computes them on both."""
-    monkeypatch.setattr(cpu_ops, "multiplies", lambda dtype: request.param != "without" or dtype.itemsize > 2)
+    monkeypatch.setattr(onednn, "multiplies", lambda dtype: request.param != "without" or dtype.itemsize > 2)
 
 
 @pytest.mark.parametrize("fuses", [True, False])
@@ -135,11 +138,11 @@ def processor(request, monkeypatch):
 @pytest.mark.parametrize("recompute", [True, False])
 @few_and_more_channels
 @pytest.mark.usefixtures("dim")
-def test_other_precisions_are_as_exact_as_the_plain_way(
+def test_other_precisions_are_as_exact_as_the_modules(
     dtype, autocast, bound, fuses, recompute, processor, monkeypatch, calls
 ):
     if not fuses:
-        monkeypatch.setattr(cpu_ops, "_has_pointwise", lambda dtype: False)
+        monkeypatch.setattr(onednn, "_has_pointwise", lambda dtype: False)
     exact = results(plain(make_block()), make_images())
     block = make_block(recompute=recompute).to(dtype)
     x = make_images().to(dtype)
@@ -175,7 +178,7 @@ def test_a_network_in_every_mode(tiny, options, calls):
         model.set_grad_checkpointing(checkpointing)
         for a, b in zip(results(model, x), reference, strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
-    assert bool(calls) == (options.get("fused") is not False), "one option switches the fast way off"
+    assert bool(calls) == (options.get("fused") is not False), "one option switches it off"
     for a, b in zip(stem_statistics(model, x), stem_statistics(plain(model), x), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
     assert torch.allclose(model.eval()(x), plain(model)(x), rtol=1e-10)
@@ -196,7 +199,7 @@ def stem_statistics(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [buffer.double() for buffer in model.buffers()]
 
 
-def test_plain_nchw_images_go_the_fast_way(tiny, calls):
+def test_plain_nchw_images_are_fused(tiny, calls):
     model = timm.create_model(tiny)
     x = torch.randn(1, 3, 64, 64)
     assert x.is_contiguous()
@@ -228,7 +231,7 @@ def test_frozen_weights_cost_nothing(monkeypatch):
     block = make_block().requires_grad_(False)
     x = make_images().requires_grad_()
     reference = torch.autograd.grad(plain(block)(x).square().sum(), x)[0]
-    monkeypatch.setattr(cpu_ops, "conv_dw_weight_grad", None)
+    monkeypatch.setattr(onednn, "conv_dw_weight_grad", None)
     assert torch.allclose(torch.autograd.grad(block(x).square().sum(), x)[0], reference, rtol=1e-10)
     block.mlp.fc2.weight.requires_grad_(True)
     monkeypatch.undo()
@@ -252,7 +255,7 @@ def test_another_number_of_images_at_a_time_in_the_backward_pass(monkeypatch):
     block, x = make_block(), make_images()
     reference = results(block, x)[2:]
     loss = (block(x) * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))).sum()
-    monkeypatch.setattr(fused, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     loss.backward()
     for p, expected in zip(block.parameters(), reference, strict=True):
         assert torch.allclose(p.grad, expected, rtol=1e-10)
@@ -287,7 +290,7 @@ def test_hooks_on_a_row_of_blocks_are_called(part, learns, tiny, calls):
     with torch.set_grad_enabled(learns):
         model(x)
         assert seen
-        assert calls.count("forward") == 5, "the blocks of that row go the fast way one by one"
+        assert calls.count("forward") == 5, "the blocks of that row are fused one by one"
         handle.remove()
         calls.clear()
         model(x)
@@ -422,7 +425,7 @@ def test_a_layer_in_two_places():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_over_many_parts_in_16_bits(dtype, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     block = make_block(kernel_size=3).to(dtype)
     x = torch.randn(400, DIM, 5, 5, generator=torch.Generator().manual_seed(1))
 
@@ -518,7 +521,7 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
     x, grad = torch.randn(2, 3, *size, 20, dtype=dtype).unbind()
     conv = nn.Conv2d(20, 20, kernel_size, padding=kernel_size // 2, groups=20, dtype=torch.float64)
     conv(x.permute(0, 3, 1, 2).double()).backward(grad.permute(0, 3, 1, 2).double())
-    weight, bias = cpu_ops.conv_dw_weight_grad(grad, x, kernel_size)
+    weight, bias = onednn.conv_dw_weight_grad(grad, x, kernel_size)
     for ours, exact in ((weight, conv.weight.grad), (bias, conv.bias.grad)):
         assert ours.shape == exact.shape
         assert ours.dtype == dtype
@@ -527,17 +530,16 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Takes the GPU's way on the CPU, where the kernels' operators are plain PyTorch."""
-    monkeypatch.setattr(fused, "_way", lambda middle, x, dtype: fused.ON_GPU[middle])
-    monkeypatch.setattr(fused, "_images_at_a_time", lambda x, hidden: len(x))
+    """Takes the GPU's backend on the CPU, where the operators are native functions or plain PyTorch."""
+    monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: cuda_branch)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_the_way_on_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
+def test_the_backend_of_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
     used = []
-    real = kernels.modulate_backward
-    monkeypatch.setattr(kernels, "modulate_backward", lambda *a: (used.append(1), real(*a))[1])
+    real = operators.modulate_backward
+    monkeypatch.setattr(operators, "modulate_backward", lambda *a: (used.append(1), real(*a))[1])
     dtype = torch.float64 if autocast is None else torch.float32
     block = make_block(recompute=recompute).to(dtype)
     x = make_images().to(dtype)
@@ -553,8 +555,9 @@ def test_the_way_on_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
 def test_compiled_modules_take_the_operators(as_on_a_gpu, tiny, monkeypatch, calls):
     """On a CPU by themselves, if there are compiled functions."""
     if as_on_a_gpu:
-        monkeypatch.setattr(kernels, "usable", lambda *a: True)
-    elif not compiled.usable(torch.float64):
+        monkeypatch.setattr(fusion, "supports_operators", lambda *a: True)
+        monkeypatch.setattr(stem_fusion, "supports_operators", lambda *a: True)
+    elif not native.usable(torch.float64):
         pytest.skip("no compiled functions")
     elif not hasattr(torch.compiler, "is_exporting"):
         pytest.skip("torch 2.6 compiles the formulas")
@@ -584,8 +587,8 @@ def test_compiled_modules_take_the_operators(as_on_a_gpu, tiny, monkeypatch, cal
 @pytest.mark.parametrize(("name", "fp32", "bf16"), [("conv2former_t", 80, 60), ("conv2former_n", 49.2, 34.5)])
 def test_memory_of_a_training_step(name, fp32, bf16, wide, monkeypatch):
     if wide:  # without 16-bit products; the other way, on such a processor, takes a minute
-        monkeypatch.setattr(cpu_ops, "multiplies", lambda dtype: dtype.itemsize > 2)
-    elif not cpu_ops.multiplies(torch.bfloat16):
+        monkeypatch.setattr(onednn, "multiplies", lambda dtype: dtype.itemsize > 2)
+    elif not onednn.multiplies(torch.bfloat16):
         pytest.skip("not on this processor")
     model = timm.create_model(name)
     images = torch.randn(2, 3, 224, 224)
@@ -607,7 +610,7 @@ def test_without_gradients(layer_scale, came_in, autocast, drop_path, processor,
         pytest.skip("not without autocast")
     block = make_block(torch.float32, ls_init_value=layer_scale, drop_path=drop_path)
     x = make_images(torch.float32).to(came_in)
-    monkeypatch.setattr(fused, "CHUNK", 2 * 9 * 10 * DIM * 4)
+    monkeypatch.setattr(chunks, "CHUNK", 2 * 9 * 10 * DIM * 4)
     answers = []
     for module in (block, plain(block)):
         torch.manual_seed(2)

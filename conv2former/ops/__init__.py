@@ -1,0 +1,5 @@
+"""What makes the network fast: it knows tensors, and no modules of ours.
+
+`functional.py` is the definition, `autograd.py` runs residual branches by the backend that `backends.py` chooses, and
+`operators.py` has the operators of `torch.ops.conv2former` for torch.compile. Each backend is a folder.
+"""

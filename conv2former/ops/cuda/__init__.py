@@ -1,0 +1,1 @@
+"""The backend for NVIDIA GPUs: Triton kernels between PyTorch's matrix products."""
