@@ -38,7 +38,7 @@ EVERYTHING_ON = [
 
 def main() -> None:
     from conv2former.config import load_config  # here, so that a missing package is one sentence
-    from conv2former.tools.killing import kill_and_compare
+    from conv2former.tools.runs.killing import kill_and_compare
 
     parser = Parser(text=__doc__, sections=())
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill (default: 20)")

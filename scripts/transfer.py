@@ -10,19 +10,29 @@ every run, schedule.epochs=5. Runs that are done are not repeated; one that was 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from conv2former.printing import print_lines
 from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "finetune"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "finetune"
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT))  # the study is no part of the package
     # here, so that a missing package is one sentence
     from conv2former.tools.output import replacing
-    from conv2former.tools.transfer import compare, comparison_table, prepare, tune, tuning_table, write_results
+    from experiments.digits_transfer.transfer import (
+        compare,
+        comparison_table,
+        prepare,
+        tune,
+        tuning_table,
+        write_results,
+    )
 
     parser = Parser(text=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare|compare|tune")

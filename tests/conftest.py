@@ -79,7 +79,7 @@ def official_file() -> Path:
 
 @pytest.fixture
 def official_content(official_file) -> dict:
-    from conv2former.models.weights import read_checkpoint
+    from conv2former.weights.reading import read_checkpoint
 
     return read_checkpoint(official_file)
 
@@ -89,7 +89,8 @@ def store(tmp_path, monkeypatch):
     """An empty store for installed weights; what a test installs is unknown to timm again afterwards."""
     from timm.models import _registry
 
-    from conv2former.models import variants, zoo
+    from conv2former import variants
+    from conv2former.models import zoo
 
     monkeypatch.setenv("CONV2FORMER_HOME", str(tmp_path / "store"))
     before = set(conv2former.list_variants())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conv2former import compiling
-from conv2former.tools.killing import ForkedProcesses
+from conv2former.tools.runs.killing import ForkedProcesses
 
 SOURCE = """
 extern "C" int answer() { return LANE_BYTES; }

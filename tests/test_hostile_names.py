@@ -23,7 +23,7 @@ from conv2former.data.tables import read_table, write_table
 from conv2former.engine import fonts, pictures
 from conv2former.engine.terminal import say
 from conv2former.errors import DataError
-from conv2former.tools import publish
+from conv2former.tools.checkpoints import publish
 from conv2former.tools.output import save_figure, write_csv
 
 from .hostile import NAMES, faults_in, faults_of

@@ -20,7 +20,7 @@ from conv2former.models import fusion
 from conv2former.models.block import Conv2FormerBlock
 from conv2former.ops.cpu import onednn
 from conv2former.ops.tensors import is_transformed
-from conv2former.tools.benchmark_machine import OperatorTraffic
+from conv2former.tools.benchmark.machine import OperatorTraffic
 
 from .conftest import ROOT
 

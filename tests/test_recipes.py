@@ -11,9 +11,9 @@ import sys
 import pytest
 
 import conv2former
+from conv2former import variants
 from conv2former.config import Config, load_config
 from conv2former.engine import dry_run
-from conv2former.models import variants
 from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table, run_name
 
 from .conftest import ROOT

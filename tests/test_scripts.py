@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from conv2former.commands.train import summary
-from conv2former.tools.comparing import differing_runs
-from conv2former.tools.table import variants_table
+from conv2former.tools.checkpoints.table import variants_table
+from conv2former.tools.runs.comparing import differing_runs
 
 from .conftest import ROOT, TINY_YAML
 from .engine.conftest import small_data  # noqa: F401 - a fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..tools.arguments import Parser
-from ..tools.average import average, greedy
+from ..tools.checkpoints.average import average, greedy
 from ..tools.cli import run_cli
 
 

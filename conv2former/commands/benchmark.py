@@ -30,13 +30,13 @@ from .._configs import configs_folder
 from ..errors import ConfigError, counted
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.predict import positive
+from ..tools.prediction.predict import positive
 
 CONFIG = configs_folder() / "imagenet1k" / "conv2former_t.yaml"
 SMALL = ["train.batch_size=16", "data.img_size=160"]  # steps of some seconds on two CPU cores
 if TYPE_CHECKING:
-    from ..tools.benchmark_progress import Progress
-    from ..tools.benchmark_results import Report
+    from ..tools.benchmark.progress import Progress
+    from ..tools.benchmark.results import Report
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,13 +144,13 @@ def finish(report: Report) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
-    from ..tools.benchmark_live import LiveOutput, Outputs, View
-    from ..tools.benchmark_machine import native_precisions
-    from ..tools.benchmark_models import measure
-    from ..tools.benchmark_networks import parse_networks
-    from ..tools.benchmark_progress import Progress
-    from ..tools.benchmark_report import models_figure, models_foot, models_group, models_head, models_markdown
-    from ..tools.benchmark_results import Baseline, Plan
+    from ..tools.benchmark.live import LiveOutput, Outputs, View
+    from ..tools.benchmark.machine import native_precisions
+    from ..tools.benchmark.models import measure
+    from ..tools.benchmark.networks import parse_networks
+    from ..tools.benchmark.progress import Progress
+    from ..tools.benchmark.report import models_figure, models_foot, models_group, models_head, models_markdown
+    from ..tools.benchmark.results import Baseline, Plan
 
     outputs = Outputs(args.json, args.chart, args.markdown)
     outputs.check()
@@ -183,9 +183,9 @@ def run_models(args: argparse.Namespace) -> None:
 
 
 def run_growth(args: argparse.Namespace) -> None:
-    from ..tools import benchmark_growth as growth
-    from ..tools.benchmark_live import LiveOutput, Outputs, View
-    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark import growth
+    from ..tools.benchmark.live import LiveOutput, Outputs, View
+    from ..tools.benchmark.progress import Progress
 
     outputs = Outputs(args.json, args.chart, args.markdown)
     outputs.check()
@@ -209,8 +209,8 @@ def show(lines: Iterable[str], progress: Progress) -> None:
 
 
 def run_input(args: argparse.Namespace) -> None:
-    from ..tools.benchmark_input import compare_input
-    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark.input import compare_input
+    from ..tools.benchmark.progress import Progress
 
     with Progress(ticking=False) as progress:  # a thread, and the forks of workers, would not go together
         progress.say(
@@ -221,8 +221,8 @@ def run_input(args: argparse.Namespace) -> None:
 
 
 def run_kernels(args: argparse.Namespace) -> None:
-    from ..tools.benchmark_kernels import measure_kernels
-    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark.kernels import measure_kernels
+    from ..tools.benchmark.progress import Progress
 
     with Progress() as progress:
         show(measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds, progress), progress)
@@ -230,8 +230,8 @@ def run_kernels(args: argparse.Namespace) -> None:
 
 def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:
     from ..config import load_config
-    from ..tools.benchmark import compare_loop
-    from ..tools.benchmark_progress import Progress
+    from ..tools.benchmark.loop import compare_loop
+    from ..tools.benchmark.progress import Progress
 
     overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
     config = load_config(args.config or CONFIG, overrides)

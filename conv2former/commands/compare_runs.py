@@ -22,8 +22,8 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.commits import train_commits
-from ..tools.comparing import compare_runs, comparison_text
+from ..tools.runs.commits import train_commits
+from ..tools.runs.comparing import compare_runs, comparison_text
 
 
 def main() -> None:

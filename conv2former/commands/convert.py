@@ -19,12 +19,12 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..models.installed import say_if_unverified
 from ..printing import print_lines
 from ..tools.arguments import Parser
+from ..tools.checkpoints.convert import convert, summary
+from ..tools.checkpoints.publish import check_folder, check_hub, check_install, install, push, uninstall, write_folder
 from ..tools.cli import run_cli
-from ..tools.convert import convert, summary
-from ..tools.publish import check_folder, check_hub, check_install, install, push, uninstall, write_folder
+from ..weights.installed import say_if_unverified
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -19,22 +19,14 @@ from pathlib import Path
 
 from .._preprocessing import as_img_size
 from ..errors import ConfigError, counted
-from ..models.weights import weights_text
 from ..printing import print_lines
 from ..text import clipped, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.export import (
-    DEFAULT_OPSET,
-    DEFAULT_TOLERANCE,
-    FORMATS,
-    PREPROCESSINGS,
-    Exported,
-    Options,
-    export,
-)
+from ..tools.export.export import DEFAULT_OPSET, DEFAULT_TOLERANCE, FORMATS, PREPROCESSINGS, Exported, Options, export
+from ..tools.export.quantize import CALIBRATION_IMAGES, MAX_DROP, ImagesFor, Quantized, export_int8
 from ..tools.output import text_table
-from ..tools.quantize import CALIBRATION_IMAGES, MAX_DROP, ImagesFor, Quantized, export_int8
+from ..weights.description import weights_text
 
 
 def parse() -> argparse.Namespace:

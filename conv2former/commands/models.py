@@ -11,8 +11,8 @@ from .._store import store_folder
 from ..errors import ConfigError
 from ..printing import print_lines
 from ..tools.arguments import Parser
+from ..tools.checkpoints.table import installed_table, variants_table
 from ..tools.cli import run_cli
-from ..tools.table import installed_table, variants_table
 
 
 def main() -> None:

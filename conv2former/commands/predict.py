@@ -25,15 +25,10 @@ from ..engine.terminal import bar, say
 from ..text import columns_of, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.explain import Explainer
-from ..tools.predict import (
-    Predictor,
-    check_results_folder,
-    find_images,
-    positive,
-    raise_unreadable,
-    writing_results,
-)
+from ..tools.prediction.explain import Explainer
+from ..tools.prediction.inputs import find_images, raise_unreadable
+from ..tools.prediction.predict import Predictor, positive
+from ..tools.prediction.results import check_results_folder, writing_results
 
 STAGES = [1, 2, 3, 4]
 

@@ -15,8 +15,8 @@ from ..printing import print_lines
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.output import save_figure
-from ..tools.predict import positive
-from ..tools.receptive_field import check_picture, fields_figure, fields_table, measure_all
+from ..tools.prediction.predict import positive
+from ..tools.prediction.receptive_field import check_picture, fields_figure, fields_table, measure_all
 
 
 def main() -> None:

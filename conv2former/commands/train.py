@@ -20,11 +20,11 @@ from ..config import load_config
 from ..engine import dry_run, train
 from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
 from ..errors import counted
-from ..models.weights import weights_text
 from ..printing import print_lines
 from ..tools.arguments import Parser, command_line
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
+from ..weights.description import weights_text
 
 
 def main() -> None:

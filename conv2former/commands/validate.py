@@ -19,9 +19,9 @@ from pathlib import Path
 from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.confirm import check_confirmable, confirm
-from ..tools.evaluation_files import heading, summary
-from ..tools.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
+from ..tools.evaluation.confirm import check_confirmable, confirm
+from ..tools.evaluation.files import heading, summary
+from ..tools.evaluation.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
 
 MAX_WORST = 200  # in one picture
 

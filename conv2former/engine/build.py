@@ -29,17 +29,14 @@ from ..data import Stream, seed_all, train_transforms
 from ..data.classes import class_names_of, match_classes, order_in_doubt
 from ..errors import CheckpointError, ConfigError, DataError, UserError, closest, first_line, memory_for, raise_mistakes
 from ..models import Conv2Former, Variant, list_variants, variant
-from ..models.variants import differences, parse_variant, read_builtin_variants
-from ..models.weights import (
-    FIRST_CONV,
-    definition_in,
-    describe_checkpoint,
-    load_content,
-    native_state_dict,
-    read_checkpoint,
-)
+from ..models.restore import load_content
 from ..models.zoo import add_and_register
 from ..text import printable
+from ..variants import differences, parse_variant, read_builtin_variants
+from ..weights.architecture import FIRST_CONV
+from ..weights.contents import native_state_dict
+from ..weights.description import definition_in, describe_checkpoint
+from ..weights.reading import read_checkpoint
 from .distributed import World, wrap
 
 __all__ = [

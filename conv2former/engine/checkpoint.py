@@ -35,7 +35,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError, OutputError, TrainingError, bullets, is_lost_worker, shorten
-from ..models.weights import read_checkpoint
+from ..weights.reading import read_checkpoint
 from .saved import first_not_finite, wrong_fields
 
 __all__ = [

@@ -9,7 +9,7 @@ from .._preprocessing import CHANNELS, FIELDS, Preprocessing, channels_text
 from ..config import Config
 from ..errors import CheckpointError, raise_mistakes
 from ..models import CheckpointInfo
-from ..models.weights import describe_checkpoint
+from ..weights.description import describe_checkpoint
 from .build import read_start
 
 __all__ = ["fill_images", "settle_images"]

@@ -1,12 +1,12 @@
-"""The networks: block, backbone, variants and weights. Needs torch, timm, safetensors and PyYAML only."""
+"""The networks: block, backbone, and their registration. Needs torch, timm, safetensors and PyYAML only."""
 
+from ..variants import Variant, list_variants, variant
+from ..weights.description import CheckpointInfo, inspect_checkpoint
+from ..weights.installed import InstalledModel, list_installed
+from ..weights.preprocessing import Preprocessing
 from .backbone import Conv2Former
 from .block import Conv2FormerBlock, ConvMlp, ConvMod
-from .installed import InstalledModel, list_installed
-from .preprocessing import Preprocessing
-from .restore import load_model
-from .variants import Variant, list_variants, variant
-from .weights import CheckpointInfo, inspect_checkpoint, load_weights
+from .restore import load_model, load_weights
 from .zoo import register_variant
 
 __all__ = [

@@ -20,10 +20,12 @@ from timm.layers import (
 from timm.models import checkpoint_seq, named_apply, register_notrace_module
 from torch import nn
 
+from ..weights.architecture import CLASSIFIER
+from ..weights.contents import native_state_dict
+from ..weights.fit import adapt_head, check_fit, lacking_head
 from . import fusion, stem_fusion
 from .ablations import FUSIONS
 from .block import Conv2FormerBlock, RenamesForeignKeys
-from .weights import CLASSIFIER, adapt_head, check_fit, lacking_head, native_state_dict
 
 __all__ = ["Conv2Former"]
 

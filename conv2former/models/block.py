@@ -14,8 +14,8 @@ from torch import nn
 
 from ..ops import operators
 from ..ops.branch import SpatialMixing
+from ..weights.layouts import rename_keys_in_place
 from . import fusion
-from .weights import rename_keys_in_place
 
 __all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .contents import native_state_dict
-from .layouts import native_key, rename_keys_in_place
-from .weights import HEAD, check_fit
+from ..weights.architecture import HEAD
+from ..weights.contents import native_state_dict
+from ..weights.fit import check_fit
+from ..weights.layouts import native_key, rename_keys_in_place
 
 __all__ = ["accept_any_layout"]
 

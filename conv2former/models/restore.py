@@ -1,4 +1,4 @@
-"""From a weight file alone to a network with its weights: the file says which network it is."""
+"""From a weight file to a network with its weights: one that is there, or the one that the file says it is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.utils import unwrap_model
+from torch import nn
+
 from ..errors import CheckpointError, memory_for
+from ..text import printable
+from ..variants import differences, list_variants, read_variant, variant
+from ..weights.contents import native_state_dict
+from ..weights.description import CheckpointInfo, definition_in, describe_checkpoint
+from ..weights.installed import say_if_unverified
+from ..weights.reading import read_checkpoint
 from .backbone import Conv2Former
-from .variants import differences, list_variants, read_variant, variant
-from .weights import CheckpointInfo, describe_checkpoint, load_content, read_checkpoint
 from .zoo import make_cfg
 
-__all__ = ["load_model"]
+__all__ = ["load_content", "load_model", "load_weights", "restore"]
 
 
 def load_model(
@@ -76,3 +83,41 @@ def _check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) 
     if differing:
         name = info.name if info.name in list_variants() else "a network of its own"
         raise CheckpointError(f"{path} is not {wanted.name} but {name}: {', '.join(differing)}")
+
+
+def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
+    """Loads a weight file into a Conv2Former; every tensor must fit, but the classifier may be for other classes.
+
+    Args:
+        model: a Conv2Former.
+        path: a file in this project's, the authors' or birder's layout; see `read_checkpoint`.
+        use_ema: take the averaged weights where the file has them.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds code, or differs in more than the classifier; the model is
+            unchanged.
+    """
+    from ..models.backbone import Conv2Former  # which imports this module
+
+    model = unwrap_model(model)  # of torch.compile and DistributedDataParallel
+    if not isinstance(model, Conv2Former):
+        raise CheckpointError(
+            f"load_weights needs a whole Conv2Former, not a {type(model).__name__}; for features_only=True "
+            "call timm.create_model with checkpoint_path=FILE, or with pretrained=True and "
+            "pretrained_cfg_overlay=dict(file=FILE)"
+        )
+    load_content(model, read_checkpoint(path), path, use_ema)
+
+
+def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use_ema: bool = True) -> None:
+    """As `load_weights`, into a Conv2Former itself, of what `read_checkpoint` returned; `path` is named in errors."""
+    definition = definition_in(content)
+    fusion = definition.get("fusion", "product") if definition else model.fusion
+    if fusion != model.fusion:  # the tensors would fit
+        raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")
+    say_if_unverified(path)
+    try:
+        model.load_state_dict(native_state_dict(content, use_ema, path))
+    except CheckpointError as e:
+        is_named = str(e).startswith(printable(str(path)))
+        raise (e if is_named else e.below(path)) from None

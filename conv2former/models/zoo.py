@@ -22,10 +22,7 @@ from timm.models import (
 
 from .. import _private
 from ..errors import CheckpointError, ConfigError, closest, shorten
-from .backbone import Conv2Former
-from .features import accept_any_layout
-from .installed import InstalledModel, find_installed, names_installed, say_if_unverified, variants_installed
-from .variants import (
+from ..variants import (
     PretrainedTag,
     Variant,
     add_variant,
@@ -36,7 +33,12 @@ from .variants import (
     read_variant,
     variant,
 )
-from .weights import CLASSIFIER, FIRST_CONV, HEAD, adapt_head, check_fit, lacking_head, native_state_dict
+from ..weights.architecture import CLASSIFIER, FIRST_CONV, HEAD
+from ..weights.contents import native_state_dict
+from ..weights.fit import adapt_head, check_fit, lacking_head
+from ..weights.installed import InstalledModel, find_installed, names_installed, say_if_unverified, variants_installed
+from .backbone import Conv2Former
+from .features import accept_any_layout
 
 __all__ = ["register_variant"]  # timm adds every entry point
 

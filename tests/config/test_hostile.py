@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from conv2former import ConfigError, UserError
 from conv2former._yaml import parse_yaml_value
 from conv2former.config import Config, check_config, img_size_at, load_config, make_plan
-from conv2former.models.variants import MAX_WEIGHTS, parse_variant, read_variant
+from conv2former.variants import MAX_WEIGHTS, parse_variant, read_variant
 
 from ..conftest import ROOT, TINY_YAML
 

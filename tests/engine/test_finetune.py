@@ -30,9 +30,9 @@ from conv2former.engine.build import (
 from conv2former.engine.step import FiniteCheck, train_step
 from conv2former.engine.trainer import describe_classes
 from conv2former.errors import OutputError
-from conv2former.models.weights import CLASSIFIER
-from conv2former.tools.comparing import differing_runs
-from conv2former.tools.validate import validate
+from conv2former.tools.evaluation.validate import validate
+from conv2former.tools.runs.comparing import differing_runs
+from conv2former.weights.architecture import CLASSIFIER
 
 from ..conftest import ROOT
 from .conftest import SHAPE, configure

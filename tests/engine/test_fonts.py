@@ -15,7 +15,7 @@ from PIL import Image
 
 from conv2former.engine import fonts
 from conv2former.text import clipped, printable
-from conv2former.tools.sheet import WHOLE, Cell, contact_sheet
+from conv2former.tools.prediction.sheet import WHOLE, Cell, contact_sheet
 
 CAT, DOG = "猫", "犬"
 

@@ -15,13 +15,14 @@ from conv2former.engine import dry_run, train, trainer
 from conv2former.engine.build import build_model, name_network
 from conv2former.engine.images import settle_images
 from conv2former.models import Conv2Former
-from conv2former.models.weights import read_checkpoint
-from conv2former.tools.comparing import differing_runs
-from conv2former.tools.convert import convert
-from conv2former.tools.explain import Explainer
-from conv2former.tools.predict import Predictor, find_images
-from conv2former.tools.publish import write_folder
-from conv2former.tools.validate import validate
+from conv2former.tools.checkpoints.convert import convert
+from conv2former.tools.checkpoints.publish import write_folder
+from conv2former.tools.evaluation.validate import validate
+from conv2former.tools.prediction.explain import Explainer
+from conv2former.tools.prediction.inputs import find_images
+from conv2former.tools.prediction.predict import Predictor
+from conv2former.tools.runs.comparing import differing_runs
+from conv2former.weights.reading import read_checkpoint
 
 from .test_finetune import OFFICIAL, fill, recipe
 from .test_trainer import Killed

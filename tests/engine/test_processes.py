@@ -17,8 +17,8 @@ from conv2former.engine.logging import read_metrics
 from conv2former.engine.saved import first_not_finite
 from conv2former.errors import RunStopped
 from conv2former.tools.cli import run_cli
-from conv2former.tools.comparing import differing_runs, metrics_of
-from conv2former.tools.killing import ForkedProcesses, kill_and_compare
+from conv2former.tools.runs.comparing import differing_runs, metrics_of
+from conv2former.tools.runs.killing import ForkedProcesses, kill_and_compare
 
 from .conftest import configure
 from .test_trainer import final

@@ -20,8 +20,8 @@ from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
 from conv2former.engine.saved import first_not_finite
 from conv2former.errors import OutputError, TrainingError, WorkerError
-from conv2former.tools.comparing import differing, differing_runs, metrics_of
-from conv2former.tools.validate import validate
+from conv2former.tools.evaluation.validate import validate
+from conv2former.tools.runs.comparing import differing, differing_runs, metrics_of
 
 from .conftest import configure
 

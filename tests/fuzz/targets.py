@@ -38,8 +38,8 @@ from conv2former.engine import train
 from conv2former.engine.checkpoint import latest_checkpoint, read_training_checkpoint
 from conv2former.engine.terminal import say
 from conv2former.errors import CheckpointError
-from conv2former.tools.evaluation_files import summary
-from conv2former.tools.validate import Extras, validate_files
+from conv2former.tools.evaluation.files import summary
+from conv2former.tools.evaluation.validate import Extras, validate_files
 
 from ..conftest import FIXTURES
 from ..hostile import faults_in, faults_of

@@ -9,7 +9,7 @@ import torch
 import conv2former
 from conv2former import Conv2Former, ConvMod
 from conv2former.models.ablations import FUSIONS
-from conv2former.models.variants import FUSION_NAMES, find_variant, read_variant
+from conv2former.variants import FUSION_NAMES, find_variant, read_variant
 
 from ..conftest import ROOT, TINY_YAML
 

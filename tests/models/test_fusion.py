@@ -17,7 +17,7 @@ from conv2former.models import fusion, stem_fusion
 from conv2former.ops import autograd, operators
 from conv2former.ops.cpu import chunks, native, onednn
 from conv2former.ops.cuda import branch as cuda_branch
-from conv2former.tools.benchmark_memory import bytes_held
+from conv2former.tools.benchmark.memory import bytes_held
 
 DIM = 20
 

@@ -11,9 +11,9 @@ import torch
 
 import conv2former
 from conv2former import CheckpointError
-from conv2former.models.weights import native_state_dict
+from conv2former.weights.contents import native_state_dict
 
-from .test_weights import birder_state_dict
+from ..weights.test_weights import birder_state_dict
 
 HEADS = {
     "native": {"classifier": ("head.fc.",), "head": ("head.fc.", "head_conv.")},

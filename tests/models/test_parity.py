@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conv2former import Conv2Former, Conv2FormerBlock
-from conv2former.models.weights import native_state_dict
+from conv2former.weights.contents import native_state_dict
 
 from ..conftest import Fixture
 

@@ -16,7 +16,7 @@ from conv2former.models import restore
 from conv2former.models.ablations import FUSIONS
 
 from ..conftest import TINY_YAML, Fixture
-from .test_weights import birder_state_dict
+from ..weights.test_weights import birder_state_dict
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -14,12 +14,12 @@ from conv2former import CheckpointError, ConfigError, Conv2Former
 from conv2former.commands.export import describe
 from conv2former.data import eval_transform
 from conv2former.errors import OutputError
-from conv2former.tools.average import average, greedy
-from conv2former.tools.convert import convert, summary
-from conv2former.tools.export import Options, export
-from conv2former.tools.predict import Predictor
-from conv2former.tools.publish import install, write_folder
-from conv2former.tools.table import installed_table
+from conv2former.tools.checkpoints.average import average, greedy
+from conv2former.tools.checkpoints.convert import convert, summary
+from conv2former.tools.checkpoints.publish import install, write_folder
+from conv2former.tools.checkpoints.table import installed_table
+from conv2former.tools.export.export import Options, export
+from conv2former.tools.prediction.predict import Predictor
 
 from ..conftest import ROOT
 

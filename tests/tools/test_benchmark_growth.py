@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conv2former.tools import benchmark_growth
-from conv2former.tools.benchmark_growth import growth_figure, growth_foot, growth_markdown, growth_plan, measure_growth
-from conv2former.tools.benchmark_results import Baseline, Group, Report, Result, Setting
+from conv2former.tools.benchmark import growth as benchmark_growth
+from conv2former.tools.benchmark.growth import growth_figure, growth_foot, growth_markdown, growth_plan, measure_growth
+from conv2former.tools.benchmark.results import Baseline, Group, Report, Result, Setting
 
 from .test_benchmark_models import MACHINE, OURS
 

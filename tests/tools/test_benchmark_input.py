@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from conv2former.data import batch
-from conv2former.tools import benchmark_input
-from conv2former.tools.benchmark_input import compare_input, write_photos
+from conv2former.tools.benchmark import input as benchmark_input
+from conv2former.tools.benchmark.input import compare_input, write_photos
 
 
 def test_the_photos_are_like_those_of_imagenet(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conv2former.errors import UserError
-from conv2former.tools import benchmark_kernels
-from conv2former.tools.benchmark_kernels import Task, Timing, describe, make_tasks, measure_kernels, time_tasks
+from conv2former.tools.benchmark import kernels as benchmark_kernels
+from conv2former.tools.benchmark.kernels import Task, Timing, describe, make_tasks, measure_kernels, time_tasks
 
 
 def tiny_tasks() -> list[Task]:

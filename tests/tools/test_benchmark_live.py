@@ -10,15 +10,16 @@ import sys
 import pytest
 import torch
 
-from conv2former.tools import benchmark_live, benchmark_progress
-from conv2former.tools.benchmark import Comparison, compare
-from conv2former.tools.benchmark_live import LiveOutput, Outputs, View
-from conv2former.tools.benchmark_models import measure
-from conv2former.tools.benchmark_networks import parse_networks
-from conv2former.tools.benchmark_progress import Forecast, Progress, duration
-from conv2former.tools.benchmark_report import models_figure, models_foot, models_group, models_head, models_markdown
-from conv2former.tools.benchmark_results import Baseline, Plan, Result
-from conv2former.tools.benchmark_steps import Clock
+from conv2former.tools.benchmark import live as benchmark_live
+from conv2former.tools.benchmark import progress as benchmark_progress
+from conv2former.tools.benchmark.live import LiveOutput, Outputs, View
+from conv2former.tools.benchmark.loop import Comparison, compare
+from conv2former.tools.benchmark.models import measure
+from conv2former.tools.benchmark.networks import parse_networks
+from conv2former.tools.benchmark.progress import Forecast, Progress, duration
+from conv2former.tools.benchmark.report import models_figure, models_foot, models_group, models_head, models_markdown
+from conv2former.tools.benchmark.results import Baseline, Plan, Result
+from conv2former.tools.benchmark.steps import Clock
 
 from .test_benchmark_models import OURS, small_plan, small_probes  # noqa: F401 - a fixture
 

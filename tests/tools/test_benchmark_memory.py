@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from conv2former.tools.benchmark_memory import bytes_held, peak_bytes
+from conv2former.tools.benchmark.memory import bytes_held, peak_bytes
 
 
 def mlp() -> nn.Sequential:

@@ -14,11 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from conv2former.errors import ConfigError, OutputError
 from conv2former.ops.cpu import native, onednn
-from conv2former.tools import benchmark_machine, benchmark_models, benchmark_networks, benchmark_steps
-from conv2former.tools.benchmark_machine import OperatorTraffic
-from conv2former.tools.benchmark_models import measure
-from conv2former.tools.benchmark_networks import count_macs, parse_networks
-from conv2former.tools.benchmark_report import (
+from conv2former.tools.benchmark import machine as benchmark_machine
+from conv2former.tools.benchmark import models as benchmark_models
+from conv2former.tools.benchmark import networks as benchmark_networks
+from conv2former.tools.benchmark import steps as benchmark_steps
+from conv2former.tools.benchmark.machine import OperatorTraffic
+from conv2former.tools.benchmark.models import measure
+from conv2former.tools.benchmark.networks import count_macs, parse_networks
+from conv2former.tools.benchmark.report import (
     check_outputs,
     models_foot,
     models_group,
@@ -26,17 +29,7 @@ from conv2former.tools.benchmark_report import (
     models_markdown,
     put_section,
 )
-from conv2former.tools.benchmark_results import (
-    Baseline,
-    Group,
-    Plan,
-    Probe,
-    Report,
-    Result,
-    Setting,
-    Spread,
-    spread,
-)
+from conv2former.tools.benchmark.results import Baseline, Group, Plan, Probe, Report, Result, Setting, Spread, spread
 
 from ..conftest import ROOT
 

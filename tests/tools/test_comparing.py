@@ -17,7 +17,7 @@ import torch
 from conv2former.commands import console
 from conv2former.config import Config
 from conv2former.engine.checkpoint import save_checkpoint
-from conv2former.tools.comparing import compare_runs, differing_runs
+from conv2former.tools.runs.comparing import compare_runs, differing_runs
 
 from ..conftest import ROOT
 

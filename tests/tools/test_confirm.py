@@ -13,16 +13,16 @@ import timm
 import conv2former
 from conv2former import CheckpointError, ConfigError, Preprocessing
 from conv2former.commands import validate as command
-from conv2former.models import contents
-from conv2former.models.installed import find_installed
-from conv2former.tools.confirm import check_confirmable, confirm, margin
-from conv2former.tools.convert import convert, summary
-from conv2former.tools.evaluation_files import heading
-from conv2former.tools.publish import install
-from conv2former.tools.table import installed_table
+from conv2former.tools.checkpoints.convert import convert, summary
+from conv2former.tools.checkpoints.publish import install
+from conv2former.tools.checkpoints.table import installed_table
+from conv2former.tools.evaluation.confirm import check_confirmable, confirm, margin
+from conv2former.tools.evaluation.files import heading
+from conv2former.weights import contents
+from conv2former.weights.installed import find_installed
 
 from ..conftest import ROOT
-from ..models.test_installed import zoo  # noqa: F401
+from ..weights.test_installed import zoo  # noqa: F401
 from .test_convert import authors_file, network
 
 

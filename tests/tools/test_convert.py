@@ -20,24 +20,24 @@ from timm.models import _hub
 import conv2former
 from conv2former import CheckpointError, ConfigError, Conv2Former, DataError
 from conv2former.errors import OutputError
-from conv2former.models.installed import file_sha256
-from conv2former.tools import convert as tool
-from conv2former.tools.convert import convert, summary
-from conv2former.tools.predict import Predictor
-from conv2former.tools.publish import check_hub, install, push, uninstall, write_folder
-from conv2former.tools.table import installed_table
-from conv2former.tools.validate import validate
+from conv2former.tools.checkpoints import convert as tool
+from conv2former.tools.checkpoints.convert import convert, summary
+from conv2former.tools.checkpoints.publish import check_hub, install, push, uninstall, write_folder
+from conv2former.tools.checkpoints.table import installed_table
+from conv2former.tools.evaluation.validate import validate
+from conv2former.tools.prediction.predict import Predictor
+from conv2former.weights.installed import file_sha256
 
 from ..conftest import ROOT
-from ..models.test_installed import CLASSES, SHAPE, zoo  # noqa: F401 - a fixture
-from ..models.test_weights import LAYOUTS, birder_state_dict
+from ..weights.test_installed import CLASSES, SHAPE, zoo  # noqa: F401 - a fixture
+from ..weights.test_weights import LAYOUTS, birder_state_dict
 
 HALF = (0.5, 0.5, 0.5)
 
 
 def authors_keys(model: Conv2Former) -> dict[str, torch.Tensor]:
     """Renames a network's tensors as the authors have them: the other way round than reading does."""
-    from conv2former.models.weights import native_state_dict
+    from conv2former.weights.contents import native_state_dict
 
     stages = [len(stage.blocks) for stage in model.stages]
     known = LAYOUTS["conv2former_t"]["state_dict"]

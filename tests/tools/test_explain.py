@@ -11,7 +11,7 @@ from torch import nn
 from conv2former.errors import UserError
 from conv2former.models import Conv2Former
 from conv2former.models.ablations import FUSIONS
-from conv2former.tools.explain import (
+from conv2former.tools.prediction.explain import (
     Explainer,
     Heatmap,
     activation_map,
@@ -20,7 +20,8 @@ from conv2former.tools.explain import (
     modulation_maps,
     spread,
 )
-from conv2former.tools.predict import Predictor, find_images
+from conv2former.tools.prediction.inputs import find_images
+from conv2former.tools.prediction.predict import Predictor
 
 
 def network(**changes) -> Conv2Former:

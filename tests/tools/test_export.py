@@ -27,10 +27,10 @@ from conv2former.data import open_val
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
 from conv2former.models import Preprocessing
 from conv2former.models.ablations import FUSIONS
-from conv2former.tools import export as tool
-from conv2former.tools import quantize
-from conv2former.tools.export import Options, export, read_metadata
-from conv2former.tools.quantize import Accuracy, ImagesFor, export_int8
+from conv2former.tools.export import export as tool
+from conv2former.tools.export import quantize
+from conv2former.tools.export.export import Options, export, read_metadata
+from conv2former.tools.export.quantize import Accuracy, ImagesFor, export_int8
 
 from ..conftest import FIXTURES, ROOT
 

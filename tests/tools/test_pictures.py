@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from conv2former.engine.pictures import confusion_figure, grid_figure, many_confusions_figure, reliability_figure
-from conv2former.tools.explain import Heatmap, explain_figure
-from conv2former.tools.receptive_field import Field, fields_figure
+from conv2former.tools.prediction.explain import Heatmap, explain_figure
+from conv2former.tools.prediction.receptive_field import Field, fields_figure
 
 RESULT = "the 1 mistake of the highest loss"
 TITLE = f"…{'a_long_folder/' * 3}/best.pt\n…{'photos/' * 5}validation set, checkpoint preprocessing\n{RESULT}"

@@ -24,13 +24,10 @@ from conv2former.engine import terminal
 from conv2former.errors import CheckpointError, ConfigError, DataError, OutputError
 from conv2former.models import Conv2Former
 from conv2former.text import printable
-from conv2former.tools.predict import (
-    Predictor,
-    find_images,
-    unit_crop,
-    writing_results,
-)
-from conv2former.tools.sheet import WHOLE, Cell, contact_sheet, layout_for
+from conv2former.tools.prediction.inputs import find_images
+from conv2former.tools.prediction.predict import Predictor, unit_crop
+from conv2former.tools.prediction.results import writing_results
+from conv2former.tools.prediction.sheet import WHOLE, Cell, contact_sheet, layout_for
 
 from ..conftest import ROOT
 
@@ -279,7 +276,7 @@ def test_nothing_is_left_where_nothing_was_finished(small_file, photos, tmp_path
 
 
 def test_pages(small_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("conv2former.tools.predict.MAX_SHEET_IMAGES", 40)
+    monkeypatch.setattr("conv2former.tools.prediction.results.MAX_SHEET_IMAGES", 40)
     picture(8, 8).save(tmp_path / "0.png")
     predictor = Predictor(small_file)
     (prediction,) = predictor(find_images([str(tmp_path / "0.png")]), preview=50)

@@ -12,7 +12,7 @@ from torch import nn
 import conv2former
 from conv2former.errors import CheckpointError, ConfigError, OutputError
 from conv2former.models import Conv2Former
-from conv2former.tools.receptive_field import (
+from conv2former.tools.prediction.receptive_field import (
     check_picture,
     fields_figure,
     fields_table,

@@ -20,8 +20,8 @@ import conv2former
 from conv2former.config import check_config, load_config, make_plan
 from conv2former.data import eval_transform
 from conv2former.engine.logging import read_metrics
-from conv2former.tools import transfer
-from conv2former.tools.transfer import (
+from experiments.digits_transfer import transfer
+from experiments.digits_transfer.transfer import (
     WAYS,
     Result,
     compare,

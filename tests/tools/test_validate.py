@@ -29,10 +29,10 @@ from conv2former import (
 from conv2former.engine import train
 from conv2former.engine.evaluate import evaluate_views
 from conv2former.errors import OutputError
-from conv2former.models.preprocessing import Preprocessing, candidates
-from conv2former.tools.evaluation_files import summary
-from conv2former.tools.killing import ForkedProcesses
-from conv2former.tools.validate import Extras, validate, validate_files
+from conv2former.tools.evaluation.files import summary
+from conv2former.tools.evaluation.validate import Extras, validate, validate_files
+from conv2former.tools.runs.killing import ForkedProcesses
+from conv2former.weights.preprocessing import Preprocessing, candidates
 
 from ..conftest import ROOT
 from ..engine.conftest import configure, raw_config, small_data  # noqa: F401 - fixtures
@@ -481,7 +481,9 @@ def test_too_many_classes_for_confusions(photos, tmp_path):
 def test_nothing_is_evaluated_if_something_is_wrong(lettered, photos, tmp_path, monkeypatch):
     (tmp_path / "broken.pt").write_bytes(lettered.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    monkeypatch.setattr("conv2former.tools.validate.evaluate_views", lambda *a: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(
+        "conv2former.tools.evaluation.validate.evaluate_views", lambda *a: pytest.fail("it was evaluated")
+    )
     for name in ("broken.pt", "text.pt", "missing.pt"):
         with pytest.raises(CheckpointError, match=name):
             validate_files([lettered, tmp_path / name], None, SMALL, data=photos, output=tmp_path / "out")
@@ -514,7 +516,7 @@ def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch,
     heads = []
     name = inspect_checkpoint(lettered).name or "unnamed variant"  # another test may have registered its shape
     monkeypatch.setattr(
-        "conv2former.tools.validate.evaluate_views",
+        "conv2former.tools.evaluation.validate.evaluate_views",
         lambda *args: heads.append(capsys.readouterr().out) or evaluate_views(*args),
     )
     script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")
@@ -562,7 +564,7 @@ def test_the_picture_of_the_worst_names_folders_and_has_a_title(lettered, photos
         "conv2former.engine.pictures.grid_figure",
         lambda images, captions, **more: drawn.update(more, captions=captions),
     )
-    monkeypatch.setattr("conv2former.tools.evaluation_files.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("conv2former.tools.evaluation.files.save_figure", lambda figure, path: None)
     extras = Extras(worst=3)
     row = validate(lettered, None, SMALL, data=photos, extras=extras, output=tmp_path / "out")
     assert str(lettered)[-30:] in drawn["title"]

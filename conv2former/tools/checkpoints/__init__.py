@@ -1,0 +1,1 @@
+"""What is done with weight files: conversion, averages, publication, installation, the list of networks."""

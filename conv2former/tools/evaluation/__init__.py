@@ -1,0 +1,1 @@
+"""Evaluation: `validate.py` and the files that it writes."""

@@ -1,0 +1,487 @@
+"""From a weight file to one for other runtimes: ONNX, torch.export or TorchScript, compared before it is kept.
+
+The file carries what its user needs besides the network, as texts: how images become inputs, the class names, and where
+the weights are from. docs/export.md lists them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import SelectAdaptivePool2d
+from torch import nn
+
+from ... import __version__
+from ...config import apply_overrides
+from ...data.classes import class_names_of, display_names
+from ...errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted, first_line
+from ...models import CheckpointInfo, Conv2Former, Preprocessing, load_model
+from ...printing import print_lines
+from ...text import printable
+from ...weights.installed import file_sha256
+from ...weights.preprocessing import candidates
+from ...weights.reading import weight_file
+from ..output import check_writable, replacing
+from ..prediction.predict import read_settings
+
+__all__ = ["DEFAULT_OPSET", "DEFAULT_TOLERANCE", "FORMATS", "Case", "Exported", "Options", "export", "read_metadata"]
+
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
+PREPROCESSINGS = ("checkpoint", "imagenet", "inception")
+DEFAULT_OPSET = 20  # the first with GELU as one node
+DEFAULT_TOLERANCE = 1e-4  # full-size networks differ by less than a tenth of it: docs/export.md
+MIN_SIZE, MAX_SIZE = 32, 4096  # pixels; below, the last stage would be left without any
+MAX_ONNX_BYTES = 1_500_000_000  # a file of Protocol Buffers ends at 2 GiB, and the exporter a little earlier
+METADATA = (
+    "preprocessing", "class_names", "display_names", "variant", "weights", "source", "source_sha256",
+    "conv2former_version", "quantization",
+)  # fmt: skip
+
+Run = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) images to (N, classes) logits
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    Attributes:
+        format: one of `FORMATS`; None for that of the output's ending.
+        dynamic: any batch size, and any height and width from 32 pixels on; otherwise `batch_size` and the input size.
+        img_size: of the input, pixels: one number for a square, or height and width; None for the checkpoint's.
+        batch_size: of a file that is not dynamic.
+        opset: of ONNX.
+        tolerance: the largest difference of a logit that is accepted, as a share of the largest logit.
+        preprocessing: 'checkpoint', as the file notes it; 'imagenet' or 'inception', the two that the authors' files
+            may have been evaluated with.
+        overrides: changes to it, `data.crop_pct=1`.
+        use_ema: take the averaged weights where the file has them.
+    """
+
+    format: str | None = None
+    dynamic: bool = True
+    img_size: int | tuple[int, int] | None = None
+    batch_size: int = 1
+    opset: int = DEFAULT_OPSET
+    tolerance: float = DEFAULT_TOLERANCE
+    preprocessing: str = "checkpoint"
+    overrides: tuple[str, ...] = ()
+    use_ema: bool = True
+
+    @property
+    def size_override(self) -> list[str]:
+        """`img_size` as an override, if it is set."""
+        size = self.img_size
+        return [] if size is None else [f"data.img_size={size if isinstance(size, int) else list(size)}"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The file's answer beside the network's, for one batch of noise.
+
+    Attributes:
+        shape: of the input, (N, C, H, W).
+        scale: the largest logit of the network, as an absolute value.
+        difference: the largest of a logit.
+    """
+
+    shape: tuple[int, ...]
+    scale: float
+    difference: float
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the largest logit."""
+        return self.difference / max(self.scale, 1e-12)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it compares.
+
+    Attributes:
+        path: of the file.
+        format: one of `FORMATS`.
+        info: what the weight file is.
+        preprocessing: of images, as noted in the file.
+        metadata: the texts in the file.
+        cases: the comparisons.
+        size: bytes.
+        facts: what there is to know about its content, such as 'opset 20'.
+    """
+
+    path: Path
+    format: str
+    info: CheckpointInfo
+    preprocessing: Preprocessing
+    metadata: dict[str, str]
+    cases: list[Case]
+    size: int
+    facts: list[str] = field(default_factory=list)
+
+
+def export(
+    checkpoint: str | Path, output: str | Path, options: Options | None = None, say: Callable[[str], None] = print_lines
+) -> Exported:
+    """Writes a network for another runtime, and compares the file with the network before it is put in its place.
+
+    Args:
+        checkpoint: whatever `load_model` takes.
+        output: the file; its ending is the format, unless `options` say it.
+        options: how.
+        say: told what is being done, where it takes long.
+
+    Raises:
+        UserError: the options, the checkpoint or the output are wrong, a package is missing, or the file's answers
+            differ from the network's by more than the tolerance. The output is then as it was.
+    """
+    options, output = options or Options(), Path(output)
+    kind = check(checkpoint, output, options)
+    say(f"reading {checkpoint}")
+    model, info = load_model(checkpoint, options.use_ema)
+    preprocessing = chosen_preprocessing(info, options)
+    metadata = describe(checkpoint, info, preprocessing, options)
+    with replacing(output) as temporary:
+        written = write_checked(model, info, preprocessing, metadata, kind, temporary, options, say)
+        size = temporary.stat().st_size
+    cases, facts = written
+    return Exported(output, kind, info, preprocessing, metadata, cases, size, facts)
+
+
+# ------------------------------------------------------------------------------- all that can be a mistake, found first
+
+
+def check(checkpoint: str | Path, output: Path, options: Options) -> str:
+    """Checks what can be checked before the weight file is read, and returns the format.
+
+    Raises:
+        UserError: something is wrong.
+    """
+    kind = _format_of(output, options.format)
+    size = options.img_size
+    sides = () if size is None else (size,) if isinstance(size, int) else size
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in sides):
+        raise ConfigError(f"--img-size {' '.join(map(str, sides))}: expected {MIN_SIZE} to {MAX_SIZE} pixels")
+    if sides and "img_size" in apply_overrides({}, options.overrides).get("data", {}):
+        raise ConfigError("--img-size and data.img_size are two ways to say the same; give one")
+    if options.preprocessing not in PREPROCESSINGS:
+        raise ConfigError(f"preprocessing '{options.preprocessing}': expected {', '.join(PREPROCESSINGS)}")
+    if not 0 < options.tolerance < math.inf:
+        raise ConfigError(f"--tolerance {options.tolerance:g}: expected a number above 0")
+    if options.batch_size < 1 or (options.dynamic and options.batch_size != 1):
+        raise ConfigError(f"--batch-size {options.batch_size}: goes with --fixed, and is at least 1")
+    if kind == "torchscript" and not options.dynamic:
+        raise ConfigError("--fixed: a TorchScript file takes any batch size, height and width; leave it out")
+    if kind == "onnx":
+        require("onnx", "onnxruntime", "onnxscript")
+    check_writable(output)
+    source = weight_file(checkpoint)
+    if output.exists() and os.path.samefile(source, output):
+        raise OutputError(f"{output} is the checkpoint itself; give another file name")
+    return kind
+
+
+def _format_of(output: Path, wanted: str | None) -> str:
+    endings = {ending: name for name, ending in FORMATS.items()}
+    found = endings.get(output.suffix.lower())
+    if wanted is not None and wanted not in FORMATS:
+        raise ConfigError(f"--format {wanted}: expected {', '.join(FORMATS)}")
+    if wanted is None and found is None:
+        known = ", ".join(f"{ending} ({name})" for ending, name in endings.items())
+        hint = closest(output.suffix, endings)
+        raise ConfigError(f"{output}: its ending says no format{hint}; expected {known}, or --format")
+    if wanted and found and wanted != found:
+        raise ConfigError(f"{output}: the ending is that of {found}, not of {wanted}; end it in {FORMATS[wanted]}")
+    return wanted or found or ""
+
+
+def require(*packages: str) -> None:
+    """Checks that the packages of the extra `export` are there.
+
+    Raises:
+        UserError: one is not; says how to install them.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as e:
+            raise UserError(f"ONNX needs the package {package} ({e}): pip install 'conv2former[export]'") from None
+
+
+def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessing:
+    """Returns the preprocessing to note in the file.
+
+    Raises:
+        ConfigError: an override is impossible, or changes something else.
+    """
+    noted = info.preprocessing
+    if options.preprocessing != "checkpoint":
+        noted = candidates(options.img_size or noted.img_size, noted.channels)[options.preprocessing]
+    return read_settings(noted, [*options.size_override, *options.overrides]).preprocessing
+
+
+# ------------------------------------------------------------------------------------------------ what the file carries
+
+
+def describe(
+    checkpoint: str | Path, info: CheckpointInfo, preprocessing: Preprocessing, options: Options
+) -> dict[str, str]:
+    """Returns the texts that go with the network; see docs/export.md."""
+    source = weight_file(checkpoint)
+    names = class_names_of(info.num_classes, info.class_names)
+    texts = {
+        "preprocessing": json.dumps(preprocessing.to_dict()),
+        "weights": info.weights(options.use_ema),
+        "source": printable(source.name),
+        "source_sha256": file_sha256(source),
+        "conv2former_version": __version__,
+    }
+    if info.name:
+        texts["variant"] = info.name
+    if names is not None:
+        texts["class_names"] = json.dumps(names)
+        if (shown := display_names(names)) != names:
+            texts["display_names"] = json.dumps(shown)
+    return texts
+
+
+def read_metadata(path: str | Path, format: str | None = None) -> dict[str, str]:  # noqa: A002 - as in Options
+    """Returns the texts in an exported file; `format` as in `Options`."""
+    return _open(Path(path), _format_of(Path(path), format))[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_checked(
+    model: Conv2Former,
+    info: CheckpointInfo,
+    preprocessing: Preprocessing,
+    metadata: dict[str, str],
+    kind: str,
+    path: Path,
+    options: Options,
+    say: Callable[[str], None],
+) -> tuple[list[Case], list[str]]:
+    """Writes the file, reads it back, and compares it with the network.
+
+    Returns:
+        The comparisons, and what there is to know about the file.
+
+    Raises:
+        UserError: it cannot be exported in this way, or differs by more than the tolerance.
+    """
+    fixed = None if options.dynamic else shapes_of(info, preprocessing, options)[0]
+    with quiet(), torch.no_grad():
+        if kind == "torchscript":
+            say("compiling the network")
+            # through memory: on a full disk torch's own writing ends the program
+            buffer = io.BytesIO()
+            torch.jit.save(torch.jit.script(model), buffer, _extra_files=metadata)
+            path.write_bytes(buffer.getbuffer())
+            facts = []
+        else:
+            say("tracing the network")
+            program = _trace(model, fixed)
+            say(f"writing {kind}")
+            if kind == "onnx":
+                facts = _write_onnx(program, path, metadata, options, bool(info.num_classes))
+            else:
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer, extra_files=metadata)
+                path.write_bytes(buffer.getbuffer())
+                facts = [counted(sum(node.op == "call_function" for node in program.graph.nodes), "operation")]
+            del program
+        run, found = _open(path, kind)
+        assert found == metadata, found.keys()
+    cases = compare(model, run, shapes_of(info, preprocessing, options), say)
+    worst = max(cases, key=lambda case: case.relative if math.isfinite(case.relative) else math.inf)
+    if not worst.relative <= options.tolerance:
+        shape = " x ".join(map(str, worst.shape))
+        raise OutputError(
+            f"{path.name} is not written: on {shape} noise its logits differ from the network's by up to "
+            f"{worst.difference:.3g}, {worst.relative:.3g} of the largest logit, more than the tolerance of "
+            f"{options.tolerance:g}"
+        )
+    return cases, facts
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what the exporters say about themselves."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _trace(model: Conv2Former, shape: tuple[int, ...] | None) -> torch.export.ExportedProgram:
+    """Returns the network's graph for one input shape, or for all of them if it is None."""
+    example = torch.zeros(shape or (2, model.in_chans, 64, 96))
+    pool = model.head.global_pool
+    # The same mean, without a look at the size: adaptive pooling asks whether the map is one pixel wide.
+    model.head.global_pool = SelectAdaptivePool2d(pool_type="fast", flatten=True)
+    try:
+        program = torch.export.export(model, (example,), dynamic_shapes=None if shape else _any_shape(model.in_chans))
+    finally:
+        model.head.global_pool = pool
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with this machine's paths
+    return program
+
+
+def _any_shape(in_chans: int) -> Any:
+    """Returns the sizes that a file is for, in the terms of torch.export."""
+    try:
+        from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+    except ImportError:  # an older torch, which then holds for maps of the last stage of more than one pixel
+        dynamic = torch.export.Dim.DYNAMIC
+        return ({0: dynamic, 2: dynamic, 3: dynamic},)
+    height, width = (ShapeVar(name, min=MIN_SIZE) for name in ("height", "width"))
+    return ShapesSpec(params=ParamsSpec({"x": TensorSpec([ShapeVar("batch", min=1), in_chans, height, width])}))
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str], options: Options, has_classes: bool
+) -> list[str]:
+    """Writes one ONNX file, and returns its opset and number of nodes.
+
+    Raises:
+        UserError: it would be too large, or the opset cannot be written.
+    """
+    import onnx
+
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    if size > MAX_ONNX_BYTES:
+        raise CheckpointError(
+            f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds {MAX_ONNX_BYTES / 1e9:.1f}; "
+            "write .pt2 or .ts"
+        )
+    names = {0: "batch", 2: "height", 3: "width"} if options.dynamic else {}
+    try:
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits" if has_classes else "features"],
+            opset_version=options.opset,
+            dynamic_shapes={"x": names} if names else None,
+        )
+    except torch.onnx.errors.OnnxExporterError as e:
+        raise ConfigError(f"--opset {options.opset}: torch cannot write it ({first_line(e)})") from None
+    assert exported is not None
+    found = exported.model.opset_imports.get("", 0)
+    if found != options.opset:
+        raise ConfigError(f"--opset {options.opset}: torch wrote {found} instead; the default is {DEFAULT_OPSET}")
+    graph = exported.model.graph
+    for part in (graph, *graph.inputs, *graph.outputs, *graph.initializers.values(), *graph):
+        part.metadata_props.clear()  # torch's notes on how it got there
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+    exported.model.metadata_props.update(metadata)
+    exported.save(path, external_data=False)
+    onnx.checker.check_model(str(path), full_check=True)
+    return [f"opset {found}", counted(graph.num_nodes(), "node")]
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+
+
+def _open(path: Path, kind: str) -> tuple[Run, dict[str, str]]:
+    """Reads a file back as its user would: what runs it, and the texts in it."""
+    if kind == "onnx":
+        return open_onnx(path)
+    texts: dict[str, Any] = dict.fromkeys(METADATA, "")
+    with quiet():
+        if kind == "torch_export":
+            module: nn.Module = torch.export.load(path, extra_files=texts).module()
+        else:
+            module = torch.jit.load(path, map_location="cpu", _extra_files=texts)
+    plain = {key: text.decode() if isinstance(text, bytes) else text for key, text in texts.items()}
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with quiet(), torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+
+    return run, {key: text for key, text in plain.items() if text}
+
+
+def open_onnx(path: Path) -> tuple[Run, dict[str, str]]:
+    """Returns what runs an ONNX file with onnxruntime, on the CPU, and the texts in the file.
+
+    Raises:
+        OutputError: onnxruntime does not take it.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its errors have no common class
+        reason = re.sub(r"^\[.*?\] : \d+ : \w+ : ", "", first_line(e))
+        version = onnxruntime.__version__
+        raise OutputError(f"{path.name} is not written: onnxruntime {version} does not take it ({reason})") from None
+    name = session.get_inputs()[0].name
+    texts = dict(session.get_modelmeta().custom_metadata_map)
+    return lambda images: np.asarray(session.run(None, {name: images})[0]), texts
+
+
+def shapes_of(info: CheckpointInfo, preprocessing: Preprocessing, options: Options) -> list[tuple[int, ...]]:
+    """Returns the input shapes that a file is tried with.
+
+    A dynamic file is tried with two batch sizes, each with the input size and two others that are neither square nor
+    multiples of 32; another with its one shape, twice.
+    """
+    height, width = preprocessing.size
+    if not options.dynamic:
+        return [(options.batch_size, info.in_chans, height, width)] * 2
+    sizes = ((height, width), (height + 26, max(width - 34, 33)), (max(height // 2, 32) + 1, width + 7))
+    return [(batch, info.in_chans, *size) for size in sizes for batch in (1, 3)]
+
+
+def compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]], say: Callable[[str], None]) -> list[Case]:
+    """Runs the network and a file of it on the same noise.
+
+    Raises:
+        CheckpointError: the network's own answers are not finite numbers.
+        OutputError: the file does not run.
+    """
+    rng = np.random.default_rng(0)
+    cases = []
+    for i, shape in enumerate(shapes):
+        say(f"comparing, {i + 1} of {counted(len(shapes), 'batch', 'batches')}")
+        images = rng.standard_normal(shape, dtype=np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(images)).numpy()
+        if not np.isfinite(expected).all():
+            raise CheckpointError("the network's answers to noise are not all finite numbers; its weights are broken")
+        try:
+            found = run(images)
+        except Exception as e:  # the runtimes' errors have no common class
+            size = " x ".join(map(str, shape))
+            raise OutputError(f"the file does not run on an input of {size} ({first_line(e)})") from None
+        if found.shape != expected.shape:
+            raise OutputError(f"the file's answer has the shape {found.shape}, the network's {expected.shape}")
+        cases.append(Case(shape, float(np.abs(expected).max()), float(np.abs(found - expected).max())))
+    return cases

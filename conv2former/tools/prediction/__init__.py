@@ -1,0 +1,1 @@
+"""Prediction, its explanation, and receptive fields."""

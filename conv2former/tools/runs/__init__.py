@@ -1,0 +1,1 @@
+"""What is done with whole runs: comparison, and the kill test."""

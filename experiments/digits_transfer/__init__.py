@@ -1,0 +1,1 @@
+"""Transfer between two sets of digits: see README.md."""
