@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -366,6 +368,88 @@ def test_changed_blocks_keep_their_meaning(change: Callable, calls):
     reference.fused = False
     assert torch.equal(block(make_images()), reference(make_images()))
     assert not calls
+
+
+def reflect(block: Conv2FormerBlock) -> None:
+    block.attn.conv_dw.padding_mode = "reflect"
+    block.attn.conv_dw._reversed_padding_repeated_twice = [3] * 4
+
+
+def approximate(block: Conv2FormerBlock) -> None:
+    block.attn.act.approximate = "tanh"
+
+
+def set_eps(block: Conv2FormerBlock) -> None:
+    block.mlp.norm.eps = 0.5
+
+
+def new_parameter(block: Conv2FormerBlock) -> None:
+    block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight.detach() * 2)
+
+
+def new_scale(block: Conv2FormerBlock) -> None:
+    block.ls1 = nn.Identity()
+
+
+def new_data(block: Conv2FormerBlock) -> None:
+    block.attn.proj.bias.data = block.attn.proj.bias.data + 1
+
+
+def change_class(block: Conv2FormerBlock) -> None:
+    class Twice(type(block.attn)):  # type: ignore[misc]
+        def fuse(self, a: Tensor, v: Tensor) -> Tensor:
+            return 2 * a * v
+
+    block.attn.__class__ = Twice
+
+
+def hook_in_another_dictionary(block: Conv2FormerBlock) -> None:
+    block.mlp._forward_hooks = type(block.mlp._forward_hooks)()
+    block.mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+LATER = [reflect, approximate, set_eps, new_parameter, new_scale, new_data, change_class, hook_in_another_dictionary]
+
+
+@pytest.mark.parametrize("change", [*LATER, exchange_act, exchange_linear, dilate, parametrise, patch_forward, widen])
+def test_blocks_that_change_later(change: Callable, calls):
+    """What was found out about a block is not taken for granted in the next step."""
+    block = make_block()
+    block(make_images())
+    assert calls == ["forward"]
+    torch.manual_seed(4)
+    change(block)
+    expected = plain(block)(make_images())
+    torch.testing.assert_close(block(make_images()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_was_found_out_is_kept_and_forgotten(monkeypatch):
+    looked = []
+    real = fusion._has_standard_layers
+    monkeypatch.setattr(fusion, "_has_standard_layers", lambda *a: (looked.append(1), real(*a))[1])
+    block = make_block()
+    for _ in range(3):
+        block.train()(make_images())
+        block.eval()(make_images())
+    block.float()(make_images().float())  # the same parameters in another type
+    assert len(looked) == 1
+    assert block in fusion._plans
+    known = len(fusion._plans)
+    copied = pickle.loads(pickle.dumps(block))
+    assert copied not in fusion._plans
+    del block
+    gc.collect()
+    assert len(fusion._plans) < known
+
+
+@pytest.mark.parametrize("part", ["", "mlp.fc1"])
+def test_parameters_elsewhere_are_left_to_the_modules(part):
+    """They say so; a native function would read from an address that is none."""
+    block, x = make_block(), make_images()
+    assert fusion.is_fusable(block, x)
+    block.get_submodule(part).to("meta")
+    assert not fusion.is_fusable(block, x)
+    assert not fusion.is_fusable(block, x)
 
 
 def test_transforms_of_torch_func():

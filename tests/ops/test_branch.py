@@ -1,0 +1,121 @@
+"""Every backend of a residual branch against its definition in `functional.py`, through the same tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from conv2former.ops import functional
+from conv2former.ops.branch import Backend, BranchCall, BranchParams, BranchSpec, SpatialMixing
+from conv2former.ops.cpu import chunks, native, native_branch, operator_branch
+from conv2former.ops.cuda import branch as cuda_branch
+
+C, D, K = 20, 24, 5
+SIZE = (3, C, 6, 7)
+
+
+@pytest.fixture(params=["native", "operators", "operators without native functions", "cuda"])
+def backend(request, monkeypatch) -> Backend:
+    """A backend for float64 on this CPU; the GPU's runs the operators of `torch.ops`, which a CPU has, too."""
+    monkeypatch.setattr(chunks, "CHUNK", 2 * SIZE[2] * SIZE[3] * D)  # two images at a time
+    if request.param.endswith("native functions"):
+        monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
+    elif not native.usable(torch.float64):
+        pytest.skip("no C++ compiler")
+    return {"native": native_branch, "cuda": cuda_branch}.get(request.param, operator_branch)  # type: ignore[return-value]
+
+
+def random(number: int, *size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+
+
+def make_call(mixing: SpatialMixing, recompute: bool = True, gamma: bool = True, mask: bool = False) -> BranchCall:
+    modulation = mixing is SpatialMixing.MODULATION
+    channels, side = (C, K) if modulation else (D, 3)
+    params = BranchParams(
+        norm_weight=random(1, C) + 1,
+        norm_bias=random(2, C),
+        conv_weight=random(3, channels, 1, side, side),
+        conv_bias=random(4, channels),
+        out_weight=random(5, C, channels, 1, 1) / 4,
+        out_bias=random(6, C),
+        gamma=random(7, C) if gamma else None,
+        in_weights=tuple(random(8 + i, channels, C, 1, 1) / 4 for i in range(mixing.value)),
+        in_biases=tuple(random(10 + i, channels) for i in range(mixing.value)),
+    )
+    dtype = torch.float64
+    spec = BranchSpec(mixing, 1e-6, recompute, dtype, dtype, dtype)
+    return BranchCall(spec, params, random(12, SIZE[0], 1, 1, 1) if mask else None)
+
+
+def image_maps(number: int = 0) -> Tensor:
+    return random(number, *SIZE).contiguous(memory_format=torch.channels_last)
+
+
+def exact(call: BranchCall, x: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Returns the definition's result, and the gradients of x and of the parameters in a row."""
+    x = x.clone().requires_grad_()
+    params = [None if t is None else t.clone().requires_grad_() for t in call.params.tensors()]
+    y = functional.residual_branch(call.spec, BranchParams.from_tensors(params), x, call.mask)  # type: ignore[arg-type]
+    needed = [t for t in (x, *params) if t is not None]
+    grads = iter(torch.autograd.grad(y, needed, grad))
+    return y.detach(), [None if t is None else next(grads) for t in (x, *params)]
+
+
+def check(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixing", SpatialMixing)
+@pytest.mark.parametrize(
+    "options", [{}, {"recompute": False}, {"gamma": False}, {"mask": True}, {"mask": True, "gamma": False}], ids=str
+)
+class TestBackends:
+    """What each backend promises, see `branch.Backend`."""
+
+    def test_values_and_gradients(self, backend, mixing, options):
+        call, x, grad = make_call(mixing, **options), image_maps(), image_maps(20)
+        if backend is native_branch and not call.spec.recompute:
+            assert not native_branch.applies(call.spec, call.params, x, learns=True)
+            return
+        saved: list[Tensor] = []
+        y = backend.forward([call], x, saved)
+        dx, grads = backend.backward(call, x, saved, grad, True)
+        assert grads is not None
+        value, theirs = exact(call, x, grad)
+        check([y, dx, *grads.tensors(call.params)], [value, *theirs])
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, image_maps()), "what comes in is not overwritten"
+
+    def test_nothing_is_computed_for_frozen_parameters(self, backend, mixing, options):
+        call, x, grad = make_call(mixing, **{**options, "recompute": True}), image_maps(), image_maps(20)
+        saved: list[Tensor] = []
+        backend.forward([call], x, saved)
+        dx, grads = backend.backward(call, x, saved, grad, False)
+        assert grads is None
+        check([dx], exact(call, x, grad)[1][:1])
+
+    def test_branches_in_a_row_without_a_backward_pass(self, backend, mixing, options):
+        call, x = make_call(mixing, **options), image_maps()
+        other = make_call(SpatialMixing.MLP if mixing is SpatialMixing.MODULATION else SpatialMixing.MODULATION)
+        expected = x
+        for each in (call, other, call):
+            expected = functional.residual_branch(*each[:2], expected, each.mask)
+        check([backend.forward([call, other, call], x, None)], [expected])
+        assert torch.equal(x, image_maps())
+
+
+def test_parameters_and_gradients_in_a_row():
+    call = make_call(SpatialMixing.MODULATION)
+    again = BranchParams.from_tensors(call.params.tensors())  # type: ignore[arg-type]
+    assert all(a is b for a, b in zip(again.tensors(), call.params.tensors(), strict=True))
+    assert again.in_weights == call.params.in_weights
+    without = replace(call.params, gamma=None)
+    assert BranchParams.from_tensors(without.tensors()).gamma is None  # type: ignore[arg-type]
