@@ -115,14 +115,14 @@ class RunStopped(_Message, RuntimeError):
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Says whether an error is PyTorch's of a loader's worker that has ended, or has no room for its results."""
+    """Returns whether an error is PyTorch's of a loader's worker that has ended, or has no room for its results."""
     text = str(error)
     lacks_room = "in DataLoader worker process" in text and "shared memory" in text
     return isinstance(error, RuntimeError) and (text.startswith("DataLoader worker (pid") or lacks_room)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Says whether an error is that memory has run out: Python's, or PyTorch's of a CPU or a GPU."""
+    """Returns whether an error is that memory has run out: Python's, or PyTorch's of a CPU or a GPU."""
     name = type(error).__name__  # not torch.OutOfMemoryError: it would import torch
     is_torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return name in ("MemoryError", "OutOfMemoryError") or is_torchs

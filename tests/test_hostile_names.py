@@ -175,16 +175,16 @@ def test_a_split_is_read_back_whatever_the_names(tmp_path):
 
 def test_the_split_of_a_run_is_a_data_set(tmp_path):
     """What a run writes down about held-out images can be given to another as its table."""
-    for name in ("=a", "b\n", "-1"):
+    for name in ("=a", "b\n", "-1+1"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         picture(tmp_path / "photos" / name / "+0.png")
         picture(tmp_path / "photos" / name / "1.png", 1)
     files = (("train", "+0.png"), ("val", "1.png"))
-    rows = [(f"{name}/{file}", name, split) for name in ("=a", "b\n", "-1") for split, file in files]
+    rows = [(f"{name}/{file}", name, split) for name in ("=a", "b\n", "-1+1") for split, file in files]
     write_table(tmp_path / "split.csv", rows)
     config = DataConfig(source="csv", root=str(tmp_path / "photos"), csv=str(tmp_path / "split.csv"))
     for source in open_train_and_val(config):
-        assert source.class_names == sorted(["=a", "b\n", "-1"])
+        assert source.class_names == sorted(["=a", "b\n", "-1+1"])
         assert [source.images[i][0].size for i in range(len(source))] == [(32, 32)] * 3
 
 
@@ -218,14 +218,19 @@ def test_code_in_a_model_card_ends_where_it_should(name):
 def test_an_error_of_a_loaders_worker_keeps_its_lines():
     """A worker's error comes as the text of its traceback."""
 
-    def loader():
-        told = str(DataError("a\nb:", "  - c"))
-        yield 1
-        start = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
-        raise DataError(f"{start}conv2former.errors.DataError: {told}\n")
+    class Loader:
+        num_workers = 1
+
+        def __iter__(self):
+            told = str(DataError("a\nb:", "  - c"))
+            yield 1
+            start = (
+                "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+            )
+            raise DataError(f"{start}conv2former.errors.DataError: {told}\n")
 
     with pytest.raises(DataError) as caught:
-        list(batches(loader()))
+        list(batches(Loader()))
     assert str(caught.value) == "a\\nb:\n  - c"
 
 

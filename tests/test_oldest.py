@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from .conftest import ROOT
-from .test_layering import imports
+from .test_layering import imports, modules
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,7 +23,7 @@ TESTED = ("train", "export", "explain", "test")
 NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 # What comes with onnxscript and onnx, whose newest versions do not fit to the oldest of those
 PINNED_TOO = {"onnx-ir", "protobuf"}
-COMES_WITH = {"triton": "torch", "huggingface_hub": "timm", "pyarrow": "datasets"}
+COMES_WITH = {"triton": "torch", "huggingface_hub": "timm", "pyarrow": "datasets", "fsspec": "datasets"}
 
 
 def stated() -> dict[str, Requirement]:
@@ -54,7 +54,7 @@ def test_oldest_python_is_that_of_pyproject():
 
 
 def test_what_is_imported_is_stated():
-    names = set(stated())
+    names, known = set(stated()), modules()
     for path in sorted((ROOT / "conv2former").glob("**/*.py")):
-        others = {NAMES.get(name, name) for name in imports(path)[1]}
+        others = {NAMES.get(name, name) for name in imports(path, known)[1]}
         assert {COMES_WITH.get(name, name) for name in others} <= names, path

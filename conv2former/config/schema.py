@@ -58,7 +58,7 @@ class ModelConfig(Section):
     drop_rate: Rate = 0.0  # dropout before the classifier
     head_init_scale: Above0 = 1.0  # factor on the fresh classifier's weights; small for fine-tuning
     grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
-    fused: bool = True  # the faster and smaller way through the blocks, docs/performance.md; false: module by module
+    fused: bool = True  # compute blocks in less time and memory, docs/performance.md; false: module by module
     # what keeps its starting weights, from the input up to and including this; backbone: all but the classifier (linear
     # probing). Frozen BatchNorm and drop path stay in evaluation mode.
     freeze: Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"] = "nothing"

@@ -46,7 +46,7 @@ def _has_texts(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Says whether a value can be compared with another, as tensors cannot."""
+    """Returns whether a value can be compared with another, as tensors cannot."""
     if isinstance(value, dict):
         return _has_texts(value) and all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple)):

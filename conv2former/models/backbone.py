@@ -47,8 +47,8 @@ def _take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None)
     return taken, max(taken)
 
 
-# Modules that take a faster way where they can are leaves to timm's fx tracer, which would take them through the plain
-# one, rounded otherwise: so a trace computes bit for bit what the network does. Of a Stage the blocks are the leaves.
+# Modules that `ops` computes where it can are leaves to timm's fx tracer, which would take them apart into operators
+# that round otherwise: so a trace computes bit for bit what the network does. Of a Stage the blocks are the leaves.
 @register_notrace_module
 class Stem(nn.Module):
     """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""

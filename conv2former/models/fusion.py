@@ -119,7 +119,7 @@ def is_fusable_row(blocks: Any, x: Tensor) -> bool:
 def is_fusable_mixing(branch: Any, x: Tensor) -> bool:
     """Returns whether an operator can take the place of a branch's GELU and depthwise convolution, for `x` before them.
 
-    torch.compile comes this way, because it does better what `forward` does besides.
+    That is what torch.compile is given, because it does better what `forward` does besides.
     """
     if type(branch) not in _mixings or type(x) is not Tensor:
         return False

@@ -29,7 +29,7 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"^(?:head|features)\.([02])\.", lambda m: f"head_conv.{'conv' if m[1] == '0' else 'norm'}."),
         (r"^(?:pred|classifier)\.", "head.fc."),
-        # a block, and its halves when they are loaded alone
+        # a block, and its two branches when they are loaded alone
         (r"(^|\.)attn\.(?:att|attn)\.([02])\.", lambda m: f"{m[1]}attn.{'a' if m[2] == '0' else 'conv_dw'}."),
         (r"^(?:att|attn)\.([02])\.", lambda m: "a." if m[1] == "0" else "conv_dw."),
         (r"(^|\.)mlp\.pos\.", r"\1mlp.conv_dw."),

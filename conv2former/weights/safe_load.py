@@ -138,13 +138,22 @@ def _check_zip(path: Path, file: IO[bytes], names: list[str]) -> None:
                 ) from None
 
 
+def _has_tar_members(path: Path) -> bool:
+    """Returns whether a file is a tar archive; one of zeros is none, although it has the look of an empty one."""
+    try:
+        with tarfile.open(path) as archive:
+            return archive.next() is not None
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+
+
 def _check_legacy(path: Path, file: IO[bytes], names: list[str]) -> None:
     """Adds the names that the pickles at the start of a file of torch before 1.6 refer to.
 
     Raises:
         CheckpointError: it is of torch before 0.2, or its pickles are longer than any checkpoint's.
     """
-    if tarfile.is_tarfile(path):
+    if _has_tar_members(path):
         raise CheckpointError(
             f"{path} is refused: it is a tar archive, as torch wrote before 0.2: reading one runs code that it refers "
             f"to. {_saved_anew(path, '')}"

@@ -120,7 +120,8 @@ def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
     # on a machine of changing speed a run may end before it is killed
     assert lines[-1] == f"1 kills, {different} finished runs, {different} different"
     assert different > 0
-    assert "DIFFERENT in step_00000020.pt.model." in lines[-2]
+    assert "DIFFERENT in metrics.jsonl: step " in lines[-2]
+    assert "best.pt: model." in lines[-2]
 
 
 @pytest.mark.parametrize(("precision", "accum_steps"), [("fp32", 1), ("bf16", 2)])

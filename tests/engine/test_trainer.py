@@ -281,14 +281,14 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(raw_config, tmp_path, mon
     report = train(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert f"kernels: network {report['kernels']['network']}, images Pillow, torch {torch.__version__}" in said
-    assert "PyTorch's operations" in report["kernels"]["network"]
+    assert "PyTorch's operators" in report["kernels"]["network"]
     assert final(tmp_path / "run")["kernels"] == report["kernels"]
     train(config, tmp_path / "run")
     assert "other kernels" not in capsys.readouterr().out
     monkeypatch.setattr(kernels_used.compiling, "describe", lambda source, *flags: f"{source.name} compiled")
     train(config, tmp_path / "run")
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "other kernels" in line]
-    assert f"network: {report['kernels']['network']} -> cpu_kernels.cpp compiled; images: Pillow -> pixels" in warning
+    assert f"network: {report['kernels']['network']} -> kernels.cpp compiled; images: Pillow -> pixels" in warning
     assert "torch:" not in warning
 
 

@@ -110,7 +110,7 @@ def plain_mlp_mix(f, weight, bias):
     return h + F.gelu(F.conv2d(h, weight, bias, padding=1, groups=f.shape[1]))
 
 
-@pytest.fixture(params=["native", "PyTorch's operations"])
+@pytest.fixture(params=["native", "PyTorch's operators"])
 def on_the_cpu(request, monkeypatch):
     if request.param != "native":
         monkeypatch.setenv("CONV2FORMER_COMPILE", "0")

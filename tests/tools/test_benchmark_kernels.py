@@ -75,7 +75,7 @@ def test_the_whole_measurement_with_the_cpu_in_the_place_of_a_gpu(monkeypatch):
     monkeypatch.setattr(benchmark_kernels, "cuda_seconds", lambda action: 1e-3 * len(action() or "1"))
     with pytest.raises(UserError, match=r"Some GPU runs no fused operators for torch.float32"):
         list(measure_kernels(2, torch.float32, 2))
-    monkeypatch.setattr(benchmark_kernels.kernels, "usable", lambda x, kernel_size: True)
+    monkeypatch.setattr(benchmark_kernels, "supports_operators", lambda x, kernel_size: True)
     lines = list(measure_kernels(2, torch.float32, 2))
     assert lines[0].startswith("Some GPU, batch 2, float32, medians of 2 rounds; a copy moves 0 GB/s")
     assert len([line for line in lines if "forward" in line or "backward" in line]) == 8
@@ -93,8 +93,8 @@ def test_an_operator_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(benchmark_kernels, "copy_probe", lambda device: (lambda: None, 1000))
     monkeypatch.setattr(benchmark_kernels, "STAGES", ((8, 4),))
     monkeypatch.setattr(benchmark_kernels, "cuda_seconds", lambda action: 1e-3 * len(action() or "1"))
-    monkeypatch.setattr(benchmark_kernels.kernels, "usable", lambda x, kernel_size: True)
-    monkeypatch.setattr(benchmark_kernels.kernels, "mlp_mix_backward", broken)
+    monkeypatch.setattr(benchmark_kernels, "supports_operators", lambda x, kernel_size: True)
+    monkeypatch.setattr(benchmark_kernels.operators, "mlp_mix_backward", broken)
     lines = list(measure_kernels(2, torch.float32, 1))
     error = "not measured: The output of this custom operator may not alias any inputs"
     assert lines[-1] == f"mlp_mix 32 x 4 x 4 backward: {error}"

@@ -148,9 +148,9 @@ def test_both_preprocessings_in_one_pass(official_file, photos, monkeypatch):
     opened = []
     real_open = Image.open
 
-    def count(file, *args):
+    def count(file, *args, **options):
         opened.append(getattr(file, "name", file))
-        return real_open(file, *args)
+        return real_open(file, *args, **options)
 
     expected = {
         name: by_hand(load_model(official_file)[0], samples_of(photos / "val", LETTERS), view)

@@ -163,7 +163,7 @@ def test_the_oldest_format(path):
     with tarfile.open(path, "w") as tar:
         for name in ("storages", "tensors", "pickle"):
             tar.addfile(tarfile.TarInfo(name))
-    refused(path, "is a tar archive, as torch wrote before 0.2, .* save the weights alone")
+    refused(path, "is a tar archive, as torch wrote before 0.2: .* save the weights alone")
 
 
 def test_names_in_a_refusal_are_escaped_and_cut(path):

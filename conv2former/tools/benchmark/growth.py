@@ -239,7 +239,7 @@ def _notes(report: Report) -> list[str]:
         "fused_attn=false is the plain formula of attention; timm's default calls the fused operator, which does not "
         "store the attention maps",
         "a training step includes the optimizer's part, whose time does not depend on the size of the image: with one "
-        "image it makes the small sizes dear",
+        "image that is most of the time at small sizes",
     ]
 
 

@@ -140,7 +140,7 @@ def cuda_seconds(action: Callable[[], object]) -> float:
 def time_tasks(
     tasks: Sequence[Task], copy: Callable[[], None], rounds: int, clock: Callable[[Callable[[], object]], float]
 ) -> tuple[list[float], list[Timing]]:
-    """Times a copy and both ways of each task in turns, after a round that does not count.
+    """Times a copy, the operator and the formula of each task in turns, after a round that does not count.
 
     The copy runs before everything that is timed, so that nothing is found in the cache.
 

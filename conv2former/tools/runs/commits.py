@@ -132,6 +132,6 @@ def _train(tree: Path, name: str, config: str, overrides: Sequence[str], run: Pa
         command = [sys.executable, "-c", START, *words]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
-        tail = "\n".join(printed.read_text(errors="replace").splitlines()[-TAIL:])
+        tail = printed.read_text(errors="replace").splitlines()[-TAIL:]
         kind = ConfigError if code == ConfigError.exit_code else TrainingError
-        raise kind(f"the training of {name} ended with exit code {code}; the end of its output:\n{tail}")
+        raise kind(f"the training of {name} ended with exit code {code}; the end of its output:", *tail)
