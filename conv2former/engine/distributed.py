@@ -129,6 +129,8 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
     watch = Watch(watched, world.rank, world.size, timeout_minutes * 60) if watched else None
     control = dist.new_group(backend="gloo", timeout=timeout)
     joined = replace(world, control=control, at=watch.at if watch else world.at)
+    if is_mine and not hasattr(dist.Store, "clone"):
+        _kept.append((control, dist.group.WORLD))
     try:
         yield joined
     except BaseException:
@@ -139,6 +141,11 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
         watch.stop()
     if is_mine:
         dist.destroy_process_group()
+
+
+# Before torch 2.8 a group that Python lets go of waits for gloo's thread, which may wait for Python to let go of the last
+# tensors: for ever, in one of four short runs. So there the groups stay until the process ends.
+_kept: list[tuple[Any, Any]] = []
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
