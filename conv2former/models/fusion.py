@@ -238,13 +238,11 @@ def _plan_of(block: Any, dtype: torch.dtype | None, is_cpu: bool) -> _BlockPlan 
     plan = _plans.get(block)
     if plan is not None and plan.is_current(dtype, is_cpu):
         return plan
-    _plans.pop(block, None)
-    if not _has_standard_layers(block, dtype):
+    plan = _BlockPlan(block) if _has_standard_layers(block, dtype) else None
+    if plan is None or _kinds(plan._params) != {(dtype, is_cpu)}:  # some elsewhere: the modules have an error for that
+        _plans.pop(block, None)
         return None
-    plan = _BlockPlan(block)
-    if _kinds(plan._params) != {(dtype, is_cpu)}:  # some elsewhere, of which the modules have an error message
-        return None
-    _plans[block] = plan
+    _plans[block] = plan  # in the place of the one before: another thread may be about to take it
     return plan
 
 
