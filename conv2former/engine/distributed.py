@@ -143,8 +143,8 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-# Before torch 2.8 a group that Python lets go of waits for gloo's thread, which may wait for Python to let go of the last
-# tensors: for ever, in one of four short runs. So there the groups stay until the process ends.
+# Before torch 2.8 a group that Python lets go of waits for gloo's thread, which may be waiting for Python to let go of
+# its last tensors: for ever, in one of four short runs. So there the groups stay until the process ends.
 _kept: list[tuple[Any, Any]] = []
 
 
