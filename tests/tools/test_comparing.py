@@ -280,7 +280,15 @@ def test_mistakes_with_commits(clone, tmp_path, monkeypatch, capsys):
 def test_ctrl_c_removes_the_trees(clone, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "compare_runs.py", "--commits", "HEAD", ".", "waits=1"]
     words = [*map(str, command), "--output", str(tmp_path / "kept")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell lets what runs in the background ignore it, and so do the children of that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "kept" / "a" / "words.json").exists():
         assert process.poll() is None
         time.sleep(0.02)
