@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 import conv2former
+from conv2former import ConfigError
 from conv2former.config import check_config
 from conv2former.engine import train
 from conv2former.engine.checkpoint import read_training_checkpoint
@@ -36,29 +37,47 @@ def test_a_training_checkpoint_as_weights():
     assert all(torch.equal(tensor, content["model"][name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_run_goes_on(tmp_path):
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the checkpoint, and the configuration to go on with."""
     for split, count in (("train", 4), ("val", 2)):
         for name in "ab":
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (32, 32), (40 * i, 90, 0)).save(tmp_path / "photos" / split / name / f"{i}.png")
-    config = check_config(
-        {
-            "model": {
-                "variant": yaml.safe_load((EARLIER / "conv2former_old.yaml").read_text()) | {"name": "conv2former_old"}
-            },
-            "data": {"source": "folder", "root": str(tmp_path / "photos"), "img_size": 32, "workers": 0},
-            "train": {"batch_size": 4},
-            "schedule": {"epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0},
+    config = {
+        "model": {
+            "variant": yaml.safe_load((EARLIER / "conv2former_old.yaml").read_text()) | {"name": "conv2former_old"}
         },
-        "earlier",
-    )
+        "data": {"source": "folder", "root": str(tmp_path / "photos"), "img_size": 32, "workers": 0},
+        "train": {"batch_size": 4},
+        "schedule": {"epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0},
+    }
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for path in (STEP, STEP.with_name(f"{STEP.name}.sha256")):
         shutil.copy(path, tmp_path / "run" / "checkpoints")
-    train(config, tmp_path / "run")
-    assert "going on" in (tmp_path / "run" / "train.log").read_text("utf-8")
-    assert read_training_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000004.pt")["step"] == 4
+    return tmp_path / "run", check_config(config, "earlier")
+
+
+def test_a_run_goes_on(run):
+    folder, config = run
+    train(config, folder)
+    assert "going on" in (folder / "train.log").read_text("utf-8")
+    assert read_training_checkpoint(folder / "checkpoints" / "step_00000004.pt")["step"] == 4
+
+
+@pytest.mark.parametrize(("section", "differs"), [("ema", False), ("data", True)])
+def test_a_section_that_is_not_in_the_checkpoint_was_at_its_defaults(run, section, differs):
+    folder, config = run
+    content = torch.load(STEP, weights_only=True)
+    del content["config"][section]
+    (folder / "checkpoints" / f"{STEP.name}.sha256").unlink()
+    torch.save(content, folder / "checkpoints" / STEP.name)
+    if differs:
+        with pytest.raises(ConfigError, match=r"another configuration(.|\n)*data\.root"):
+            train(config, folder)
+    else:
+        train(config, folder)
 
 
 @pytest.mark.parametrize("name", ["modulate", "modulate_backward", "mlp_mix", "mlp_mix_backward"])

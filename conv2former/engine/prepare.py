@@ -255,9 +255,9 @@ def _check_continuation(
         DataError: the classes differ.
     """
     allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
-    # a key that this version has and that one had not is at its default, which is what was done then
-    defaults = fill_images(type(config)()).to_dict()
-    before = {section: {**defaults.get(section, {}), **values} for section, values in saved["config"].items()}
+    # a key, or a section, that this version has and that one had not is at its default, which is what was done then
+    defaults, noted = fill_images(type(config)()).to_dict(), saved["config"]
+    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
     now = config.to_dict()
     held_out = [content["data"].pop("holdout_sha256") for content in (before, now)]
     changed = [
