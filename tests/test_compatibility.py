@@ -74,7 +74,7 @@ def test_a_section_that_is_not_in_the_checkpoint_was_at_its_defaults(run, sectio
     (folder / "checkpoints" / f"{STEP.name}.sha256").unlink()
     torch.save(content, folder / "checkpoints" / STEP.name)
     if differs:
-        with pytest.raises(ConfigError, match=r"another configuration(.|\n)*data\.root"):
+        with pytest.raises(ConfigError, match=r"another configuration(.|\n)*data\.img_size: 224 -> 32"):
             train(config, folder)
     else:
         train(config, folder)
