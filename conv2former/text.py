@@ -30,8 +30,10 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    pairs = zip(text, " " + text, strict=False)  # each character with the one before it
-    return "".join(c if _is_harmless(c, before) else _escaped(c) for c, before in pairs)
+    shown = [" "]
+    for character in text:  # a joiner is judged by what stands before it now, which may be an escape
+        shown.append(character if _is_harmless(character, shown[-1][-1]) else _escaped(character))
+    return "".join(shown[1:])
 
 
 def _is_harmless(character: str, before: str) -> bool:

@@ -59,6 +59,7 @@ def test_escapes_are_those_of_python():
 
 def test_a_joiner_between_ascii_letters_hides_a_difference():
     assert printable("ca\u200dt") == r"ca\u200dt"
+    assert printable("遇\U000e0041\u200d") == r"遇\U000e0041\u200d", "behind an escape, which ends in a digit"
 
 
 def test_a_name_of_accents_alone_is_cut_too():
