@@ -16,9 +16,9 @@ from ..errors import DataError, closest, counted, shorten
 from .classes import in_class_order
 from .files import FoundFiles, RealFiles, find_files, is_within, walk
 from .images import IMAGE_ENDINGS, UNREAD_ENDINGS, open_rgb, unread_hint
-from .split import SPLIT_NAMES, VAL_NAMES, DataSource, UnlabelledSplit, choose_split, match_listed
+from .split import SPLIT_NAMES, VAL_NAMES, Choice, DataSource, UnlabelledSplit, choose_split, match_listed
 
-__all__ = ["check_class_folders", "check_same_folders", "folders_in", "has_images", "is_bare", "open_folder"]
+__all__ = ["FolderSplits", "check_class_folders", "check_same_folders", "folders_in", "has_images", "is_bare"]
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,43 @@ def check_class_folders(root: Path) -> None:
             )
 
 
-def open_folder(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
-    """Opens a split of image folders; see `sources.open_split`."""
+@dataclass(frozen=True)
+class FolderSplits:
+    """The folders in `config.root`, each with class folders; see `Splits`. '.' is the root itself, where these are."""
+
+    config: DataConfig
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    def choose(self, wanted: str | None) -> Choice:
+        root = Path(self.config.root)
+        if wanted == ".":
+            return Choice(".")
+        if wanted is None and self.config.train_split == ".":
+            return Choice(None, f"{root} has no validation split, only classes (data.train_split: .)")
+        folders = folders_in(root)
+        return choose_split(wanted, folders, root, "" if wanted in (None, *folders) else _expected(root, folders))
+
+    def others(self, train: str) -> list[str]:
+        root = Path(self.config.root)
+        return (
+            [] if train == "." else [name for name in folders_in(root) if name != train and _may_be_split(root / name)]
+        )
+
+    def open(self, name: str, class_names: list[str] | None) -> DataSource:
+        return _open_folder(self.config, name, class_names)
+
+
+def _may_be_split(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() or is_image(entry.name) for entry in entries)
+
+
+def _open_folder(config: DataConfig, split: str, class_names: list[str] | None) -> DataSource:
     root = Path(config.root)
-    folder = root if split == "." else root / _choose(root, split)
+    folder = root / split
     found = in_class_order(folders_in(folder))
     if not found:
         raise _no_class_folders(root, folder)
@@ -125,11 +158,6 @@ def open_folder(config: DataConfig, split: str | None, class_names: list[str] | 
 def is_image(path: str) -> bool:
     """Returns whether a file is an image by its name's ending."""
     return path.lower().endswith(IMAGE_ENDINGS)
-
-
-def _choose(root: Path, split: str | None) -> str:
-    folders = folders_in(root)
-    return choose_split(split, folders, root, "" if split in folders else _expected(root, folders))
 
 
 def _expected(root: Path, folders: list[str]) -> str:
@@ -220,10 +248,8 @@ def _notes_on_links(folder: Path, below: Iterable[FoundFiles]) -> list[str]:
     return notes
 
 
-def check_same_folders(config: DataConfig) -> None:
+def check_same_folders(train: Path, val: Path) -> None:
     """Raises a DataError if a class folder is in one split only: it is a mistake, or a score over other classes."""
-    root = Path(config.root)
-    train, val = (root / _choose(root, split) for split in (config.train_split, config.val_split))
     classes, val_classes = set(folders_in(train)), set(folders_in(val))
     only = ((train, sorted(classes - val_classes)), (val, sorted(val_classes - classes)))
     differences = [f"{len(names)} only in {folder}: {shorten(names, 10)}" for folder, names in only if names]

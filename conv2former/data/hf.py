@@ -22,8 +22,8 @@ from .files import RealFiles, is_within
 from .images import UnreadableImage, naming, open_rgb
 from .places import Places, check_card
 from .split import (
+    Choice,
     DataSource,
-    NoValidationSplit,
     Source,
     UnlabelledSplit,
     check_single_label,
@@ -33,7 +33,7 @@ from .split import (
 )
 from .streams import StreamSource
 
-__all__ = ["open_hf"]
+__all__ = ["HfSplits", "find_hf"]
 
 MAX_BYTES = 1 << 30  # of an image in an archive, where a small file may claim any size
 
@@ -190,35 +190,61 @@ def _check_cache(error: BaseException) -> None:
         ) from None
 
 
-def _one_of(config: DataConfig, splits: Any, split: str | None) -> tuple[Any, str]:
-    """Returns a split and its name: of splits, or of a single one that is stored."""
-    import datasets
+@dataclass(frozen=True)
+class HfSplits:
+    """The splits of a data set that `datasets` reads; see `Splits`.
 
-    if not isinstance(splits, datasets.Dataset):
-        split = choose_split(split, list(splits), config.root)
-        return splits[split], split
-    text = f"{config.root} is one split of a data set, by save_to_disk"
-    if split in (None, NO_SPLIT):
-        raise NoValidationSplit(f"{text}, so there is no validation split", [])
-    own = str(splits.split or config.train_split)
-    if split not in (".", own, config.train_split):
-        raise DataError(f"{text}, '{own}', and not '{split}'")
-    return splits, own
+    Attributes:
+        places: where its files may lie.
+        loaded: its splits by name, or, of one that was stored alone, that.
+    """
+
+    config: DataConfig
+    places: Places
+    loaded: Any
+
+    @property
+    def is_whole(self) -> bool:
+        import datasets
+
+        return isinstance(self.loaded, datasets.Dataset)
+
+    def choose(self, wanted: str | None) -> Choice:
+        if not self.is_whole:
+            return choose_split(wanted, list(self.loaded), self.config.root)
+        text = f"{self.config.root} is one split of a data set, by save_to_disk"
+        if wanted in (None, NO_SPLIT):
+            return Choice(None, f"{text}, so there is no validation split")
+        own = str(self.loaded.split or self.config.train_split)
+        if wanted not in (".", own, self.config.train_split):
+            raise DataError(f"{text}, '{own}', and not '{wanted}'")
+        return Choice(own)
+
+    def others(self, train: str) -> list[str]:
+        return [] if self.is_whole else [name for name in self.loaded if name != train]
+
+    def open(self, name: str, class_names: list[str] | None) -> Source:
+        dataset = self.loaded if self.is_whole else self.loaded[name]
+        return _open_hf(self.config, self.places, dataset, name, class_names)
 
 
-def open_hf(
-    config: DataConfig, split: str | None, class_names: list[str] | None, files: dict[str, str] | None
-) -> Source:
-    """Opens a split that `datasets` reads; see `sources.open_split`.
+def find_hf(config: DataConfig, files: dict[str, str] | None = None) -> HfSplits:
+    """Finds the splits of a data set that `datasets` reads.
 
     Args:
-        config, split, class_names: as there.
+        config: where it is.
         files: the parquet file of each split, in place of what `config.root` has.
+
+    Raises:
+        DataError: it cannot be read.
     """
+    places = Places.of(config)
+    return HfSplits(config, places, _load_hf(config.root, files, config.streaming, places))
+
+
+def _open_hf(config: DataConfig, places: Places, dataset: Any, own: str, class_names: list[str] | None) -> Source:
     import datasets
 
-    places = Places.of(config)
-    dataset, own = _one_of(config, _load_hf(config.root, files, config.streaming, places), split)
     name = f"{config.root} ({own})"
     if config.streaming and dataset.features is None:
         with _reading(name):

@@ -18,9 +18,10 @@ from .streams import StreamSource
 __all__ = [
     "SPLIT_NAMES",
     "VAL_NAMES",
+    "Choice",
     "DataSource",
-    "NoValidationSplit",
     "Source",
+    "Splits",
     "UnlabelledSplit",
     "check_single_label",
     "choose_split",
@@ -77,39 +78,69 @@ class DataSource:
 Source = DataSource | StreamSource
 
 
-class NoValidationSplit(DataError):
-    """No split is called like a validation split; `existing` are those that there are."""
-
-    def __init__(self, text: str, existing: Sequence[str]) -> None:
-        super().__init__(text)
-        self.existing = list(existing)
-
-
 class UnlabelledSplit(DataError):
     """A split whose images, or some of them, have no labels."""
 
 
-def choose_split(wanted: str | None, existing: Sequence[str], where: object, hint: str = "") -> str:
-    """Returns the name of a split: `wanted`, or for None the first that is called like a validation split.
+@dataclass(frozen=True)
+class Choice:
+    """The split that a name in the configuration stands for.
+
+    Attributes:
+        name: of the split; None where none validates.
+        why_none: a sentence for a message: none is called like a validation split, or none is to be taken.
+    """
+
+    name: str | None
+    why_none: str = ""
+
+
+class Splits(Protocol):
+    """The splits of a data set by their names; an image is looked for when one is opened."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the data set knows no splits, and is one."""
+        ...
+
+    def choose(self, wanted: str | None) -> Choice:
+        """Chooses by name, as `choose_split`; '.' is all of a data set that knows no splits."""
+        ...
+
+    def others(self, train: str) -> list[str]:
+        """Returns the names of what may be splits besides `train`, and share no file with it."""
+        ...
+
+    def open(self, name: str, class_names: list[str] | None) -> Source:
+        """Opens a split that `choose` has named; see `sources.open_split`."""
+        ...
+
+
+def choose_split(wanted: str | None, existing: Sequence[str], where: object, hint: str = "") -> Choice:
+    """Chooses a split by name: `wanted`, or for None the first that is called like a validation split.
+
+    Args:
+        wanted: the name; None, or `NO_SPLIT` unless a split is called so, need not lead to one.
+        existing: the names that there are.
+        where: what to call the data set in messages.
+        hint: what to add to the message that there is none of that name.
 
     Raises:
-        DataError: there is none of that name; NoValidationSplit if no name was wanted.
+        DataError: there is none of that name.
     """
     if wanted is None:
-        found = [name for name in VAL_NAMES if name in existing]
-        if not found:
-            text = f"{where} has no validation split: none of {', '.join(VAL_NAMES)} in {shorten(existing) or 'it'}"
-            raise NoValidationSplit(text, existing)
-        return found[0]
+        found = next((name for name in VAL_NAMES if name in existing), None)
+        names = f"none of {', '.join(VAL_NAMES)} in {shorten(existing) or 'it'}"
+        return Choice(found) if found else Choice(None, f"{where} has no validation split: {names}")
     if wanted == NO_SPLIT and NO_SPLIT not in existing:
-        raise NoValidationSplit(f"{where}: no validation split is to be taken (data.val_split: {NO_SPLIT})", [])
+        return Choice(None, f"{where}: no validation split is to be taken (data.val_split: {NO_SPLIT})")
     if wanted not in existing:
         if "[" in wanted:
             hint = "; a part of a split has no name: data.holdout holds a share of the training images out"
         raise DataError(
             f"{where} has no split '{wanted}'{closest(wanted, existing)}: it has {shorten(existing) or 'none'}{hint}"
         )
-    return wanted
+    return Choice(wanted)
 
 
 def match_listed(config: DataConfig, found: Sequence[str], class_names: Sequence[str], where: object) -> list[int]:

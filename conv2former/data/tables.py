@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from .files import RealFiles
 from .images import open_rgb
 from .places import leads_out
 from .split import (
+    Choice,
     DataSource,
-    NoValidationSplit,
     UnlabelledSplit,
     check_single_label,
     choose_split,
@@ -30,7 +30,16 @@ from .split import (
     match_listed,
 )
 
-__all__ = ["TABLE_ENDINGS", "Row", "TableImages", "open_table", "read_class_list", "read_table", "write_table"]
+__all__ = [
+    "TABLE_ENDINGS",
+    "Row",
+    "TableImages",
+    "TableSplits",
+    "find_tables",
+    "read_class_list",
+    "read_table",
+    "write_table",
+]
 
 TABLE_ENDINGS = (".csv", ".tsv")
 _SEPARATORS = ",;\t|"  # Excel writes semicolons where the comma is the decimal mark
@@ -232,9 +241,66 @@ def write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def open_table(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
-    """Opens a split of a table; see `sources.open_split`."""
-    path, rows = _rows_of(config, split)
+@dataclass(frozen=True)
+class TableSplits:
+    """The splits of a folder of tables, or of one table; see `Splits`.
+
+    Attributes:
+        where: the folder or the table.
+        names: of the splits; of a table without a column of splits those that may be given for all of it.
+        read: returns the table that has a split, and the split's rows.
+        is_whole: whether it is a table without a column of splits.
+    """
+
+    config: DataConfig
+    where: Path
+    names: list[str]
+    read: Callable[[str], tuple[Path, list[Row]]]
+    is_whole: bool = False
+
+    def choose(self, wanted: str | None) -> Choice:
+        if not self.is_whole or wanted == NO_SPLIT:
+            return choose_split(wanted, self.names, self.where)
+        column = f"column '{self.config.split_key}' (data.split_key)"
+        if wanted is None:
+            return Choice(None, f"{self.where} has no validation split: no {column}, so the table is one split")
+        if wanted not in self.names:
+            raise DataError(f"{self.where} has no split '{wanted}': no {column}, so the table is one split")
+        return Choice(wanted)
+
+    def others(self, train: str) -> list[str]:
+        return [] if self.is_whole else [name for name in self.names if name != train]
+
+    def open(self, name: str, class_names: list[str] | None) -> DataSource:
+        path, rows = self.read(name)
+        return _open_table(self.config, path, rows, class_names)
+
+
+def find_tables(config: DataConfig) -> TableSplits:
+    """Finds the splits of the tables in `config.root`, or of the table `config.csv`, which is read.
+
+    Raises:
+        DataError: there is no table, or it has mistakes.
+        OSError: the folder cannot be read.
+    """
+    root = Path(config.root)
+    keys = (config.image_key, config.label_key, config.split_key)
+    if config.csv is None:
+        tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() in TABLE_ENDINGS}
+        if not tables:
+            raise DataError(f"{root} has no tables; expected {root}/train.csv, or another file as data.csv")
+        return TableSplits(config, root, list(tables), lambda name: (tables[name], read_table(tables[name], *keys)))
+    path = Path(config.csv)
+    if not path.is_file() and (root / path).is_file():
+        raise DataError(f"{path}: no such file (data.csv); it is not relative to data.root: give {root / path}")
+    rows = read_table(path, *keys)
+    if rows[0].split is None:
+        return TableSplits(config, path, [".", DataConfig().train_split], lambda name: (path, rows), is_whole=True)
+    names = [str(name) for name in dict.fromkeys(row.split for row in rows)]
+    return TableSplits(config, path, names, lambda name: (path, [row for row in rows if row.split == name]))
+
+
+def _open_table(config: DataConfig, path: Path, rows: list[Row], class_names: list[str] | None) -> DataSource:
     unlabelled = next((row for row in rows if is_no_label(row.label, class_names or ())), None)
     if unlabelled:
         what = "-1, which stands for no label" if unlabelled.label else "empty"
@@ -272,33 +338,6 @@ def _with_slashes(rows: Sequence[Row], root: str) -> list[Row]:
         else row
         for row in rows
     ]
-
-
-def _rows_of(config: DataConfig, split: str | None) -> tuple[Path, list[Row]]:
-    """Returns the table that has a split, and the split's rows."""
-    root = Path(config.root)
-    if config.csv is None:
-        tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() in TABLE_ENDINGS}
-        if not tables:
-            raise DataError(f"{root} has no tables; expected {root}/train.csv, or another file as data.csv")
-        path = tables[choose_split(split, list(tables), root)]
-        return path, read_table(path, config.image_key, config.label_key, config.split_key)
-    path = Path(config.csv)
-    if not path.is_file() and (root / path).is_file():
-        raise DataError(f"{path}: no such file (data.csv); it is not relative to data.root: give {root / path}")
-    rows = read_table(path, config.image_key, config.label_key, config.split_key)
-    if rows[0].split is None:  # it is one split
-        text = f"column '{config.split_key}' (data.split_key), so the table is one split"
-        if split is None:
-            raise NoValidationSplit(f"{path} has no validation split: no {text}", [])
-        if split == NO_SPLIT:
-            raise NoValidationSplit(f"{path}: no validation split is to be taken (data.val_split: {NO_SPLIT})", [])
-        if split not in (".", DataConfig().train_split):
-            raise DataError(f"{path} has no split '{split}': no {text}")
-        return path, rows
-    splits = dict.fromkeys(row.split for row in rows)
-    chosen = choose_split(split, [str(name) for name in splits], path)
-    return path, [row for row in rows if row.split == chosen]
 
 
 def _check_files(config: DataConfig, path: Path, rows: Sequence[Row]) -> RealFiles:

@@ -25,10 +25,10 @@ from ..text import shown
 from .classes import in_class_order
 from .files import RealFiles, find_files
 from .images import IMAGE_ENDINGS, UNREAD_ENDINGS, naming, open_rgb, unread_hint
-from .split import DataSource, UnlabelledSplit, check_single_label, choose_split, match_listed
+from .split import Choice, DataSource, UnlabelledSplit, check_single_label, choose_split, match_listed
 from .tables import read_class_list
 
-__all__ = ["TarImages", "find_tars", "index_tars", "open_tars"]
+__all__ = ["TarImages", "TarSplits", "find_tars", "index_tars"]
 
 MAX_LABEL = 10**9
 MAX_LABEL_BYTES = 1 << 24  # of a .cls or .json member
@@ -274,14 +274,40 @@ def _label(content: bytes, label_key: str, where: str) -> int | str:
     return label
 
 
-def open_tars(config: DataConfig, split: str | None, class_names: list[str] | None) -> DataSource:
-    """Opens a split of tars; see `sources.open_split`."""
+@dataclass(frozen=True)
+class TarSplits:
+    """The splits of the tars in `config.root`; see `Splits`.
+
+    Attributes:
+        tars: by the splits that they may belong to, as `find_tars` returns them.
+    """
+
+    config: DataConfig
+    tars: dict[str, list[str]]
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    def choose(self, wanted: str | None) -> Choice:
+        return choose_split(wanted, self._names(wanted), Path(self.config.root))
+
+    def others(self, train: str) -> list[str]:
+        of_train = set(self.tars.get(train, []))
+        return [name for name in self._names() if name != train and not set(self.tars[name]) <= of_train]
+
+    def open(self, name: str, class_names: list[str] | None) -> DataSource:
+        return _open_tars(self.config, name, self.tars[name], class_names)
+
+    def _names(self, wanted: str | None = None) -> list[str]:
+        """Returns what may be splits, sorted; numbers of shards are none, unless one is asked for."""
+        return [word for word in sorted(self.tars) if word == wanted or not word.isdigit()]
+
+
+def _open_tars(config: DataConfig, split: str, tars: Sequence[str], class_names: list[str] | None) -> DataSource:
     root = Path(config.root)
-    tars = find_tars(root)
-    # Numbers of shards are no splits, unless one is asked for.
-    split = choose_split(split, [word for word in sorted(tars) if word == split or not word.isdigit()], root)
     name = f"{root} ({split})"
-    images, labels = index_tars(tars[split], config.label_key, config.value_range, config.max_image_pixels)
+    images, labels = index_tars(tars, config.label_key, config.value_range, config.max_image_pixels)
     found = [str(label) for label in labels]
     for text in found:
         check_single_label(text, found, class_names or (), name)

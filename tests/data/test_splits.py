@@ -120,6 +120,18 @@ def test_the_training_split_does_not_validate(tmp_path):
     assert len(open_val(config(tmp_path / "photos", val_split="train", holdout=None), None)) == 8  # an evaluation may
 
 
+def test_names_are_decided_before_a_split_is_opened(tmp_path):
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        fill(tmp_path / name)
+    (tmp_path / "train" / "empty").mkdir()  # found when the split is opened, which may take minutes
+    refused(config(tmp_path, val_split="vall"), r"no split 'vall' \(did you mean 'val'\?\)")
+    refused(config(tmp_path), "train has 1 class folder without images: empty")
+    (tmp_path / "val").rename(tmp_path / "unknown")
+    refused(
+        config(tmp_path, holdout=None), "train has 1 class folder without images: empty"
+    )  # not: no validation split
+
+
 WAY_OUT = r"; to train without it: data.val_split=none data.holdout=0.25?$"
 
 
