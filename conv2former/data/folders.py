@@ -106,10 +106,10 @@ class FolderSplits:
         return choose_split(wanted, folders, root, "" if wanted in (None, *folders) else _expected(root, folders))
 
     def others(self, train: str) -> list[str]:
+        if train == ".":
+            return []
         root = Path(self.config.root)
-        return (
-            [] if train == "." else [name for name in folders_in(root) if name != train and _may_be_split(root / name)]
-        )
+        return [name for name in folders_in(root) if name != train and _may_be_split(root / name)]
 
     def open(self, name: str, class_names: list[str] | None) -> DataSource:
         return _open_folder(self.config, name, class_names)

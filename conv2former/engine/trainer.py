@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from ..config import Config, Plan, differences, fit_batch, make_plan
 from ..data import (
     Batch,
     EpochSampler,
-    Skipped,
     batches,
     eval_loader,
     open_train_and_val,
@@ -59,6 +58,7 @@ from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
 from .prepare import Job, as_config, prepare
 from .signals import StopSignal, ignore_stop_signals
+from .skipped import SkippedImages
 from .step import FiniteCheck, StepResult, mix, train_step
 
 __all__ = ["Trainer", "describe", "dry_run", "train"]
@@ -183,7 +183,7 @@ class Trainer:
         step: optimizer steps done.
         metric: top-1 of last.pt, None if it was not evaluated.
         best_metric, best_row: top-1 and all metrics of best.pt, None so far.
-        skipped: the images that could not be read and why, of each split, of all processes as of the last exchange.
+        skipped: the images that could not be read and why.
     """
 
     def __init__(self, job: Job, world: World, signal: StopSignal) -> None:
@@ -199,8 +199,7 @@ class Trainer:
         self.best_metric: float | None = None
         self.best_row: dict[str, Any] | None = None
         self.confusion: list[list[int]] | None = None
-        self.skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
-        self.new_skipped: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
+        self.skipped = SkippedImages(self.config.data, world, ("training", "validation"))
         self.must_evaluate = False
         self._seconds, self._since = 0.0, time.perf_counter()
         self.meter, self.losses = Meter(), MeanLoss(world)
@@ -295,13 +294,14 @@ class Trainer:
             result = train_step(self.run, window, self.step, self.check)
             self.step += 1
             self.losses.add(result.loss)
-            self._note_skipped("training", (batch.skipped for batch in window))
+            for batch in window:
+                self.skipped.note("training", batch.skipped)
             self.log.advance()
             meter.images += sum(len(batch.labels) for batch in window) * self.world.size
             is_end = self.step % self.plan.steps_per_epoch == 0
             if self._is_logged():
                 self.check.read()
-                self._share_skipped()
+                self._exchange_skipped()
                 row = self._measure(result) | meter.read()
                 if all(map(math.isfinite, row.values())):
                     self.log.step(self.step, math.ceil(self.step / self.plan.steps_per_epoch), row)
@@ -324,7 +324,7 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         if isinstance(self.run.optimizer, Lookahead):  # the network at the end of an epoch is that of the slow weights
             self.run.optimizer.sync_lookahead()
-        self._share_skipped()
+        self._exchange_skipped()
         self.check.read()
         if self.world.size > 1:
             distribute_bn(self.run.model, self.world.size, reduce=True)
@@ -369,42 +369,17 @@ class Trainer:
         unit = 1 if sys.platform == "darwin" else 1024
         return row | {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
-    def _note_skipped(self, split: str, skipped: Iterable[list[Skipped]]) -> None:
-        known, new = self.skipped[split], self.new_skipped[split]
-        for items in skipped:
-            new |= {item.name: item.reason for item in items if item.name not in known}
-
-    def _share_skipped(self, evaluated: int = 0) -> None:
-        """Tells all processes which images could not be read.
+    def _exchange_skipped(self, evaluated: int = 0) -> None:
+        """Tells all processes which images could not be read, logs them and checks their number.
 
         Args:
             evaluated: how many validation images could be, after an evaluation.
-
-        Raises:
-            DataError: they are more than the configured share of a split.
         """
-        if self.config.data.on_error != "skip":
-            return
-        for theirs in self.world.gather(self.new_skipped):
-            for split, new in theirs.items():
-                known = self.skipped[split]
-                for name, reason in new.items():
-                    if name not in known:
-                        self.log.say(f"skipped: {reason}")
-                        known[name] = reason
-        self.new_skipped = {split: {} for split in self.skipped}
-        totals = {"training": len(self.job.train_source)}
+        for reason in self.skipped.exchange():
+            self.log.say(f"skipped: {reason}")
+        self.skipped.check("training", len(self.job.train_source))
         if evaluated:
-            totals["validation"] = evaluated + len(self.skipped["validation"])
-        for split, total in totals.items():
-            names, share = self.skipped[split], self.config.data.max_skipped
-            if len(names) > share * total:
-                error = DataError(
-                    f"{len(names)} of {total} {split} images cannot be read, more than data.max_skipped = {share:g} "
-                    f"allows: {shorten(names, 5)}"
-                )
-                error.scope = "run"
-                raise error
+            self.skipped.check("validation", evaluated + len(self.skipped.reasons["validation"]))
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         self.world.at("an evaluation")
@@ -421,7 +396,7 @@ class Trainer:
             self._save(None)  # without a metric: the evaluation is made up for when the run goes on
             self._stop()
         assert result is not None
-        self._note_skipped("validation", [result.skipped])
+        self.skipped.note("validation", result.skipped)
         return result
 
     def _evaluate_and_save(self) -> None:
@@ -431,7 +406,7 @@ class Trainer:
             average = self._evaluate(self.run.ema.module)
             row |= {f"ema_{key}": value for key, value in average.metrics.items() if key != "n"}
             confusion = average.confusion
-        self._share_skipped(int(row["n"]))
+        self._exchange_skipped(int(row["n"]))
         if not row["n"]:
             raise DataError(f"{self.job.val_source.name}: not one image could be read")
         broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
@@ -484,7 +459,7 @@ class Trainer:
     def _save(self, metric: float | None, is_best: bool = False) -> None:
         """Saves the run; every process calls it, and all fail if the main one does."""
         self.check.read()
-        self._share_skipped()
+        self._exchange_skipped()
         self.metric = metric
         self.world.at(f"saving step {self.step}")
         losses = self.losses.state()
@@ -506,7 +481,7 @@ class Trainer:
             "best_row": self.best_row,
             "confusion": self.confusion,
             "class_names": self.job.class_names,
-            "skipped": self.skipped,
+            "skipped": self.skipped.reasons,
             "losses": losses,
             "config": self.config.to_dict(),
             "variant": find_variant_of(self.config).to_dict(),
@@ -530,7 +505,7 @@ class Trainer:
         self.step, self.best_metric, self.confusion = saved["step"], saved["best_metric"], saved.get("confusion")
         self.metric, self.first_kernels = saved["metric"], saved.get("kernels") or self.kernels
         self.best_row, self._seconds = saved.get("best_row"), saved.get("seconds", 0.0)
-        self.skipped |= saved.get("skipped") or {}
+        self.skipped.restore(saved.get("skipped") or {})
         self.losses = MeanLoss(self.world, saved.get("losses"))
         spent = saved.get("time") or {"training": 0.0, "waiting": 0.0}
         self.meter = Meter(spent["training"], spent["waiting"])
@@ -568,7 +543,7 @@ class Trainer:
             "epoch": best["epoch"],
             "epochs": self.plan.epochs,
             "steps": self.step,
-            "skipped": sum(map(len, self.skipped.values())),
+            "skipped": len(self.skipped),
             "seconds": round(self.seconds, 1),
             "data_wait": waited,
             "checkpoint": str(checkpoints / "best.pt"),

@@ -29,8 +29,9 @@ from ...data.tars import COMPRESSED
 from ...engine.build import autocast_for
 from ...engine.distributed import World, join_world
 from ...engine.evaluate import Evaluation, Score, evaluate_views, has_top5, shown, standard_error
+from ...engine.skipped import SkippedImages
 from ...engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
-from ...errors import CheckpointError, ConfigError, DataError, UserError, before_processes_meet, counted, shorten
+from ...errors import CheckpointError, ConfigError, DataError, before_processes_meet, counted, shorten
 from ...models import CheckpointInfo, Conv2Former, load_model
 from ...weights.preprocessing import Preprocessing, candidates
 from ..prediction.predict import check_channels
@@ -469,22 +470,19 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
     results = evaluate_views(model.to(world.device), loaded, world, autocast, scores, train.channels_last)
     seconds = max(world.gather(time.perf_counter() - start))
     assert results is not None
-    skipped = [item for items in world.gather(results[0].skipped) for item in items]
-    n = results[0].metrics["n"]
-    total = n + len(skipped)
-    if len(skipped) > task.data.max_skipped * total or not n:
-        error: UserError = DataError(
-            f"{len(skipped)} of {total} images cannot be read, more than data.max_skipped = "
-            f"{task.data.max_skipped:g} allows: {shorten((item.name for item in skipped), 5)}"
-        )
-        if not total:
-            error = DataError(f"{task.source.name}: there are no images")
+    n = int(results[0].metrics["n"])
+    skipped = SkippedImages(task.data, world, [""])
+    skipped.note("", results[0].skipped)
+    reasons = skipped.exchange()
+    skipped.check("", n + len(skipped))
+    if not n:
+        error = DataError(f"{task.source.name}: {'not one image could be read' if reasons else 'there are no images'}")
         error.scope = "run"
         raise error
     return results, {
         "seconds": round(seconds, 3),
         "images_per_second": round(n / max(seconds, 1e-9), 1),
-        "skipped": [item.reason for item in skipped],
+        "skipped": reasons,
     }
 
 
