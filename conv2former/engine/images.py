@@ -10,7 +10,7 @@ from ..config import Config
 from ..errors import CheckpointError, raise_mistakes
 from ..models import CheckpointInfo
 from ..weights.description import describe_checkpoint
-from .build import read_start
+from .network import read_start
 
 __all__ = ["fill_images", "settle_images"]
 

@@ -22,11 +22,12 @@ from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import write_table
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
 from ..models import Conv2Former
-from .build import build_model, check_names
+from .build import check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
 from .images import fill_images, settle_images
 from .logging import writing
+from .network import build_model
 
 __all__ = ["Job", "as_config", "prepare"]
 

@@ -13,10 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import _private
 from ..data import Batch, Stream, seed_all
 from ..errors import TrainingError
-from .build import OVERFLOWS, Run, freeze
+from .build import Run
 from .distributed import World
+from .network import freeze
 
 __all__ = ["FiniteCheck", "StepResult", "mix", "train_step"]
+
+# fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
+OVERFLOWS = 20
 
 
 @dataclass(frozen=True)

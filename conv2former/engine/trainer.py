@@ -48,7 +48,7 @@ from ..errors import (
     first_line,
     shorten,
 )
-from .build import Run, build_model, build_run, check_names, drop_path_rate_of, find_variant_of, name_network
+from .build import Run, build_run, check_names
 from .checkpoint import check_best_and_last, latest_checkpoint, link_last, save_checkpoint, take_best
 from .distributed import World, join_world
 from .evaluate import SMALL_SPLIT, Evaluation, evaluate, has_top5, one_image, shown, with_error
@@ -56,6 +56,7 @@ from .images import settle_images
 from .kernels_used import changed_kernels, kernels_used
 from .logging import RunLog, read_metrics, writing
 from .meter import MeanLoss, Meter, describe_waiting
+from .network import build_model, drop_path_rate_of, find_variant_of, name_network
 from .prepare import Job, as_config, prepare
 from .signals import StopSignal, ignore_stop_signals
 from .skipped import SkippedImages

@@ -19,14 +19,9 @@ from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.config import load_config, make_plan
 from conv2former.data import Batch
 from conv2former.engine import dry_run, prepare, train, trainer
-from conv2former.engine.build import (
-    WeightedCrossEntropy,
-    build_model,
-    build_run,
-    class_weights,
-    find_variant_of,
-    name_network,
-)
+from conv2former.engine.build import build_run
+from conv2former.engine.loss import WeightedCrossEntropy, class_weights
+from conv2former.engine.network import build_model, find_variant_of, name_network
 from conv2former.engine.step import FiniteCheck, train_step
 from conv2former.engine.trainer import describe_classes
 from conv2former.errors import OutputError

@@ -12,8 +12,8 @@ import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import eval_transform
 from conv2former.engine import dry_run, train, trainer
-from conv2former.engine.build import build_model, name_network
 from conv2former.engine.images import settle_images
+from conv2former.engine.network import build_model, name_network
 from conv2former.models import Conv2Former
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.checkpoints.publish import write_folder

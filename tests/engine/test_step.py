@@ -7,8 +7,9 @@ from timm.optim import Lookahead
 from conv2former import ConfigError
 from conv2former.config import make_plan
 from conv2former.data import Batch
-from conv2former.engine import World, build
-from conv2former.engine.build import autocast_for, build_model, build_run, check_names, freeze
+from conv2former.engine import World, network
+from conv2former.engine.build import autocast_for, build_run, check_names
+from conv2former.engine.network import build_model, freeze
 from conv2former.engine.step import FiniteCheck, mix, train_step
 from conv2former.errors import TrainingError, UserError
 
@@ -348,7 +349,7 @@ def test_a_network_that_is_too_large_advises_no_smaller_batch(raw_config, monkey
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(build.timm, "create_model", full)
+    monkeypatch.setattr(network.timm, "create_model", full)
     with pytest.raises(UserError, match=r"needs more memory than there is .*choose a smaller network") as raised:
-        build.build_model(configure(raw_config), 3)
+        build_model(configure(raw_config), 3)
     assert "batch" not in str(raised.value)

@@ -15,8 +15,8 @@ import torch
 from ..._preprocessing import size_text
 from ...config import Config, make_plan
 from ...data import Batch, DataSource
-from ...engine.build import build_model
 from ...engine.distributed import World
+from ...engine.network import build_model
 from ...engine.prepare import Job
 from ...engine.signals import StopSignal
 from ...engine.trainer import Trainer

@@ -1,0 +1,89 @@
+"""The optimizer of a run and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from .._yaml import cut
+from ..config import Config, Plan
+from ..errors import ConfigError, closest, first_line
+
+__all__ = ["build_optimizer", "build_scheduler", "optimizer_args"]
+
+# before an optimizer's name: every 6 steps the weights go back half of the way to where they were 6 steps before
+LOOKAHEAD = "lookahead_"
+
+
+def build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds the configured optimizer for what is trained of a network, in parameter groups by decay."""
+    optim = config.optim
+    return create_optimizer_v2(
+        model,
+        optim.opt,
+        lr=plan.lr,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        **optimizer_args(config),
+    )
+
+
+def build_scheduler(config: Config, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
+    """Builds the schedule of the learning rate, by steps: linear warm-up, a cosine, and a constant end."""
+    schedule = config.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=schedule.epochs,
+        warmup_epochs=schedule.warmup_epochs,
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        cooldown_epochs=schedule.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=plan.steps_per_epoch,
+    )
+    return scheduler
+
+
+def optimizer_args(config: Config) -> dict[str, Any]:
+    """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists.
+
+    Raises:
+        ConfigError: there is no such optimizer, it has no such argument, or it cannot be used in this loop.
+    """
+    optim = config.optim
+    info = get_optimizer_info(_optimizer_name(optim.opt))
+    if info.second_order:
+        raise ConfigError(f"optim.opt: {optim.opt} needs second derivatives, which this loop does not compute")
+    optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
+    for key, (value, is_known) in optional.items():
+        if value is not None and not is_known:
+            raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
+    args = {key: value for key, (value, _) in optional.items() if value is not None}
+    if isinstance(info.opt_class, type) and "fused" in inspect.signature(info.opt_class).parameters:
+        args["fused"] = True  # one kernel, and it can leave a step out by itself; see step.FiniteCheck
+    try:
+        create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], optim.opt, lr=1e-3, **args)
+    except Exception as e:  # an assertion or an import error: some need a package that is not here
+        raise ConfigError(f"optim.opt: {optim.opt} cannot be used here: {first_line(e)}") from None
+    return args
+
+
+def _optimizer_name(opt: str) -> str:
+    """Returns timm's name of an optimizer, without the prefix `lookahead_`.
+
+    Raises:
+        ConfigError: there is none of that name. timm reads a name only up to its first and from its last underscore,
+            and would take others for what they are not.
+    """
+    names = [str(name) for name in list_optimizers()]
+    name = opt.lower()
+    if (base := name.removeprefix(LOOKAHEAD)) in names:
+        return base
+    near = closest(name, [*names, *(LOOKAHEAD + known for known in names)])
+    raise ConfigError(f"optim.opt: timm has no optimizer '{cut(opt)}'{near}")
