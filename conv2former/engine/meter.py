@@ -1,8 +1,10 @@
-"""What a run measures of itself between two log lines: speed, waiting, and the mean loss."""
+"""What a run measures of itself between two log lines: speed, waiting, memory, and the mean loss."""
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Sequence
 
@@ -11,7 +13,7 @@ import torch
 from ..data.loader import usable_cores
 from .distributed import World
 
-__all__ = ["MeanLoss", "Meter", "describe_waiting"]
+__all__ = ["MeanLoss", "Meter", "describe_waiting", "peak_memory"]
 
 MUCH_WAITING = 0.05  # of the training time, for images: worth a hint
 LONG_ENOUGH = 60.0  # seconds of training; in less, the start of the loader's workers is much of the waiting
@@ -100,6 +102,14 @@ class MeanLoss:
     def state(self) -> list[list[float]]:
         """Returns what every process has added; every one must call it."""
         return self.world.gather(self._sums.tolist())
+
+
+def peak_memory(device: torch.device) -> float:
+    """Returns the most memory that this process has had so far, in GiB: PyTorch's on a GPU, or else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def describe_waiting(share: float, seconds: float, workers: int, source: str) -> str:

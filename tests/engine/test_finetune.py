@@ -23,7 +23,7 @@ from conv2former.engine.build import build_run
 from conv2former.engine.loss import WeightedCrossEntropy, class_weights
 from conv2former.engine.network import build_model, find_variant_of, name_network
 from conv2former.engine.step import FiniteCheck, train_step
-from conv2former.engine.trainer import describe_classes
+from conv2former.engine.summary import describe_classes
 from conv2former.errors import OutputError
 from conv2former.tools.evaluation.validate import validate
 from conv2former.tools.runs.comparing import differing_runs

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -91,8 +92,8 @@ def test_the_console_says_how_long_images_were_waited_for(tmp_path, capsys):
 
 
 def test_the_report_says_how_long_images_were_waited_for(raw_config, tmp_path, capsys, monkeypatch):
-    real, late = trainer.time.perf_counter, [0.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: real() + late[0])
+    real, late = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
 
     def long_evaluation(*args):
         late[0] += 1e6
@@ -129,7 +130,7 @@ def test_the_picture_of_the_first_batch_leaves_it_as_it_was(
         patch.setattr(trainer, "train_step", stop)
         with pytest.raises(Drawn):
             train(raw_config, tmp_path / "with")
-        patch.setattr(trainer.Trainer, "_show", lambda *_: None)
+        patch.setattr(trainer, "draw_first_batch", lambda *_: None)
         with pytest.raises(Drawn):
             train(raw_config, tmp_path / "without")
     assert (drawn[0] == drawn[1]).all()

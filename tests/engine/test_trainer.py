@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -220,9 +221,9 @@ def test_lookahead_goes_on_exactly(raw_config, tmp_path, monkeypatch):
 
 def test_the_curves_are_drawn_while_the_run_is_on(raw_config, tmp_path, monkeypatch):
     """At an evaluation, not more often than every 30 seconds; TensorBoard gets the last picture."""
-    late, real = [0.0], trainer.time.perf_counter
+    late, real = [0.0], time.perf_counter
     drawn = []
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: real() + late[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
     monkeypatch.setattr(
         logging.RunLog, "picture", lambda log, name, _, step, board=True: drawn.append((name, step, board))
     )

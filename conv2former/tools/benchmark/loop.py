@@ -163,7 +163,7 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
                     run.optimizer.zero_grad(set_to_none=True)
 
             def whole() -> None:
-                trainer.step = 1  # not 0, where the first batch is drawn
+                trainer.state.step = 1  # not 0, where the first batch is drawn
                 trainer.train_epoch(0)
 
             result = compare(bare, whole, rounds, world.device, progress, "bare loop and training loop")

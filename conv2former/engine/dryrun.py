@@ -1,0 +1,79 @@
+"""A run without its data: everything is built, and one step is done on synthetic images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, fit_batch, make_plan
+from ..data import Batch, open_train_and_val
+from ..errors import before_processes_meet, counted
+from .build import build_run, check_names
+from .distributed import World, join_world
+from .images import settle_images
+from .network import build_model, name_network
+from .prepare import as_config
+from .step import FiniteCheck, train_step
+from .summary import describe, length_of
+
+__all__ = ["dry_run"]
+
+
+def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
+    """Builds everything and trains on one synthetic batch, without looking at the data if the class count is given.
+
+    On a CPU the batch is of two images, because it is only to show that the step works; on a GPU it is of the
+    configured size, so that the memory is known.
+
+    Returns:
+        Lines to print: what would be trained, parameters, and the step's loss and time.
+
+    Raises:
+        UserError: a mistake in the configuration.
+    """
+    with before_processes_meet():
+        config = name_network(as_config(config))
+        world = World.from_environment()
+        check_names(config, world.device)
+        config, about_images = settle_images(config)
+    num_classes = config.data.num_classes
+    num_images = class_names = None
+    if num_classes is None:
+        source, _ = open_train_and_val(config.data)
+        class_names, num_images = source.class_names, len(source)
+        num_classes = len(class_names)
+        config = fit_batch(config, world.size, num_images)
+    global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
+    plan = make_plan(config, world.size, num_images or global_batch_size)
+    model = build_model(config, num_classes, class_names)
+    batch_size = config.train.batch_size if world.device.type == "cuda" else 2
+    given = config.data.preprocessing
+    generator = torch.Generator().manual_seed(config.train.seed)
+    images = torch.randn(batch_size, given.channels, *given.size, generator=generator)
+    labels = torch.randint(num_classes, (batch_size,), generator=generator)
+    with join_world(world, config.train.timeout_minutes) as world:
+        run = build_run(config, plan, world, model)
+        start = time.perf_counter()
+        check = FiniteCheck.of(run)
+        result = train_step(run, [Batch(images, labels, [])] * config.train.accum_steps, 0, check)
+        loss = float(result.loss)  # waits for the device
+        check.read()
+        seconds = time.perf_counter() - start
+    parameters = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    lines = describe(config, plan, world.size)
+    if num_images is None:
+        lines[-1] = length_of(config, plan)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
+    return [
+        *about_images,
+        *lines,
+        f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
+        f"{num_classes} {'class' if num_classes == 1 else 'classes'}",
+        f"one step on {counted(batch_size, 'random image')}: loss {loss:.4f}, gradient norm "
+        f"{float(result.grad_norm):.3g}, {seconds:.1f} s{memory}",
+    ]

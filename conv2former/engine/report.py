@@ -1,0 +1,114 @@
+"""What a run shows of itself: the first batch, the curves now and then, at the end confusions and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ..data import Batch
+from .checkpoint import check_best_and_last
+from .logging import RunLog, read_metrics, writing
+from .meter import describe_waiting
+from .network import find_variant_of
+from .state import TrainState
+from .step import mix
+
+__all__ = ["Curves", "draw_first_batch", "finish"]
+
+DRAW_EVERY = 30.0  # seconds, at least, between two pictures of the curves
+DRAWING_SHARE = 0.01  # of the run's time that drawing them may take
+
+
+def draw_first_batch(state: TrainState, batch: Batch, log: RunLog) -> None:
+    """Draws a batch as the next step will see it, mixed."""
+    from .pictures import batch_figure
+
+    batch = batch._replace(images=batch.images.clone())  # mixup mixes in place, and the step is still to come
+    images, targets = mix(state.run, batch, state.step, 0)
+    given, smoothing = state.run.config.data.preprocessing, state.run.config.augment.smoothing
+    figure = batch_figure(images, targets, state.job.class_names, given.mean, given.std, smoothing)
+    log.picture("first_batch", figure, 0)
+
+
+class Curves:
+    """The picture of the logged curves, drawn in a small share of the run's time."""
+
+    def __init__(self, state: TrainState, log: RunLog) -> None:
+        self.state, self.log = state, log
+        self._drawn, self._cost = time.perf_counter(), 0.0  # when they were last drawn, and for how long
+
+    @property
+    def are_due(self) -> bool:
+        return time.perf_counter() - self._drawn >= max(DRAW_EVERY, self._cost / DRAWING_SHARE)
+
+    def draw(self, in_tensorboard: bool) -> Path:
+        """Draws them, with the best epoch so far, and returns the picture's path."""
+        from .pictures import curves_figure
+
+        start = time.perf_counter()
+        best = self.state.best_row
+        figure = curves_figure(read_metrics(self.log.path), best["epoch"] if best else None)
+        path = self.log.picture("curves", figure, self.state.step, in_tensorboard)
+        self._drawn = time.perf_counter()
+        self._cost = self._drawn - start
+        return path
+
+
+def finish(state: TrainState, curves: Curves, log: RunLog, workers: int, kernels: dict[str, str]) -> dict[str, Any]:
+    """Draws the curves and the confusions, and writes the report, which is that of best.pt, and returns it.
+
+    Args:
+        state: of the run, at its end.
+        curves, log: of the run.
+        workers: of the training loader.
+        kernels: what computes the run now.
+    """
+    job = state.job
+    pictures = {"curves": str(curves.draw(True)), "confusion": None}
+    waited = state.meter.share_waited
+    if waited is not None:
+        log.say(describe_waiting(waited, state.meter.seconds, workers, job.config.data.source))
+    if state.confusion:
+        pictures["confusion"] = str(_draw_confusion(state, log))
+    check_best_and_last(job.output / "checkpoints")
+    report = _report(state, waited, kernels) | pictures
+    with writing(job.output):
+        temporary = job.output / "report.json.tmp"
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, job.output / "report.json")
+    return report
+
+
+def _draw_confusion(state: TrainState, log: RunLog) -> Path:
+    from .pictures import confusion_figure
+
+    assert state.confusion
+    return log.picture("confusion", confusion_figure(state.confusion, state.job.class_names), state.step)
+
+
+def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) -> dict[str, Any]:
+    job, best, prefix = state.job, state.best_row, state.prefix
+    assert best is not None
+    return {
+        "model": find_variant_of(job.config).name,
+        "started_from": job.config.model.checkpoint,
+        "top1": best[f"{prefix}top1"],
+        "top5": best[f"{prefix}top5"],
+        "loss": best[f"{prefix}loss"],
+        "n": best["n"],
+        "weights": "average" if state.run.ema else "raw",
+        "epoch": best["epoch"],
+        "epochs": job.plan.epochs,
+        "steps": state.step,
+        "skipped": len(state.skipped),
+        "seconds": round(state.seconds, 1),
+        "data_wait": waited,
+        "checkpoint": str(job.output / "checkpoints" / "best.pt"),
+        "last_checkpoint": str(job.output / "checkpoints" / "last.pt"),
+        "last_top1": state.metric,
+        "kernels": kernels,
+        "tensorboard": str(job.output / "tensorboard") if job.config.log.tensorboard else None,
+    }

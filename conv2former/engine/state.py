@@ -1,0 +1,157 @@
+"""How far a run is: what a checkpoint holds of it, and how a checkpoint is restored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+
+from .. import __version__
+from ..errors import CheckpointError, first_line
+from .build import Run
+from .evaluate import Evaluation
+from .meter import MeanLoss, Meter
+from .network import find_variant_of
+from .prepare import Job
+from .skipped import SkippedImages
+
+__all__ = ["TrainState"]
+
+
+class TrainState:
+    """How far a run is.
+
+    Args:
+        job: the run.
+        run: what it trains.
+        kernels: what computes it now, see kernels_used.py.
+
+    Attributes:
+        step: optimizer steps done.
+        metric: top-1 of these weights, in percent; None if they were not evaluated.
+        best_metric, best_row, confusion: of the best weights so far, top-1, epoch and all metrics, and confusions as
+            rows of counts, a row per true class; None so far, and confusions also of many classes.
+        skipped: the images that could not be read and why.
+        losses: the training losses since the last logged step.
+        meter: speed, and the time that training and waiting took.
+        kernels: what computed the first step.
+    """
+
+    def __init__(self, job: Job, run: Run, kernels: Mapping[str, str]) -> None:
+        self.job, self.run = job, run
+        self.step = 0
+        self.metric: float | None = None
+        self.best_metric: float | None = None
+        self.best_row: dict[str, Any] | None = None
+        self.confusion: list[list[int]] | None = None
+        self.skipped = SkippedImages(job.config.data, run.world, ("training", "validation"))
+        self.losses, self.meter = MeanLoss(run.world), Meter()
+        self.kernels = dict(kernels)
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run so far, in earlier attempts too."""
+        return self._seconds + time.perf_counter() - self._since
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.job.plan.steps_per_epoch
+
+    @property
+    def is_epoch_done(self) -> bool:
+        """Whether the last step was the last of an epoch."""
+        return self.step % self.job.plan.steps_per_epoch == 0
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of the metrics of the weights that loading a checkpoint takes: the average, if there is one."""
+        return "ema_" if self.run.ema else ""
+
+    def note_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> bool:
+        """Notes the metrics of these weights.
+
+        Args:
+            row: all metrics.
+            evaluation: of the weights that loading a checkpoint takes.
+
+        Returns:
+            Whether they are the best so far: of the higher top-1, and of equal ones of the lower loss.
+        """
+        if not self._is_best(row):
+            return False
+        self.best_metric, self.best_row = row[f"{self.prefix}top1"], {"epoch": self.epochs, **row}
+        self.confusion = evaluation.confusion.tolist() if evaluation.confusion is not None else None
+        return True
+
+    def _is_best(self, row: dict[str, Any]) -> bool:
+        if self.best_metric is None:
+            return True
+        metric, key = row[f"{self.prefix}top1"], f"{self.prefix}loss"
+        best_loss = (self.best_row or {}).get(key)  # a checkpoint of before this rule may have none
+        is_tie_broken = best_loss is not None and row[key] < best_loss
+        return metric > self.best_metric or (metric == self.best_metric and is_tie_broken)
+
+    def checkpoint(self, losses: list[list[float]]) -> dict[str, Any]:
+        """Returns the content of a checkpoint; see checkpoint.py for what is in it.
+
+        Args:
+            losses: of all processes, as `MeanLoss.state` returns them.
+        """
+        run, config = self.run, self.job.config
+        return {
+            "step": self.step,
+            "epoch": self.epochs,
+            "model": run.model.state_dict(),
+            "model_ema": run.ema.module.state_dict() if run.ema else None,
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict() if run.scaler.is_enabled() else None,
+            "metric": self.metric,
+            "best_metric": self.best_metric,
+            "best_row": self.best_row,
+            "confusion": self.confusion,
+            "class_names": self.job.class_names,
+            "skipped": self.skipped.reasons,
+            "losses": losses,
+            "config": config.to_dict(),
+            "variant": find_variant_of(config).to_dict(),
+            "plan": self.job.plan_of_data,
+            "started_from": self.job.started_from,
+            "kernels": self.kernels,
+            "seconds": self.seconds,
+            "time": {"training": self.meter.seconds, "waiting": self.meter.waited},
+            # str: torch's version is a class of its own, which a safe load would refuse
+            "versions": {"torch": str(torch.__version__), "timm": timm.__version__, "conv2former": __version__},
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes a checkpoint's state, also into the network, its average, the optimizer and the scaler.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        try:
+            self._restore(saved)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # of torch, about shapes
+            raise CheckpointError(f"the checkpoint to go on from does not fit this run ({first_line(e)})") from None
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        run = self.run
+        run.model.load_state_dict(saved["model"])
+        if run.ema:
+            run.ema.module.load_state_dict(saved["model_ema"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:
+            run.scaler.load_state_dict(saved["scaler"])
+        self.step, self.metric, self.best_metric = saved["step"], saved["metric"], saved["best_metric"]
+        self.best_row, self.confusion = saved.get("best_row"), saved.get("confusion")
+        self.skipped.restore(saved.get("skipped") or {})
+        self.losses = MeanLoss(run.world, saved.get("losses"))
+        spent = saved.get("time") or {"training": 0.0, "waiting": 0.0}
+        self.meter = Meter(spent["training"], spent["waiting"])
+        self.kernels = saved.get("kernels") or self.kernels
+        self._seconds = saved.get("seconds", 0.0)
