@@ -20,8 +20,10 @@ from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.evaluation.confirm import check_confirmable, confirm
-from ..tools.evaluation.files import heading, summary
-from ..tools.evaluation.validate import AMONG, DEFAULT_FOLDER, PREPROCESSINGS, Extras, validate_files
+from ..tools.evaluation.files import Extras, heading, summary
+from ..tools.evaluation.settings import PREPROCESSINGS
+from ..tools.evaluation.task import AMONG
+from ..tools.evaluation.validate import DEFAULT_FOLDER, validate_files
 
 MAX_WORST = 200  # in one picture
 

@@ -28,8 +28,8 @@ from conv2former.data.sources import DataSource
 from conv2former.data.tables import read_class_list, read_table, write_table
 from conv2former.engine import train
 from conv2former.engine.terminal import say
-from conv2former.tools.evaluation.files import summary
-from conv2former.tools.evaluation.validate import Extras, validate_files
+from conv2former.tools.evaluation.files import Extras, summary
+from conv2former.tools.evaluation.validate import validate_files
 from conv2former.variants import read_variant
 
 from ..conftest import ROOT

@@ -29,8 +29,8 @@ from conv2former import (
 from conv2former.engine import train
 from conv2former.engine.evaluate import evaluate_views
 from conv2former.errors import OutputError
-from conv2former.tools.evaluation.files import summary
-from conv2former.tools.evaluation.validate import Extras, validate, validate_files
+from conv2former.tools.evaluation.files import Extras, summary
+from conv2former.tools.evaluation.validate import validate, validate_files
 from conv2former.tools.runs.killing import ForkedProcesses
 from conv2former.weights.preprocessing import Preprocessing, candidates
 

@@ -4,90 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ... import _private
-from ..._preprocessing import FIELDS
-from ...config import Config, apply_overrides, check_config, load_config
-from ...config.schema import DataConfig, TrainConfig
-from ...data import DataSource, StreamSource, batches, eval_loader, open_val
-from ...data.classes import class_names_of, match_classes, order_in_doubt
-from ...data.loader import usable_cores
-from ...data.real_labels import real_labels
-from ...data.sources import VAL_NAMES, is_bare
-from ...data.tables import TABLE_ENDINGS, read_class_list
-from ...data.tars import COMPRESSED
+from ...data import DataSource, batches, eval_loader
+from ...data.tables import TABLE_ENDINGS
 from ...engine.build import autocast_for
 from ...engine.distributed import World, join_world
 from ...engine.evaluate import Evaluation, Score, evaluate_views, has_top5, shown, standard_error
 from ...engine.skipped import SkippedImages
 from ...engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
-from ...errors import CheckpointError, ConfigError, DataError, before_processes_meet, counted, shorten
-from ...models import CheckpointInfo, Conv2Former, load_model
-from ...weights.preprocessing import Preprocessing, candidates
-from ..prediction.predict import check_channels
+from ...errors import ConfigError, DataError, before_processes_meet
+from ...models import load_model
+from ...weights.preprocessing import Preprocessing
 from .files import NOT_FINITE, Extras, check_folder, folders_of, write_extras, write_results
+from .settings import EvaluationOptions, given_on_command_line
+from .task import MAX_COUNTED_CLASSES, Task, prepare_tasks, present_classes
 
-__all__ = [
-    "AMONG",
-    "PREPROCESSINGS",
-    "EvaluationOptions",
-    "Extras",
-    "Task",
-    "prepare_task",
-    "validate",
-    "validate_files",
-]
+__all__ = ["DEFAULT_FOLDER", "validate", "validate_files"]
 
-PREPROCESSINGS = ("checkpoint", "imagenet", "inception", "both")
-AMONG = ("all", "present")
-MAX_COUNTED_CLASSES = 5_000  # whose confusions fit the memory: 200 MB
 DEFAULT_FOLDER = Path("runs/evaluation")
-
-Source = DataSource | StreamSource
-# of a checkpoint's own data section, what holds for other data too
-_OF_ANY_DATA = {*FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
-_OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "timeout_minutes"}
-# of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
-_NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
-
-
-@dataclass
-class Task:
-    """A checkpoint, and what its evaluation needs.
-
-    Attributes:
-        views: the preprocessings, by what they are called.
-        changed: the keys of the preprocessing that were given on the command line or in a configuration.
-        among: indices of the network's classes that are scored; None for all.
-        class_names: of the scored classes, in that order.
-        real: ReaL labels of every image, (images, most labels of one), filled up with -1; None if not asked for.
-    """
-
-    path: Path
-    info: CheckpointInfo
-    settings: Config
-    source: Source
-    views: dict[str, Preprocessing]
-    changed: list[str]
-    class_names: list[str]
-    model: Conv2Former | None
-    among: list[int] | None = None
-    real: torch.Tensor | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def data(self) -> DataConfig:
-        return self.settings.data
 
 
 def validate(checkpoint: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -147,10 +88,10 @@ def validate_files(
             above = f"data.root={json.dumps(str(table.parent))}"
             overrides = [above, *overrides, "data.source=csv", f"data.csv={json.dumps(str(table))}"]
             data = None
-        if data is not None and "root" in _given(overrides, "data"):
+        if data is not None and "root" in given_on_command_line(overrides, "data"):
             raise ConfigError("--data and data.root are two ways to say the same; give one")
         options = EvaluationOptions(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
-        tasks = _prepare(checkpoints, options)
+        tasks = prepare_tasks(checkpoints, options)
     folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
     rows: list[dict[str, Any]] = []
     with join_world(world, tasks[0].settings.train.timeout_minutes) as world:
@@ -172,265 +113,6 @@ def validate_files(
     return rows
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What `validate_files` was given; see there."""
-
-    config: str | Path | None = None
-    overrides: tuple[str, ...] = ()
-    use_ema: bool = True
-    model: str | Path | None = None
-    data: str | Path | None = None
-    preprocessing: str | None = None
-    among: str | None = None
-    extras: Extras = field(default_factory=Extras)
-
-
-# ------------------------------------------------------------------------------- all that can be a mistake, found first
-
-
-def _prepare(checkpoints: Sequence[str | Path], options: EvaluationOptions) -> list[Task]:
-    """Does all that can be a mistake, before the processes meet."""
-    opened: dict[str, Source] = {}
-    tasks = []
-    for checkpoint in checkpoints:
-        try:
-            tasks.append(prepare_task(Path(checkpoint), options, opened, keep=len(checkpoints) == 1))
-        except DataError as e:
-            if len(checkpoints) == 1:
-                raise
-            raise e.below(checkpoint) from None
-    return tasks
-
-
-def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Source], keep: bool) -> Task:
-    """Checks one checkpoint and opens its data.
-
-    Args:
-        path: the checkpoint.
-        options: how to evaluate it.
-        opened: the data of those before, so that it is looked through once.
-        keep: the network; without it it is built to be checked, and again when its turn comes, to hold only one.
-
-    Raises:
-        UserError: the file, the configuration or the data is wrong, or they do not go together.
-    """
-    model, info = load_model(path, options.use_ema, options.model)
-    if not info.num_classes:
-        raise CheckpointError(f"{path} has no classifier, so there is nothing to evaluate")
-    check_channels(path, info.in_chans)
-    settings = _settings(info, path, options)
-    views, changed = _views(info, settings, options)
-    names = _class_names(info, path, settings.data, options)
-    notes = []
-    where = json.dumps([settings.data.model_dump(mode="json", exclude=set(FIELDS)), names])
-    if where not in opened:
-        opened[where] = open_val(settings.data, names)
-    source = opened[where]
-    if names is None:
-        if len(source.class_names) != info.num_classes:
-            raise DataError(
-                f"{source.name} has {counted(len(source.class_names), 'class', 'classes')}, {path} is for "
-                f"{info.num_classes}: they do not belong together"
-            )
-        notes.append(
-            f"the file does not name its classes: they are taken to be those of {source.name} in order, "
-            f"{shorten(source.class_names, 5)}"
-        )
-        if doubt := order_in_doubt(source.class_names):
-            notes.append(doubt)
-    if isinstance(source, DataSource) and source.note:
-        notes.append(source.note)
-    own = info.recipe.get("data") if options.data is not None else None
-    if isinstance(own, dict) and Path(str(own.get("root"))).resolve() == Path(settings.data.root).resolve():
-        notes.append(f"{path} was trained on images of {own['root']}; without --data it is evaluated on the others")
-    unsaid = [key for key in ("mean", "std", "crop_pct") if key not in {*info.preprocessing_noted, *changed}]
-    if unsaid and "checkpoint" in views:
-        notes.append(f"{path} does not say its {', '.join(unsaid)}: --preprocessing both compares the two likely ones")
-    kept = model if keep else None
-    task = Task(path, info, settings, source, views, changed, source.class_names, kept, notes=notes)
-    _choose_classes(task, options.among)
-    _check_extras(task, options.extras)
-    return task
-
-
-def _class_names(info: CheckpointInfo, path: Path, data: DataConfig, options: EvaluationOptions) -> list[str] | None:
-    """Returns the names of the network's classes: a list that was given, the file's, or ImageNet's."""
-    is_given = options.config is not None or "class_names" in _given(options.overrides, "data")
-    if data.class_names is None or not is_given:
-        return class_names_of(info.num_classes, info.class_names)
-    listed = read_class_list(Path(data.class_names))
-    if len(listed) != info.num_classes:
-        raise DataError(
-            f"{data.class_names} has {counted(len(listed), 'name')}, {path} has {info.num_classes:,} classes "
-            "(data.class_names)"
-        )
-    return listed
-
-
-def _settings(info: CheckpointInfo, path: Path, options: EvaluationOptions) -> Config:
-    """Returns the configuration to evaluate under: the file's own data section, or the given one, with overrides."""
-    useless = sorted(apply_overrides({}, options.overrides).keys() - {"data", "train"})
-    given = _given(options.overrides, "data")
-    train = _given(options.overrides, "train")
-    useless += [f"train.{key}" for key in sorted(train.keys() - _OF_TRAIN) if key in TrainConfig.model_fields]
-    if useless:
-        raise ConfigError(
-            f"{', '.join(useless)}: no effect on an evaluation, which takes the data section and, of train, "
-            f"{', '.join(sorted(_OF_TRAIN))}"
-        )
-    root = [] if options.data is None else [f"data.root={json.dumps(str(options.data))}"]
-    words = [*_NEUTRAL, *root, *options.overrides]
-    if options.config is not None:
-        settings = load_config(options.config, words)
-    else:
-        settings = check_config(apply_overrides(_own(info, path, options, given), words), "the configuration")
-    located = _located(settings.data)
-    if "workers" not in given and located.workers is not None:  # what a training machine has may be more than this one
-        located = located.model_copy(update={"workers": min(located.workers, usable_cores())})
-    return settings.model_copy(update={"data": located})
-
-
-def _given(overrides: Sequence[str], section: str) -> dict[str, Any]:
-    """Returns the keys of a section that are on the command line."""
-    found = apply_overrides({}, overrides).get(section)
-    return found if isinstance(found, dict) else {}
-
-
-def _own(info: CheckpointInfo, path: Path, options: EvaluationOptions, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what of the configuration in a checkpoint of this project holds; nothing of another's."""
-    sections = {key: info.recipe.get(key) for key in ("data", "train")}
-    is_own = info.layout == "conv2former" and all(isinstance(section, dict) for section in sections.values())
-    data, train = (dict(section) if is_own else {} for section in sections.values())  # type: ignore[arg-type]
-    if {"source", "csv"} & given.keys():  # a list of images, with splits of its own
-        data = {key: value for key, value in data.items() if key in _OF_ANY_DATA | {"root"}}
-    if options.data is not None:
-        data = {key: value for key, value in data.items() if key in _OF_ANY_DATA}
-    elif not data.get("root") and "root" not in given:
-        raise ConfigError(f"{path} does not say where images are: give --data FOLDER, or data.root=...")
-    return {"data": data, "train": {key: value for key, value in train.items() if key in _OF_TRAIN}}
-
-
-def _located(data: DataConfig) -> DataConfig:
-    """Returns the data section with its source, where nothing says it, and the split '.' of a folder of classes."""
-    found: dict[str, Any] = {}
-    root = Path(data.root)
-    source: str = data.source
-    if "source" not in data.model_fields_set:
-        if root.is_file() and root.suffix.lower() in TABLE_ENDINGS and data.csv is None:
-            found = {"csv": str(root), "root": str(root.parent)}
-        source = found["source"] = "csv" if found or data.csv else _detect(root)
-        if source == "folder" and not root.exists():
-            raise DataError(f"{root}: no such folder; a data set on the Hugging Face hub is OWNER/NAME")
-    if source == "folder" and root.is_dir() and data.val_split is None and not data.holdout:
-        if is_bare(root):
-            found["val_split"] = "."
-        elif not any(entry.is_dir() for entry in root.iterdir()):
-            raise DataError(f"{root} has no class folders; expected {root}/CLASS/IMAGE or {root}/val/CLASS/IMAGE")
-    return data.model_copy(update=found)
-
-
-def _detect(root: Path) -> str:
-    """Tells the kind of a data set: by the files in a folder and in those right below it, or by the form of a name."""
-    if not root.is_dir():
-        is_hub_name = not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) and not root.parent.exists()
-        return "hf" if is_hub_name else "folder"
-    try:
-        entries = sorted(root.iterdir())
-        below = [entry for folder in entries if folder.is_dir() for entry in folder.iterdir()]
-    except OSError as e:
-        raise DataError(f"{e.filename or root}: cannot be read ({e.strerror})") from None
-    names = [entry.name.lower() for entry in (*entries, *below)]
-    if any(name.endswith((".tar", *COMPRESSED)) for name in names):
-        return "wds"
-    if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
-        return "hf"
-    is_table = any(entry.stem in VAL_NAMES and entry.suffix.lower() in TABLE_ENDINGS for entry in entries)
-    return "csv" if is_table else "folder"
-
-
-def _views(
-    info: CheckpointInfo, settings: Config, options: EvaluationOptions
-) -> tuple[dict[str, Preprocessing], list[str]]:
-    """Returns the preprocessings by name, and the keys of them that were given."""
-    wanted = options.preprocessing or "checkpoint"
-    if wanted not in PREPROCESSINGS:
-        raise ConfigError(f"preprocessing '{wanted}': expected {', '.join(PREPROCESSINGS)}")
-    data = settings.data
-    keys = set(_given(options.overrides, "data"))
-    if options.config is not None and options.preprocessing is None:
-        keys |= data.model_fields_set
-    given = {key: value for key, value in data.given.items() if key in keys}
-    data.model_copy(update=dict.fromkeys(set(FIELDS) - keys)).given_for(info.in_chans)
-    size = info.preprocessing.img_size
-    chosen = {"checkpoint": info.preprocessing, **candidates(given.get("img_size", size), info.in_chans)}
-    names = ("imagenet", "inception") if wanted == "both" else (wanted,)
-    views = {name: Preprocessing(**{**vars(chosen[name]), **given}) for name in names}
-    if len(views) > len(set(views.values())):
-        raise ConfigError(f"preprocessing 'both': with {', '.join(given)} given, both are the same")
-    unchanged = {"checkpoint": info.preprocessing, **candidates(size, info.in_chans)}
-    changed = [key for key in given if any(given[key] != getattr(unchanged[name], key) for name in names)]
-    return views, changed
-
-
-def _choose_classes(task: Task, among: str | None) -> None:
-    """Decides among which of the network's classes the answer is sought."""
-    if among not in (None, *AMONG):
-        raise ConfigError(f"among '{among}': expected {' or '.join(AMONG)}")
-    if isinstance(task.source, StreamSource):
-        if among == "present":
-            raise DataError(f"{task.source.name} is a stream: which classes are present is not known before its end")
-        return
-    present = _present(task.source)
-    subset = _subset_of(present, task.class_names) if among is None else None
-    if subset:
-        task.notes.append(f"{subset}: scored among its {len(present)} classes, as published (--among all for all)")
-    if (subset or among == "present") and len(present) < len(task.class_names):
-        task.among = present
-        task.class_names = [task.class_names[i] for i in present]
-
-
-def _present(source: DataSource) -> list[int]:
-    return [int(label) for label in np.unique(source.images.labels) if label >= 0]
-
-
-def _subset_of(present: Sequence[int], class_names: Sequence[str]) -> str | None:
-    """Returns 'ImageNet-A' or 'ImageNet-R' if the classes of a data set are just theirs."""
-    if len(class_names) < 1000 or len(present) != 200:
-        return None
-    for name, file in (("ImageNet-A", "imagenet_a_synsets.txt"), ("ImageNet-R", "imagenet_r_synsets.txt")):
-        synsets = (_private.imagenet_file(file) or "").split()
-        try:
-            if sorted(match_classes(synsets, class_names, name)) == list(present):
-                return name
-        except DataError:  # the network's classes are not ImageNet's
-            return None
-    return None
-
-
-def _check_extras(task: Task, extras: Extras) -> None:
-    """Checks what is asked for, and looks up the ReaL labels."""
-    classes = len(task.class_names)
-    if extras.confusion and classes > MAX_COUNTED_CLASSES:
-        raise ConfigError(
-            f"--confusion: {task.path} has {classes:,} classes, too many to count every pair; leave it out, or add "
-            "--among present"
-        )
-    if (extras.worst or extras.real) and isinstance(task.source, StreamSource):
-        option = "--worst" if extras.worst else "--real"
-        raise DataError(
-            f"{option}: {task.source.name} is a stream, whose images have no names; leave out data.streaming"
-        )
-    if extras.real:
-        assert isinstance(task.source, DataSource)
-        names = task.source.class_names
-        place = {label: i for i, label in enumerate(task.among)} if task.among else {i: i for i in range(len(names))}
-        labels = [[place[i] for i in found if i in place] for found in real_labels(task.source, names)]
-        task.real = torch.full((len(labels), max(1, *map(len, labels))), -1)
-        for row, found in zip(task.real, labels, strict=True):
-            row[: len(found)] = torch.tensor(found, dtype=torch.int64)
-
-
 def _check_agreement(tasks: Sequence[Task], world: World) -> None:
     """Checks that all processes have found the same images and classes on their machines.
 
@@ -441,9 +123,6 @@ def _check_agreement(tasks: Sequence[Task], world: World) -> None:
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
             raise ConfigError(f"rank {rank} has found other checkpoints, images or classes than rank 0")
-
-
-# ------------------------------------------------------------------------------------------------------- the evaluation
 
 
 def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[list[Evaluation], dict[str, Any]]:
@@ -513,7 +192,7 @@ def _known(task: Task, name: str, view: Preprocessing, world: World, options: Ev
         "data": task.source.name,
         "classes": len(task.class_names),
         "network_classes": task.info.num_classes,
-        "present_classes": len(_present(task.source)) if isinstance(task.source, DataSource) else None,
+        "present_classes": len(present_classes(task.source)) if isinstance(task.source, DataSource) else None,
         "precision": autocast_for(task.settings.train.precision, world.device)[0],
         "processes": world.size,
         "n": len(task.source),

@@ -23,7 +23,8 @@ from ...data.sources import open_split, open_train_and_val
 from ...engine.evaluate import shown
 from ...errors import ConfigError, DataError, OutputError, UserError, counted
 from ...printing import print_lines
-from ..evaluation.validate import EvaluationOptions, prepare_task
+from ..evaluation.settings import EvaluationOptions
+from ..evaluation.task import prepare_task
 from ..output import replacing
 from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
 
