@@ -11,7 +11,7 @@ from PIL import Image
 import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import eval_transform
-from conv2former.engine import dry_run, train, trainer
+from conv2former.engine import dry_run, dryrun, train, trainer
 from conv2former.engine.images import settle_images
 from conv2former.engine.network import build_model, name_network
 from conv2former.models import Conv2Former
@@ -94,8 +94,8 @@ def test_weights_that_are_not_there_are_named_with_their_key():
 
 def test_a_dry_run_says_it_and_has_the_size(tmp_path, monkeypatch):
     shapes = []
-    step = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda run, window, *args: (
+    step = dryrun.train_step
+    monkeypatch.setattr(dryrun, "train_step", lambda run, window, *args: (
         shapes.append(tuple(window[0].images.shape)) or step(run, window, *args)
     ))  # fmt: skip
     path = checkpoint(tmp_path / "own.pt", **NOTED)
