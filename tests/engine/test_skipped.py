@@ -61,4 +61,15 @@ def test_nothing_is_exchanged_where_an_unreadable_image_is_an_error():
     skipped = images(on_error="raise")
     skipped.world.gather = lambda _: pytest.fail("exchanged")
     assert skipped.exchange() == []
-    skipped.check("training", 0)
+    skipped.restore({"training": {"0.png": "0.png: no picture"}})  # of a run whose data.on_error was another
+    skipped.check("training", 1)
+
+
+def test_a_note_travels_once():
+    sent, skipped = [], images()
+    skipped.world.gather = lambda mine: [sent.append(mine) or mine]
+    skipped.note("training", BAD[:1])
+    skipped.exchange()
+    skipped.note("training", BAD[:2])
+    skipped.exchange()
+    assert [list(noted["training"]) for noted in sent] == [["0.png"], ["1.png"]]
