@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
+from conv2former.config import check_config
+from conv2former.engine.images import fill_images
 from conv2former.tools.benchmark import live as benchmark_live
 from conv2former.tools.benchmark import progress as benchmark_progress
 from conv2former.tools.benchmark.live import LiveOutput, Outputs, View
-from conv2former.tools.benchmark.loop import Comparison, compare
+from conv2former.tools.benchmark.loop import Comparison, compare, compare_loop
 from conv2former.tools.benchmark.models import measure
 from conv2former.tools.benchmark.networks import parse_networks
 from conv2former.tools.benchmark.progress import Forecast, Progress, duration
@@ -255,3 +257,18 @@ def test_one_round_has_no_quartiles():
     assert Comparison([1.0], [2.0]).describe("a", "b", 1, "step")[-1] == (
         "ratio 2.000 (middle half of 1 round: 2.000 to 2.000)"
     )
+
+
+def test_the_training_loop_beside_a_bare_one():
+    shape = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "kernel_size": 3}
+    raw = {
+        "model": {"variant": {"name": "conv2former_loop", **shape}, "fused": False},
+        "data": {"root": "unused", "num_classes": 2, "img_size": 32},
+        "train": {"batch_size": 2, "precision": "fp32"},
+        "log": {"tensorboard": False},
+    }
+    config = fill_images(check_config(raw, "test"))
+    title, *lines = compare_loop(config, steps=2, rounds=2)
+    assert title == "conv2former_t, batch 2, 32 x 32, fp32, cpu"
+    assert [line.split(":")[0] for line in lines[:2]] == ["bare loop", "training loop"]
+    assert lines[2].startswith("ratio ")

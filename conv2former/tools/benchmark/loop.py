@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 
 from ..._preprocessing import size_text
 from ...config import Config, make_plan
@@ -147,7 +148,7 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
         job = Job(config, Path(folder), plan, source, source, build_model(config, classes), None, None, {}, [], None)
         with StopSignal() as signal:
             trainer = Trainer(job, world, signal)
-            trainer.loader = [batch] * steps  # type: ignore[assignment]
+            trainer.loader = DataLoader(cast(Any, [batch] * steps), batch_size=None, collate_fn=lambda batch: batch)
             run = trainer.run
             memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
 
