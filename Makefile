@@ -15,7 +15,7 @@ announce = echo "Installing PyTorch, timm and the packages for training, export 
 	echo "Linux with PyTorch for CUDA, less elsewhere; minutes, most of them for the download. Only the first time."
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest lint format bench growth clean
+.PHONY: help quickstart test test-fast test-oldest lint format bench growth clean
 
 help: ## print this list
 	@echo "make TARGET, where TARGET is one of:"
@@ -28,6 +28,9 @@ quickstart: $(READY) ## train on real digits with two processes, then evaluate t
 
 test: $(READY) ## run the tests, minutes on two cores
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(READY) ## run the tests that take no training and no program of their own, while working on something
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-oldest: $(OLDEST)/.ready ## run the tests with the oldest Python and the oldest packages that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

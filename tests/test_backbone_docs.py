@@ -22,6 +22,8 @@ from torchvision.ops import box_iou
 
 from .conftest import FIXTURES, ROOT
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = ROOT / "docs" / "backbone.md"
 AS_WRITTEN = ("Feature maps", "Input sizes", "What to set")  # sections that need neither time nor a file
 OPTIONAL = {"segmentation-models-pytorch": "segmentation_models_pytorch", "transformers": "transformers"}

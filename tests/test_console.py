@@ -24,6 +24,8 @@ from conv2former.tools.recipes import run_name
 
 from .conftest import FIXTURES, ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def start(monkeypatch, *words: object, program: str = "conv2former") -> int:
     """Runs `conv2former WORDS` in this process; returns its exit code."""

@@ -28,6 +28,8 @@ from conv2former.tools.output import save_figure, write_csv
 
 from .hostile import NAMES, faults_in, faults_of
 
+pytestmark = pytest.mark.slow
+
 CLASSES = [name for name in NAMES if name.isascii() or "\udcff" not in name]  # which must be UTF-8
 SHAPE = {"name": "conv2former_named", "dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
 SETTINGS = {

@@ -138,6 +138,7 @@ def test_nothing_imports_scripts_or_experiments():
         assert not {"scripts", "experiments"} & imports(path, known)[1], path
 
 
+@pytest.mark.slow
 def test_importing_the_zoo_loads_nothing_more_than_timm():
     code = (
         "import sys, timm; before = {m.split('.')[0] for m in sys.modules}; import conv2former; "

@@ -13,6 +13,8 @@ import pytest
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 CREATE_ALL = """
 import conv2former, timm
 print(conv2former.__file__)

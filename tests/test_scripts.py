@@ -24,6 +24,8 @@ from .conftest import ROOT, TINY_YAML
 from .engine.conftest import small_data  # noqa: F401 - a fixture
 from .engine.test_trainer import final
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 

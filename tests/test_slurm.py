@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from .conftest import ROOT
 from .engine.conftest import small_data  # noqa: F401 - a fixture
 from .engine.test_trainer import final
 from .test_scripts import checkpoints, config_file  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.slow
 
 # Two tasks of one node; the first that fails ends the others, and the worst exit code is srun's, as in SLURM.
 SRUN = """#!/bin/bash

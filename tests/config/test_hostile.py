@@ -25,6 +25,8 @@ from conv2former.variants import MAX_WEIGHTS, parse_variant, read_variant
 
 from ..conftest import ROOT, TINY_YAML
 
+pytestmark = pytest.mark.slow
+
 # The same examples in every run.
 thorough = settings(
     derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck)

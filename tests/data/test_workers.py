@@ -15,6 +15,8 @@ from conv2former.data.loader import batches
 from conv2former.data.workers import Sent
 from conv2former.errors import WorkerError
 
+pytestmark = pytest.mark.slow
+
 
 class Items(Dataset):
     """Six items, each from calling `act` in a worker."""

@@ -271,6 +271,7 @@ def test_a_checksum_is_never_that_of_another_file(tmp_path, monkeypatch):
     assert read_training_checkpoint(tmp_path / "best.pt")["step"] == 2
 
 
+@pytest.mark.slow
 def test_saving_holds_no_second_copy_of_the_weights(tmp_path):
     """Measured as what the process takes at most while it saves 64 MiB of weights."""
     code = (

@@ -34,6 +34,8 @@ from .conftest import SHAPE, configure
 from .test_step import PLAIN, WORLD, batch
 from .test_trainer import Killed, final
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL = ROOT / "tests" / "fixtures" / "official_format.pth.tar"
 QUICK = [
     "data.img_size=32",

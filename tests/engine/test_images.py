@@ -27,6 +27,8 @@ from conv2former.weights.reading import read_checkpoint
 from .test_finetune import OFFICIAL, fill, recipe
 from .test_trainer import Killed
 
+pytestmark = pytest.mark.slow
+
 NOTED = {
     "img_size": 48,
     "mean": [0.4, 0.5, 0.6],

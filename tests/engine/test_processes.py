@@ -23,6 +23,8 @@ from conv2former.tools.runs.killing import ForkedProcesses, kill_and_compare
 from .conftest import configure
 from .test_trainer import final
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {
     "model__drop_path_rate": 0.0,
     "model__drop_rate": 0.0,

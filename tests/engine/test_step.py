@@ -285,6 +285,7 @@ def test_mixing_ends_before_the_run_does(raw_config):
 NEEDS_MORE = ("bnb", "fused", "adahessian")  # other packages; second derivatives
 
 
+@pytest.mark.slow
 def test_every_optimizer_of_timm_steps_or_says_why_not(raw_config):
     from timm.optim import list_optimizers
 
@@ -306,6 +307,7 @@ def test_every_optimizer_of_timm_steps_or_says_why_not(raw_config):
         assert not torch.equal(after, before), name
 
 
+@pytest.mark.slow
 def test_compiled(raw_config, monkeypatch):
     """Through torch.compile's tracing; the code generation behind it is torch's affair."""
     real = torch.compile

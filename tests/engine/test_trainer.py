@@ -26,6 +26,8 @@ from conv2former.tools.runs.comparing import differing, differing_runs, metrics_
 
 from .conftest import configure
 
+pytestmark = pytest.mark.slow
+
 
 def final(folder) -> dict:
     return torch.load(sorted((folder / "checkpoints").glob("step_*.pt"))[-1])

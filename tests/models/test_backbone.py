@@ -320,6 +320,7 @@ def test_fx_traces_every_variant(name):
     assert torch.fx.symbolic_trace(model)(images(64, device="meta")).shape == (1, 1000)
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_shapes(model):
     dim = torch.export.Dim
     dynamic = {"x": {0: dim("n", max=64), 2: dim("h", min=64, max=512), 3: dim("w", min=64, max=512)}}
@@ -329,6 +330,7 @@ def test_export_with_dynamic_shapes(model):
         assert torch.allclose(program.module()(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_without_graph_breaks(model):
     x = images(64, batch_size=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -635,6 +635,7 @@ def test_the_backend_of_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
         assert relative(block(x), exact[0]) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_on_a_gpu", [True, False])
 def test_compiled_modules_take_the_operators(as_on_a_gpu, tiny, monkeypatch, calls):
     """On a CPU by themselves, if there are compiled functions."""

@@ -82,6 +82,7 @@ def test_a_classifier_gets_a_head_of_its_own(tiny, headless, whole, images, capl
     assert len(caplog.records) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "lacks"), CASES)
 def test_a_feature_extractor_needs_none(tiny, headless, whole, images, caplog, layout, lacks):
     path = headless(layout, lacks)

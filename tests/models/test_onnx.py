@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_onnx_with_dynamic_shapes(tiny, official_file, tmp_path):

@@ -59,6 +59,7 @@ def on_triton() -> list[dict]:
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: " ".join(map(str, CASES[i].values())))
 def test_the_kernels_compute_the_formula_and_its_gradients(on_triton, number):
@@ -71,6 +72,7 @@ def test_the_kernels_compute_the_formula_and_its_gradients(on_triton, number):
     assert result["apart"]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_modulation_compiles_for_a_gpu(tmp_path):
     """For a Hopper GPU, at the first stage of conv2former_t, batch 128, with registers for nearly everything.
@@ -199,6 +201,7 @@ def test_checkpointing_computes_the_operators_again():
     torch.testing.assert_close(torch.autograd.grad(out.sum(), (a, weight)), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_of_every_backend():
     """With DistributedDataParallel, gloo, and on the GPU's way the operators' CPU side."""
     script = str(Path(__file__).with_name("data_parallel.py"))

@@ -23,6 +23,8 @@ from conv2former.tools.prediction.predict import Predictor
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"dims": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "kernel_size": 3, "head_hidden_size": 8}
 NAMES = ["cat", "dog", "owl"]
 

@@ -11,6 +11,8 @@ from conv2former.tools.benchmark.results import Baseline, Group, Report, Result,
 
 from .test_benchmark_models import MACHINE, OURS
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(64, 96), (64, 64)]  # height, width
 
 

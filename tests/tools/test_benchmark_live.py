@@ -143,6 +143,7 @@ def test_a_timing_takes_its_time_however_short_a_step_is():
 # -------------------------------------------------------------------------------------------------- rows as they come
 
 
+@pytest.mark.slow
 def test_what_is_said_before_the_end(monkeypatch, capsys):
     """The plan first; then an estimate, first figures, a preliminary table; results alone on standard output."""
     monkeypatch.setattr(benchmark_live, "LONG_SECONDS", -1.0)

@@ -33,6 +33,8 @@ from conv2former.tools.benchmark.results import Baseline, Group, Plan, Probe, Re
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 OURS = "conv2former_n:dims=[8,16,16,16],depths=[1,1,1,1],kernel_size=3,head_hidden_size=16"
 FIXED = "test_vit:img_size=64,dynamic_img_size=false"  # takes no other size

@@ -21,6 +21,8 @@ from conv2former.tools.runs.comparing import compare_runs, differing_runs
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 METRICS = [
     {"step": 1, "kind": "train", "epoch": 1, "loss": 2.5, "lr": 0.1, "images_per_second": 7.0},
     {"step": 2, "kind": "train", "epoch": 1, "loss": 2.25, "lr": 0.1, "images_per_second": 8.0},

@@ -32,6 +32,8 @@ from ..conftest import ROOT
 from ..weights.test_installed import CLASSES, SHAPE, zoo  # noqa: F401 - a fixture
 from ..weights.test_weights import LAYOUTS, birder_state_dict
 
+pytestmark = pytest.mark.slow
+
 HALF = (0.5, 0.5, 0.5)
 
 

@@ -34,6 +34,8 @@ from conv2former.tools.export.quantize import Accuracy, ImagesFor, export_int8
 
 from ..conftest import FIXTURES, ROOT
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"class {i}" for i in range(10)]
 NOTED = {"img_size": 48, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "crop_pct": 0.9}
 # Whether torch can be told the least size of an image, and calls an image's sizes as it is told

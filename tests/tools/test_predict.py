@@ -31,6 +31,8 @@ from conv2former.tools.prediction.sheet import WHOLE, Cell, contact_sheet, layou
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(40, 30), (30, 40), (97, 33), (8, 8), (1, 1), (64, 64), (300, 2)]
 TURNED = {  # by EXIF orientation, how the pixels are stored
     1: lambda p: p,

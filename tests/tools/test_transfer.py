@@ -36,6 +36,8 @@ from experiments.digits_transfer.transfer import (
 from ..conftest import ROOT, TINY_YAML
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "configs" / "finetune"
 PAGE = ROOT / "docs" / "transfer.md"
 

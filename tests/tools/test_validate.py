@@ -37,6 +37,8 @@ from conv2former.weights.preprocessing import Preprocessing, candidates
 from ..conftest import ROOT
 from ..engine.conftest import configure, raw_config, small_data  # noqa: F401 - fixtures
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "kernel_size": 7, "head_hidden_size": 64}
 INFO = resources.files("timm.data") / "_info"
 LETTERS = list("abcdefghij")

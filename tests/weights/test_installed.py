@@ -25,6 +25,8 @@ from conv2former.weights.installed import file_sha256, find_installed
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"dims": [8, 16, 24, 48], "depths": [1, 1, 1, 1], "kernel_size": 11}
 CLASSES = 5
 PAGE = "https://example.org/two"
