@@ -59,6 +59,7 @@ def run(tmp_path):
     return tmp_path / "run", check_config(config, "earlier")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(run):
     folder, config = run
     train(config, folder)
@@ -66,6 +67,7 @@ def test_a_run_goes_on(run):
     assert read_training_checkpoint(folder / "checkpoints" / "step_00000004.pt")["step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "differs"), [("ema", False), ("data", True)])
 def test_a_section_that_is_not_in_the_checkpoint_was_at_its_defaults(run, section, differs):
     folder, config = run

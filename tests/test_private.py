@@ -72,6 +72,7 @@ def foreign_names(tree, own: set[str]) -> list[str]:
     return [name for name in private if name not in own | _private.STABLE | PYTHONS]
 
 
+@pytest.mark.slow
 def test_private_names_are_in_one_file():
     trees = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
     own = own_names(trees.values()) | {"_private", "_configs", "_yaml", "_clock"}

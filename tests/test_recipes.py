@@ -56,6 +56,7 @@ def step(config: Config) -> list[str]:
     return _stepped[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_trains_a_step(path, shallow):
     whole = load_config(path)

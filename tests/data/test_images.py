@@ -306,6 +306,7 @@ def test_the_error_goes_through_processes():
     assert str(UnreadableImage("as a DataLoader raises it")) == "as a DataLoader raises it"
 
 
+@pytest.mark.slow
 def test_what_would_fill_the_memory(tmp_path, recwarn):
     """A long thin image, which is resized by its short side; more pixels than Pillow allows; a pipe."""
     refused(encoded(Image.new("L", (1, 1000)), "PNG"), "an image of 1 x 1000 pixels is too long and thin; cut it")
@@ -333,6 +334,7 @@ def test_rgb_outlives_its_file(tmp_path):
         assert np.array_equal(np.asarray(image.crop((1, 2, 20, 30))), expected[2:30, 1:20]), kind
 
 
+@pytest.mark.slow
 def test_the_largest_image_can_be_set(tmp_path, monkeypatch):
     """By a key that the message names; nothing else in the process changes."""
     content = encoded(Image.new("L", (40, 30)), "PNG")

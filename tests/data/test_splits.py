@@ -88,6 +88,7 @@ def test_a_class_that_is_called_train(tmp_path):
     assert sizes(config(tmp_path, train_split=".")) == (9, 3)
 
 
+@pytest.mark.slow
 def test_the_training_split_does_not_validate(tmp_path):
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         fill(tmp_path / "photos" / name)

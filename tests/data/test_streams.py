@@ -64,11 +64,13 @@ def test_an_epoch_is_divided_among_the_processes(folder, world_size):
     assert shares[0] != sorted(shares[0])
 
 
+@pytest.mark.slow
 def test_more_processes_than_shards(folder):
     shares = [flat(read(config(folder), 2, rank, 10)) for rank in range(10)]
     assert sorted(flat(shares)) == list(range(COUNT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_workers_change_nothing(folder, workers):
     for rank in range(2):
@@ -76,6 +78,7 @@ def test_workers_change_nothing(folder, workers):
         assert read(config(folder, workers=workers), 2, rank, 2) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_in_the_middle(folder, workers):
     for first_step in (1, 4, 9):
@@ -92,6 +95,7 @@ def test_epochs_differ_and_are_as_long_as_stated(folder):
     assert sorted(numbers) == sorted([*range(COUNT)] * 3)
 
 
+@pytest.mark.slow
 def test_one_loader_over_epochs_with_persistent_workers(folder):
     run = config(folder, workers=2)
     train, _ = open_train_and_val(run.data)
@@ -103,6 +107,7 @@ def test_one_loader_over_epochs_with_persistent_workers(folder):
         assert numbers == read(config(folder), epoch=epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_evaluation_sees_every_image_once(folder, world_size, workers):

@@ -91,6 +91,7 @@ def test_the_console_says_how_long_images_were_waited_for(tmp_path, capsys):
     assert "data wait 12%" in (tmp_path / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_report_says_how_long_images_were_waited_for(raw_config, tmp_path, capsys, monkeypatch):
     real, late = time.perf_counter, [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
@@ -111,6 +112,7 @@ def test_the_report_says_how_long_images_were_waited_for(raw_config, tmp_path, c
     assert again["data_wait"] == report["data_wait"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_picture_of_the_first_batch_leaves_it_as_it_was(
     raw_config, tmp_path, monkeypatch, channels_last, with_pictures

@@ -59,6 +59,7 @@ def test_a_map_of_zeros_and_of_one_pixel(name, dtype):
         assert torch.isfinite(a.grad).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torchscript_and_fx(model):
     x = torch.randn(1, 3, 64, 64)
@@ -69,6 +70,7 @@ def test_torchscript_and_fx(model):
         assert torch.allclose(torch.jit.script(module)(x), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_export_and_compile(model):
     """One block, which is where they differ; the whole network is compiled in test_backbone.py."""
     block = model.stages[0].blocks[0]
@@ -92,6 +94,7 @@ def test_autocast_and_gradients(model):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_variant_files(path):
     """Each is conv2former_t but for one thing, which its name tells."""

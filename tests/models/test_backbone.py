@@ -55,6 +55,7 @@ def count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_and_macs(name):
     parameters, parameters_22k, gmacs_224, gmacs_384 = SIZES[name]
@@ -106,6 +107,7 @@ def test_heads(name):
 FEATURE_INDICES = [(0, 1, 2, 3), (1, 3), (2,), (-1,), (-2, -1), 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "out_indices"),
     [*((VARIANTS[0], indices) for indices in FEATURE_INDICES), *((name, (1, -1)) for name in VARIANTS[1:])],
@@ -300,6 +302,7 @@ def test_channels_last_and_odd_sizes(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torchscript_and_fx(model):
     from torchvision.models.feature_extraction import create_feature_extractor
@@ -314,6 +317,7 @@ def test_torchscript_and_fx(model):
     assert torch.allclose(extractor(x)["c4"], model.forward_intermediates(x)[1][2], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fx_traces_every_variant(name):
     model = meta(name).eval()
@@ -350,6 +354,7 @@ def test_constructor_dtype_and_device(dtype, tiny):
     assert {p.device.type for p in timm.create_model(tiny, device="meta").parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient(name):
     model = meta(name, num_classes=4, drop_path_rate=0.2).train()

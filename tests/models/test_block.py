@@ -22,6 +22,7 @@ def test_any_size_and_odd_kernel(module, kernel_size, size, memory_format):
     assert module(16, kernel_size=kernel_size)(x).shape == x.shape
 
 
+@pytest.mark.slow
 def test_the_readme_call():
     block = Conv2FormerBlock(64, kernel_size=7, mlp_ratio=4, drop_path=0.1)
     with torch.inference_mode():

@@ -126,6 +126,7 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(onednn, "multiplies", lambda dtype: request.param != "without" or dtype.itemsize > 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "bound"),
@@ -167,6 +168,7 @@ def test_tiny_layer_scale_under_float16(processor):
         assert relative(a, exact) < max(3e-3, 1.2 * relative(b, exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"recompute": False}], ids=str)
 def test_a_network_in_every_mode(tiny, options, calls):
     torch.manual_seed(0)
@@ -266,6 +268,7 @@ def test_another_number_of_images_at_a_time_in_the_backward_pass(monkeypatch):
 PARTS = ["attn", "mlp", "attn.norm", "attn.a", "attn.act", "attn.conv_dw", "attn.v", "attn.proj", "ls1", "drop_path"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [*PARTS, "mlp.norm", "mlp.fc1", "mlp.act", "mlp.conv_dw", "mlp.fc2", "ls2"])
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
@@ -423,6 +426,7 @@ def test_blocks_that_change_later(change: Callable, calls):
     torch.testing.assert_close(block(make_images()), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_was_found_out_is_kept_and_forgotten(monkeypatch):
     looked = []
     real = fusion._has_standard_layers
@@ -507,6 +511,7 @@ def test_a_layer_in_two_places():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_over_many_parts_in_16_bits(dtype, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK", 1)
@@ -597,6 +602,7 @@ def test_exports_contain_plain_operators_only(tiny):
     assert "mkldnn" not in graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 31])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (13, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -668,6 +674,7 @@ def test_compiled_modules_take_the_operators(as_on_a_gpu, tiny, monkeypatch, cal
 
 
 # MB that the authors' code keeps per image, a third of which is the aim; of b and l nobody measured theirs
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize(("name", "fp32", "bf16"), [("conv2former_t", 80, 60), ("conv2former_n", 49.2, 34.5)])
 def test_memory_of_a_training_step(name, fp32, bf16, wide, monkeypatch):

@@ -35,6 +35,7 @@ def test_the_authors_file(official_file):
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 224, 224)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["birder", "native", "safetensors", "hub", "local-dir"])
 def test_every_layout_gives_the_same_network(tmp_path, official_file, official_content, kind):
     expected, _ = conv2former.load_model(official_file)

@@ -151,6 +151,7 @@ def test_gradients_have_the_types_of_what_they_are_of(on_the_cpu):
     assert [x.grad.dtype for x in (weight, bias)] == [torch.float32] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_accepts_the_operators(dtype, on_the_cpu):
     """Schemas, results without data (shapes, strides, types), autograd and tracing, as torch checks them."""

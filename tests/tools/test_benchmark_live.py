@@ -163,6 +163,7 @@ def test_what_is_said_before_the_end(monkeypatch, capsys):
     assert out.index("baseline test_vit") < out.index("Training step") < out.index("Inference")
 
 
+@pytest.mark.slow
 def test_files_are_written_as_results_come_and_marked_until_the_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark_live, "SAVE_SECONDS", 0.0)
     outputs = Outputs(tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.md")

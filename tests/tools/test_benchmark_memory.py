@@ -80,6 +80,7 @@ def test_network_and_caller_are_left_as_they_were():
         assert bytes_held(model, torch.randn(4, 10)) == first
 
 
+@pytest.mark.slow
 def test_the_known_figures_of_a_peer():
     """MB per image of timm's convnext_tiny at 224 pixels, as the benchmark's convention has them."""
     model = timm.create_model("convnext_tiny")

@@ -107,6 +107,7 @@ def test_maps_of_earlier_stages_weigh_channels_by_their_mean_gradient():
     torch.testing.assert_close(activation_map(model, image, 1, stage=2).values, expected.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_network_is_as_it_was(compiled):
     model, image = network(ls_init_value=0.5), torch.randn(3, 64, 64)

@@ -45,6 +45,7 @@ def said(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["authors", "birder", "native"])
 @pytest.mark.parametrize(
     "prefix", ["model.", "module.", "_orig_mod.", "backbone.", "encoder.", "net.", "model._orig_mod.", "a.b.c."]
