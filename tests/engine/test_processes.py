@@ -7,11 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from conv2former.config import check_config
+from conv2former.config import Config, check_config
 from conv2former.engine import distributed, prepare, train, trainer
 from conv2former.engine.logging import read_metrics
 from conv2former.engine.saved import first_not_finite
@@ -251,12 +252,27 @@ def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch, exit_c
         assert "Rank 0 has waited for 3 s at the forward pass of step 3" in output
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Returns the folder of a run that is left alone; the same run is made once."""
+    folders: dict[tuple[str, int], Path] = {}
+
+    def folder_of(config: Config, count: int) -> Path:
+        key = repr(config), count
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("undisturbed")
+            assert set(run(lambda: train(config, folders[key] / "run"), count, folders[key])[0]) == {0}
+        return folders[key] / "run"
+
+    return folder_of
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes, number, count):
+def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes, undisturbed, number, count):
     """To one process only; the other learns of it. The run then ends as if it had never been stopped."""
     config = configure(raw_config, train__accum_steps=1, data__workers=1)
-    assert set(run(lambda: train(config, tmp_path / "whole"), count, tmp_path)[0]) == {0}
+    whole = undisturbed(config, count)
     real = trainer.train_step
 
     def signalled(run, batches, step, check):
@@ -275,7 +291,7 @@ def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes,
     assert "error" not in output
     assert final(tmp_path / "parts")["step"] == step
     assert set(run(lambda: train(config, tmp_path / "parts"), count, tmp_path)[0]) == {0}
-    assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
+    assert not differing_runs(whole, tmp_path / "parts")
 
 
 @pytest.mark.parametrize("count", [1, 2])
