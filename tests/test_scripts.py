@@ -72,7 +72,7 @@ def test_quickstart(tmp_path):
     following = re.search(r"next: \S*python\S* (scripts/validate\.py --checkpoint .*)", result.stdout)[1].split()
     alone = run(sys.executable, *following).stdout
     assert accuracy(alone) == (f"{report['top1']:.2f}", 360)
-    together = run(*TORCHRUN, "--nproc-per-node=3", *following, "data.workers=0", "train.eval_batch_size=7").stdout
+    together = run(*TORCHRUN, "--nproc-per-node=2", *following, "data.workers=0", "train.eval_batch_size=7").stdout
     assert accuracy(together) == accuracy(alone)
 
 

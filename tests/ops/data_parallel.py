@@ -1,7 +1,6 @@
-"""Gradients of two processes by every backend, against the plain formula's: `torchrun data_parallel.py`.
+"""Gradients of two processes by every backend, against the plain formula's, for test_operators.py to run in forks.
 
-A program of its own, since it is what torchrun starts. Process 0 writes a line of JSON: for each backend the largest
-relative difference of a gradient.
+Process 0 writes a line of JSON: for each backend the largest relative difference of a gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +45,3 @@ def main() -> None:
         }
         print(json.dumps(differences), flush=True)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -17,6 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from conv2former.ops import backends, operators
 from conv2former.ops.cpu import native
+from conv2former.tools.runs.killing import ForkedProcesses
+
+from . import data_parallel
 
 needs_triton = pytest.mark.skipif(not backends._has_triton(), reason=f"needs Triton {backends.MIN_TRITON}, for Linux")
 
@@ -203,13 +206,13 @@ def test_checkpointing_computes_the_operators_again():
 
 
 @pytest.mark.slow
-def test_two_processes_average_the_gradients_of_every_backend():
+def test_two_processes_average_the_gradients_of_every_backend(tmp_path):
     """With DistributedDataParallel, gloo, and on the GPU's way the operators' CPU side."""
-    script = str(Path(__file__).with_name("data_parallel.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert out.returncode == 0, out.stderr[-3000:]
-    differences = json.loads(out.stdout.splitlines()[-1])
+    log = tmp_path / "output.txt"
+    processes = ForkedProcesses(data_parallel.main, 2, log)
+    assert processes.wait(250), log.read_text()
+    assert not processes.has_failed, log.read_text()
+    differences = json.loads(log.read_text().splitlines()[-1])
     assert set(differences) == {"eager", "compiled", "operators"}
     assert max(differences.values()) < 1e-10, differences
 
