@@ -41,12 +41,14 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
     # The norms of all images, which come with the sum before; of a branch alone those of a chunk are enough.
     normed = torch.empty_like(xs, dtype=spec.dtype) if len(calls) > 1 else None
     workspace = _Workspace(xs, calls, saved is not None)
+    # Before the first product, because between products, which fill the caches, all Python takes several times as long.
     norms = [(call.params.norm_weight, call.params.norm_bias, call.spec.eps) for call in calls]
+    matrices = [[w.flatten(1).t() for w in (*call.params.in_weights, call.params.out_weight)] for call in calls]
+    images = [images_at_a_time(xs, call.params.out_weight.shape[1]) for call in calls]
     for i, (spec, params, mask) in enumerate(calls):
-        weights = [matrix(weight, spec.dtype).t() for weight in (*params.in_weights, params.out_weight)]
+        weights = cast(spec.dtype, *matrices[i])
         next_norm = norms[i + 1] if i + 1 < len(calls) else None
-        images = images_at_a_time(xs, params.out_weight.shape[1])
-        for chunk, chunk_mask, result, h in in_chunks(images, xs, mask, out, normed):
+        for chunk, chunk_mask, result, h in in_chunks(images[i], xs, mask, out, normed):
             h = workspace.norm(chunk) if h is None else h
             if i == 0:
                 native.layer_norm(chunk, *norms[0], spec.dtype, stats=False, out=h)
