@@ -7,6 +7,7 @@ Maps inside of `ops` are (N, H, W, C) unless their name says otherwise: channels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "cast",
     "is_transformed",
     "matmul",
+    "matmul_sum",
     "matrix",
     "nchw",
     "nhwc",
@@ -84,6 +86,14 @@ def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Returns ``x @ weight``, (N, H, W, C) by (C, D), in one call instead of the three that `@` makes of it."""
     return torch.mm(rows(x), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def matmul_sum(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of ``x @ weight`` over pairs of a map (N, H, W, C) and a weight (C, D), of which there is one."""
+    total = matmul(maps[0], weights[0])
+    for x, weight in zip(maps[1:], weights[1:], strict=True):
+        rows(total).addmm_(rows(x), weight)
+    return total
 
 
 def add_pixel_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

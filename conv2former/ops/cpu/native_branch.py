@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, SpatialMixing, new_grads, out_matrix
-from ..tensors import as_type, cast, matmul, matrix, nchw, nhwc, rows
+from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc, rows
 from . import native
 from .chunks import images_at_a_time, in_chunks
 
@@ -167,9 +167,7 @@ def backward(
                 dmixed, maps[0], params.conv_weight, params.conv_bias, params.in_biases[0]
             )
             dpre_acts = [du]
-        dh = matmul(dpre_acts[0], in_weights[0])
-        for dpre_act, weight in zip(dpre_acts[1:], in_weights[1:], strict=True):
-            rows(dh).addmm_(rows(dpre_act), weight)
+        dh = matmul_sum(dpre_acts, in_weights)
         assert mean is not None and rstd is not None  # noqa: PT018
         norm_grads = native.layer_norm_backward(dh, images, mean, rstd, params.norm_weight, dout, result)
         if learns:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import aten
 from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, new_grads, out_matrix
-from ..tensors import as_type, cast, matmul, matrix, nchw, nhwc, rows
+from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc
 from . import native, onednn
 from .chunks import images_at_a_time, in_chunks
 from .mixing import choose_mixing
@@ -76,9 +76,7 @@ def backward(
         dy = dout if images_mask is None else dout * images_mask
         dmixed = matmul(as_type(dy if scale is None else dy * scale, spec.dtype), out_weight)
         mixed, dpre_acts, conv_grads, sums = mixing.backward(dmixed, pre_acts, expensive, *conv, learns)
-        dh = matmul(dpre_acts[0], in_weights[0])
-        for dpre_act, weight in zip(dpre_acts[1:], in_weights[1:], strict=True):
-            rows(dh).addmm_(rows(dpre_act), weight)
+        dh = matmul_sum(dpre_acts, in_weights)
         norm_grads = _layer_norm_backward(params, dh, images, mean, rstd, dout, result)
         if learns:
             total.add_norm(*norm_grads)

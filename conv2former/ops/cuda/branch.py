@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import aten, operators
 from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, SpatialMixing, new_grads, out_matrix
-from ..tensors import as_type, cast, matmul, matrix, nchw, nhwc, rows
+from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc
 
 __all__ = ["backward", "forward"]
 
@@ -75,9 +75,7 @@ def backward(
         du, dweight, dbias = operators.mlp_mix_backward(dmixed, nchw(pre_acts[0]), weight, bias)
         dpre_acts = [nhwc(du)]
     in_weights = [matrix(weight, spec.dtype) for weight in params.in_weights]
-    dh = matmul(dpre_acts[0], in_weights[0])
-    for dpre_act, in_weight in zip(dpre_acts[1:], in_weights[1:], strict=True):
-        rows(dh).addmm_(rows(dpre_act), in_weight)
+    dh = matmul_sum(dpre_acts, in_weights)
     dx = torch.empty_like(xs)
     norm_grads = aten.layer_norm_backward(params, dh, xs, mean, rstd, dout, dx)
     if not learns:
