@@ -1,11 +1,11 @@
-"""The folder for what is kept between runs: installed weights, and C++ that was compiled."""
+"""The folder for what is kept between runs, installed weights and compiled C++, and how files get to the disk."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["store_folder"]
+__all__ = ["store_folder", "to_disk"]
 
 
 def store_folder() -> Path:
@@ -14,3 +14,16 @@ def store_folder() -> Path:
         return Path(os.path.expanduser(home)).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return Path(os.path.expanduser(cache)).absolute() / "conv2former"
+
+
+def to_disk(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: it cannot be opened or flushed; not every file system lets folders be.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from ._store import store_folder
+from ._store import store_folder, to_disk
 from .text import printable
 
 __all__ = ["describe", "library", "remove_temporary_folder"]
@@ -194,7 +194,7 @@ def _compile(command: list[str], source: Path, path: Path) -> ctypes.CDLL:
         # the checksum first: a process that finds a library finds its checksum
         for file, target in ((checksum, _checksum_of(folder / path.name)), (made, folder / path.name)):
             file.chmod(0o600)
-            _to_disk(file)  # before the rename, or a power cut leaves the name of an empty file
+            to_disk(file)  # before the rename, or a power cut leaves the name of an empty file
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             file.replace(target)  # at once, since other processes may be at it too
@@ -203,14 +203,6 @@ def _compile(command: list[str], source: Path, path: Path) -> ctypes.CDLL:
 
 def _checksum_of(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_intact(path: Path) -> bool:

@@ -34,6 +34,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from .._store import to_disk
 from ..errors import CheckpointError, OutputError, TrainingError, bullets, is_lost_worker, shorten
 from ..weights.reading import read_checkpoint
 from .saved import first_not_finite, wrong_fields
@@ -213,11 +214,7 @@ def _to_disk(file: IO[Any] | Path) -> None:
         os.fsync(file.fileno())
         return
     with contextlib.suppress(OSError):  # not every file system lets folders be flushed
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        to_disk(file)
 
 
 def _write_checksum(path: Path, sha256: str) -> None:

@@ -79,6 +79,15 @@ class BranchParams:
     in_weights: tuple[Tensor, ...]
     in_biases: tuple[Tensor, ...]
 
+    def in_linears(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Returns what `F.linear` takes for the first 1x1 convolutions: weights (D, C) and biases (D,) in a type."""
+        pairs = zip(self.in_weights, self.in_biases, strict=True)
+        return [(matrix(weight, dtype), as_type(bias, dtype)) for weight, bias in pairs]
+
+    def out_linear(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns what `F.linear` takes for the last 1x1 convolution: weight (C, D) and bias (C,) in a type."""
+        return matrix(self.out_weight, dtype), as_type(self.out_bias, dtype)
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Returns all of them in a row, as autograd takes them."""
         conv, out = (self.conv_weight, self.conv_bias), (self.out_weight, self.out_bias)

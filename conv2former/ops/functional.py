@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .branch import BranchParams, BranchSpec, SpatialMixing
-from .tensors import as_type, cast, matrix, nchw, nhwc
+from .tensors import as_type, cast, nchw, nhwc
 
 __all__ = ["conv_dw", "mlp_mix", "modulate", "residual_branch"]
 
@@ -46,12 +46,9 @@ def residual_branch(spec: BranchSpec, params: BranchParams, x: Tensor, mask: Ten
     """
     h = as_type(nhwc(x), params.norm_weight.dtype)
     h = F.layer_norm(h, params.norm_weight.shape, params.norm_weight, params.norm_bias, spec.eps).to(spec.dtype)
-    pre_acts = [
-        F.linear(h, matrix(weight, spec.dtype), as_type(bias, spec.dtype))
-        for weight, bias in zip(params.in_weights, params.in_biases, strict=True)
-    ]
+    pre_acts = [F.linear(h, *linear) for linear in params.in_linears(spec.dtype)]
     mix = modulate if spec.mixing is SpatialMixing.MODULATION else mlp_mix
     mixed = mix(*pre_acts, *cast(spec.dtype, params.conv_weight, params.conv_bias))
-    y = F.linear(mixed, matrix(params.out_weight, spec.dtype), as_type(params.out_bias, spec.dtype))
+    y = F.linear(mixed, *params.out_linear(spec.dtype))
     y = nchw(y if params.gamma is None else y * params.gamma)
     return (x + (y if mask is None else y * mask)).to(spec.out_dtype)

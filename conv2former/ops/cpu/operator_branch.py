@@ -33,11 +33,7 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
     out = torch.empty_like(xs, dtype=spec.out_dtype)
     mixing = choose_mixing(spec.mixing, spec.dtype)
     conv = mixing.conv_params(spec.dtype, params.conv_weight, params.conv_bias)
-    out_linear = matrix(params.out_weight, spec.dtype), as_type(params.out_bias, spec.dtype)
-    ins = [
-        (matrix(weight, spec.dtype), as_type(bias, spec.dtype))
-        for weight, bias in zip(params.in_weights, params.in_biases, strict=True)
-    ]
+    ins, out_linear = params.in_linears(spec.dtype), params.out_linear(spec.dtype)
     for images, images_mask, result in in_chunks(images_at_a_time(xs, params.out_weight.shape[1]), xs, mask, out):
         h, *stats = _layer_norm(spec, params, images, saved is not None)
         if saved is None:

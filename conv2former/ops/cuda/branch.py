@@ -31,12 +31,9 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
     xs = nhwc(x)
     out = torch.empty_like(xs, dtype=spec.out_dtype)
     h, mean, rstd = aten.layer_norm(spec, params, xs)
-    pre_acts = [
-        F.linear(h, matrix(weight, spec.dtype), as_type(bias, spec.dtype))
-        for weight, bias in zip(params.in_weights, params.in_biases, strict=True)
-    ]
+    pre_acts = [F.linear(h, *linear) for linear in params.in_linears(spec.dtype)]
     mixed = _mix(spec, params, pre_acts)
-    y = F.linear(mixed, matrix(params.out_weight, spec.dtype), as_type(params.out_bias, spec.dtype))
+    y = F.linear(mixed, *params.out_linear(spec.dtype))
     if saved is not None:
         saved += cast(spec.saved_dtype, *pre_acts)
         if spec.mixing is SpatialMixing.MODULATION or not spec.recompute:
