@@ -30,6 +30,7 @@ __all__ = [
     "allow_recompiling",
     "convolution_pointwise",
     "convolution_pointwise_",
+    "copy_all",
     "features_of_stream",
     "has_global_hooks",
     "has_pointwise",
@@ -160,6 +161,20 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Returns whether oneDNN has products of bfloat16 or float16 on this CPU."""
     supported = HAS_BF16 if dtype == torch.bfloat16 else HAS_FP16
     return supported.value is None or bool(supported.value())
+
+
+# ------------------------------------------------------------------- torch: many tensors by few kernels on a GPU
+
+COPY_ALL = Name("torch:_foreach_copy_", "weights are converted one by one, which launches more kernels on a GPU")
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors into others of the same shapes, converting their types, with one kernel for many on a GPU."""
+    if COPY_ALL.value is not None:
+        COPY_ALL.value(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 # ------------------------------------------------------------------------------------ torch: training and measuring

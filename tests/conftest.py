@@ -17,6 +17,9 @@ _compiled = Path(os.environ.setdefault("CONV2FORMER_TESTS_COMPILED", os.path.joi
 if _compiled.parent != Path(_store.name):
     Path(_store.name, "compiled").symlink_to(_compiled, target_is_directory=True)
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported: its kernels run on the CPU
+
 import conv2former  # noqa: E402
 from conv2former import compiling  # noqa: E402
 from conv2former.data import pixels  # noqa: E402

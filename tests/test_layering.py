@@ -31,7 +31,11 @@ ENTRIES = {"__init__.py", "__main__.py", "train.py"}  # beside the folders, and 
 # What the zoo may import: `pip install conv2former` brings no more.
 ZOO_NEEDS = {"torch", "timm", "yaml", "safetensors"}
 # Triton comes with torch where it exists. These are imported when a map is on a GPU; backends.py asks for its version.
-TRITON_FILES = {"ops/backends.py", "ops/cuda/kernels.py", "ops/cuda/launch.py"}
+TRITON_FILES = {
+    "ops/backends.py",
+    *(f"ops/cuda/{name}.py" for name in ("device_functions", "mixing", "mlp_kernels", "modulation_kernels")),
+    *(f"ops/cuda/{name}.py" for name in ("row_kernels", "rows")),
+}
 
 
 def module_of(path: Path) -> tuple[str, ...]:
@@ -110,7 +114,7 @@ def test_circles_and_arrows_are_found(tmp_path):
     files, others = imports(PACKAGE / "models" / "block.py", known)
     assert {PACKAGE / "ops" / "operators.py", PACKAGE / "models" / "fusion.py"} <= files
     assert others == {"torch", "timm"}
-    assert PACKAGE / "ops" / "cuda" / "launch.py" in imports(PACKAGE / "ops" / "operators.py", known)[0], (
+    assert PACKAGE / "ops" / "cuda" / "mixing.py" in imports(PACKAGE / "ops" / "operators.py", known)[0], (
         "in a function"
     )
 

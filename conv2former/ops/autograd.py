@@ -6,7 +6,7 @@ Three things save memory and time, in every backend:
   the results of the first 1x1 convolutions and of the large depthwise convolution. The norm, GELU, the 3x3 convolution
   and the product are computed again.
 - The last 1x1 convolution's result is not saved for the gradient of layer scale, which follows from that of the
-  weights (`BranchGrads`).
+  weights.
 - Each sum over all pixels of a batch is made where its terms are at hand.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _private
 from . import functional
-from .backends import choose_backend
+from .backends import choose_backend, prepare
 from .branch import Backend, BranchCall, BranchParams
 from .tensors import as_type, is_transformed, without_autocast
 
@@ -39,6 +39,7 @@ def residual_branches(calls: Sequence[BranchCall], x: Tensor) -> Tensor:
     """
     x = x.contiguous(memory_format=torch.channels_last)
     with without_autocast(x):  # the types are in the specs
+        calls = prepare(calls, x)
         if torch.is_grad_enabled():
             for call in calls:
                 x = _branch(call, x)
@@ -83,8 +84,7 @@ class _ResidualBranch(torch.autograd.Function):
             call = BranchCall(ctx.spec, BranchParams.from_tensors(params), mask)
             learns = any(ctx.needs_input_grad[4:])
             dx, grads = ctx.backend.backward(call, x, saved, grad, learns)
-            of_params = (None,) * len(params) if grads is None else grads.tensors(call.params)
-            return None, None, dx, None, *of_params
+            return None, None, dx, None, *(grads or (None,) * len(params))
 
 
 def _is_batched(grad: Tensor) -> bool:

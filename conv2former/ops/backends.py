@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .branch import Backend, BranchCall
 from .cpu import native, native_branch, onednn, operator_branch
-from .cuda import branch as cuda_branch
 from .operators import MAX_KERNEL_SIZE
 
-__all__ = ["MIN_TRITON", "choose_backend", "compute_dtype", "is_exporting", "supports_operators"]
+__all__ = ["MIN_TRITON", "choose_backend", "compute_dtype", "is_exporting", "prepare", "supports_operators"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton kernels
 CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
@@ -28,8 +30,27 @@ def choose_backend(call: BranchCall, x: Tensor, learns: bool) -> Backend:
         learns: there will be a backward pass.
     """
     if not x.is_cpu:
-        return cuda_branch
+        return _cuda_branch()
     return native_branch if native_branch.applies(call.spec, call.params, x, learns) else operator_branch
+
+
+def prepare(calls: Sequence[BranchCall], x: Tensor) -> Sequence[BranchCall]:
+    """Does what is better done for all branches of a stage together, before the first of them.
+
+    Args:
+        calls: the branches.
+        x: the map of the first one.
+
+    Returns:
+        The calls, perhaps with prepared weights.
+    """
+    return calls if x.is_cpu else _cuda_branch().prepare(calls)
+
+
+def _cuda_branch() -> Any:
+    from .cuda import branch  # Triton is optional, and takes a second to import
+
+    return branch
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -26,9 +26,9 @@ MAX_KERNEL_SIZE = 31
 
 
 def _triton() -> ModuleType:
-    from .cuda import launch  # Triton is optional, and takes a second to import
+    from .cuda import mixing  # Triton is optional, and takes a second to import
 
-    return launch
+    return mixing
 
 
 def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from conv2former import Conv2FormerBlock
 from conv2former.models import fusion, stem_fusion
-from conv2former.ops import autograd, operators
+from conv2former.ops import autograd, backends
 from conv2former.ops.cpu import chunks, native, onednn
-from conv2former.ops.cuda import branch as cuda_branch
 from conv2former.tools.benchmark.memory import bytes_held
 
 DIM = 20
@@ -620,23 +619,28 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Takes the GPU's backend on the CPU, where the operators are native functions or plain PyTorch."""
-    monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: cuda_branch)
+    """Takes the GPU's backend on the CPU, where its kernels run in Triton's interpreter."""
+    if not backends._has_triton() or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter; on a GPU tests/gpu runs the kernels")
+    from conv2former.ops.cuda import branch  # Triton is optional
+
+    monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: branch)
+    monkeypatch.setattr(autograd, "prepare", lambda calls, x: branch.prepare(calls))
+    return branch
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_the_backend_of_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
     used = []
-    real = operators.modulate_backward
-    monkeypatch.setattr(operators, "modulate_backward", lambda *a: (used.append(1), real(*a))[1])
-    dtype = torch.float64 if autocast is None else torch.float32
-    block = make_block(recompute=recompute).to(dtype)
-    x = make_images().to(dtype)
+    real = as_on_a_gpu.backward
+    monkeypatch.setattr(as_on_a_gpu, "backward", lambda *a: (used.append(1), real(*a))[1])
+    block = make_block(recompute=recompute).float()
+    x = make_images().float()
     exact = results(plain(make_block()), make_images())
     for a, truth in zip(results(block, x, autocast), exact, strict=True):
-        assert relative(a, truth) < {None: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}[autocast]
-    assert used
+        assert relative(a, truth) < {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[autocast]
+    assert len(used) == 2, "both branches"
     with torch.inference_mode(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         assert relative(block(x), exact[0]) < 2e-2
 

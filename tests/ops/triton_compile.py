@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.ops.cuda import launch as triton_launch
+from conv2former.ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
+from conv2former.ops.cuda import branch, mixing, rows
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -52,23 +53,43 @@ def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **c
     }
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def make_call(kind: SpatialMixing, n: int, channels: int, kernel_size: int, dtype: torch.dtype) -> BranchCall:
+    """Returns a branch with parameters in float32, computed in `dtype`, as under autocast."""
+    modulates = kind is SpatialMixing.MODULATION
+    inner, side = (channels, kernel_size) if modulates else (4 * channels, 3)
+    params = BranchParams(
+        norm_weight=empty(channels),
+        norm_bias=empty(channels),
+        conv_weight=empty(inner, 1, side, side),
+        conv_bias=empty(inner),
+        out_weight=empty(channels, inner, 1, 1),
+        out_bias=empty(channels),
+        gamma=empty(channels),
+        in_weights=tuple(empty(inner, channels, 1, 1) for _ in range(kind.value)),
+        in_biases=tuple(empty(inner) for _ in range(kind.value)),
+    )
+    return BranchCall(BranchSpec(kind, 1e-6, True, dtype, dtype, torch.float32), params, empty(n, 1, 1, 1))
+
+
 def compile_stage(capability: int, n: int, channels: int, size: int, kernel_size: int, dtype: torch.dtype) -> None:
-    """Compiles what the block of one stage launches, forward and backward, or the modulation's part of it."""
+    """Compiles what a block of one stage launches, forward and backward."""
+    seen = set()
 
     def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-        print(json.dumps(compile_kernel(kernel, capability, *args, **constants)), flush=True)
+        types = tuple(x.dtype for x in args if isinstance(x, torch.Tensor))
+        if (key := (kernel, types, *constants.items())) not in seen:
+            seen.add(key)
+            print(json.dumps(compile_kernel(kernel, capability, *args, **constants)), flush=True)
 
-    def inputs(channels: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = torch.empty(n, channels, size, size, device="meta", dtype=dtype)
-        return x, torch.empty(channels, 1, side, side, device="meta"), torch.empty(channels, device="meta")
-
-    with mock.patch.object(triton_launch, "launch", launch):
-        x, weight, bias = inputs(channels, kernel_size)
-        triton_launch.modulate_backward(x, x, weight, bias, x)  # has the forward pass in it
-        if "--all" in sys.argv:
-            x, weight, bias = inputs(4 * channels, 3)
-            triton_launch.mlp_mix(x, weight, bias)
-            triton_launch.mlp_mix_backward(x, x, weight, bias)
+    with mock.patch.object(mixing, "launch", launch), mock.patch.object(rows, "launch", launch):
+        for kind in SpatialMixing:
+            x = empty(n, channels, size, size).contiguous(memory_format=torch.channels_last)
+            call, saved = make_call(kind, n, channels, kernel_size, dtype), []
+            branch.backward(call, x, saved, branch.forward([call], x, saved), True)
 
 
 if __name__ == "__main__":

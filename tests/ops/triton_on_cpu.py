@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from conv2former.ops.cuda import launch as triton_launch
+from conv2former.ops.cuda import mixing
 
 
 def multiply_bfloat16() -> None:
@@ -54,9 +54,9 @@ def error(x: Tensor, y: Tensor) -> float:
 
 def run(name: str, shape: list[int], kernel_size: int, dtype: str, band: bool) -> dict[str, Any]:
     """Runs an operator and its gradient on random numbers."""
-    triton_launch.MIN_BAND_PROGRAMS = 1 if band else 10**9
+    mixing.MIN_BAND_PROGRAMS = 1 if band else 10**9
     map_dtype = getattr(torch, dtype)
-    assert (triton_launch.choose_band(torch.Size(shape), map_dtype, kernel_size) is not None) == band
+    assert (mixing.choose_band(torch.Size(shape), map_dtype, kernel_size) is not None) == band
     torch.manual_seed(0)
     a, v, grad = (torch.randn(shape).to(map_dtype, memory_format=torch.channels_last) for _ in range(3))
     weight = torch.randn(shape[1], 1, kernel_size, kernel_size) / kernel_size
@@ -65,11 +65,11 @@ def run(name: str, shape: list[int], kernel_size: int, dtype: str, band: bool) -
     bias = torch.randn(shape[1])
 
     if name == "modulate":
-        results = [triton_launch.modulate(a, weight, bias, v)]
-        results += triton_launch.modulate_backward(grad, a, weight, bias, v)
+        results = [mixing.modulate(a, weight, bias, v)]
+        results += mixing.modulate_backward(grad, a, weight, bias, v)
     else:
-        results = [triton_launch.mlp_mix(a, weight, bias)]
-        results += triton_launch.mlp_mix_backward(grad, a, weight, bias)
+        results = [mixing.mlp_mix(a, weight, bias)]
+        results += mixing.mlp_mix_backward(grad, a, weight, bias)
     expected = reference(name, a, weight, bias, v, grad)
     memories = {x.untyped_storage().data_ptr() for x in (*results, a, weight, bias, v, grad)}
     return {

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, SpatialMixing, new_grads, out_matrix
+from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec, SpatialMixing
 from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc, rows
 from . import native
 from .chunks import images_at_a_time, in_chunks
+from .grads import new_grads, out_matrix
 
 __all__ = ["applies", "backward", "forward"]
 
@@ -45,7 +46,7 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
     norms = [(call.params.norm_weight, call.params.norm_bias, call.spec.eps) for call in calls]
     matrices = [[w.flatten(1).t() for w in (*call.params.in_weights, call.params.out_weight)] for call in calls]
     images = [images_at_a_time(xs, call.params.out_weight.shape[1]) for call in calls]
-    for i, (spec, params, mask) in enumerate(calls):
+    for i, (spec, params, mask, _) in enumerate(calls):
         weights = cast(spec.dtype, *matrices[i])
         next_norm = norms[i + 1] if i + 1 < len(calls) else None
         for chunk, chunk_mask, result, h in in_chunks(images[i], xs, mask, out, normed):
@@ -140,9 +141,9 @@ def _cut(memory: Tensor, size: Sequence[int], channels: Sequence[int]) -> list[T
 
 def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
-) -> tuple[Tensor, BranchGrads | None]:
+) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask = call
+    spec, params, mask, _ = call
     xs, grads = nhwc(x), nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     out_weight, scale = out_matrix(spec, params, xs.numel())
@@ -175,4 +176,4 @@ def backward(
             total.add_conv(dweight, sums[0])
             total.add_out(dy, mixed)
             total.add_ins(h, dpre_acts, sums[1:])
-    return nchw(dx), total if learns else None
+    return nchw(dx), total.tensors(params) if learns else None

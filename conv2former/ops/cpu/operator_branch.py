@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import aten
-from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, new_grads, out_matrix
+from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec
 from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc
-from . import native, onednn
+from . import aten, native, onednn
 from .chunks import images_at_a_time, in_chunks
+from .grads import new_grads, out_matrix
 from .mixing import choose_mixing
 
 __all__ = ["backward", "forward"]
@@ -28,7 +28,7 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
 
 
 def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
-    spec, params, mask = call
+    spec, params, mask, _ = call
     xs = nhwc(x)
     out = torch.empty_like(xs, dtype=spec.out_dtype)
     mixing = choose_mixing(spec.mixing, spec.dtype)
@@ -50,9 +50,9 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
 
 def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
-) -> tuple[Tensor, BranchGrads | None]:
+) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask = call
+    spec, params, mask, _ = call
     xs, grads = nhwc(x), nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     mixing = choose_mixing(spec.mixing, spec.dtype)
@@ -79,7 +79,7 @@ def backward(
             total.add_conv(*conv_grads)
             total.add_out(dy, mixed)
             total.add_ins(h, dpre_acts, sums)
-    return nchw(dx), total if learns else None
+    return nchw(dx), total.tensors(params) if learns else None
 
 
 def _restore(

@@ -1,7 +1,11 @@
-"""A residual branch on an NVIDIA GPU: the spatial mixing is one Triton kernel forward and a few backward.
+"""A residual branch on an NVIDIA GPU: matrix products by PyTorch, and between them one Triton kernel each.
 
 What these kernels can compute again in little time is not saved: of the modulation its result alone, since the kernel
 finds the context anew in the backward pass; of the MLP nothing but what comes in.
+
+The host may be slower than the GPU, so there are few launches: `prepare` brings the weights of all branches of a stage
+into the type of the products together; `a` and `v` are one product, and the two halves of its result stay where they
+are; what is summed over pixels comes out of passes that read the map anyway.
 """
 
 from __future__ import annotations
@@ -12,90 +16,180 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import aten, operators
-from ..branch import BranchCall, BranchGrads, BranchParams, BranchSpec, SpatialMixing, new_grads, out_matrix
-from ..tensors import as_type, cast, matmul, matmul_sum, matrix, nchw, nhwc
+from ... import _private
+from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec, ProductWeights, SpatialMixing
+from ..tensors import as_type, matmul, nchw, nhwc, rows
+from . import mixing
+from .rows import branch_grad, layer_norm, layer_norm_backward, out_grads, residual_sum
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prepare"]
+
+# Whether products of 16 bits can be returned as they were summed, in 32: since torch 2.8, and on GPUs only.
+WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
+    """See `branch.Backend`. Copies all weights and biases of the 1x1 convolutions in one multi-tensor operation."""
+    copies: list[Tensor] = []
+    originals: list[Tensor] = []
+    prepared = [
+        call._replace(products=_products(call.spec, call.params, copies, originals)) if call.products is None else call
+        for call in calls
+    ]
+    if copies:
+        with torch.no_grad():
+            _private.copy_all(copies, originals)
+    return prepared
+
+
+def _products(spec: BranchSpec, params: BranchParams, copies: list[Tensor], originals: list[Tensor]) -> ProductWeights:
+    """Returns what `prepare` adds to a branch, and notes what must be copied into it."""
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        """Returns tensors (D, ...) as one (all D, ...) of the type `spec.dtype`."""
+        first = tensors[0]
+        if len(tensors) == 1 and first.dtype == spec.dtype:
+            return first
+        sizes = [len(tensor) for tensor in tensors]
+        whole = first.new_empty((sum(sizes), *first.shape[1:]), dtype=spec.dtype)
+        copies.extend(whole.split(sizes))
+        originals.extend(tensors)
+        return whole
+
+    in_weight = joined([weight.detach().flatten(1) for weight in params.in_weights])
+    in_bias = joined([bias.detach() for bias in params.in_biases])
+    out_weight = joined([params.out_weight.detach().flatten(1)])
+    return ProductWeights(in_weight, in_bias, out_weight, joined([params.out_bias.detach()]))
 
 
 def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) -> Tensor:
     """See `branch.Backend`."""
-    for call in calls:
+    for call in prepare(calls):
         x = _forward(call, x, saved)
     return x
 
 
 def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
-    spec, params, mask = call
+    spec, params, mask, products = call
+    assert products is not None
     xs = nhwc(x)
-    out = torch.empty_like(xs, dtype=spec.out_dtype)
-    h, mean, rstd = aten.layer_norm(spec, params, xs)
-    pre_acts = [F.linear(h, *linear) for linear in params.in_linears(spec.dtype)]
-    mixed = _mix(spec, params, pre_acts)
-    y = F.linear(mixed, *params.out_linear(spec.dtype))
+    h = torch.empty_like(xs, dtype=spec.dtype)
+    stats = None
     if saved is not None:
-        saved += cast(spec.saved_dtype, *pre_acts)
+        stats = (xs.new_empty(xs.shape[:3], dtype=torch.float32), xs.new_empty(xs.shape[:3], dtype=torch.float32))
+    layer_norm(xs, params.norm_weight, params.norm_bias, spec.eps, h, stats)
+    pre_acts = F.linear(h, products.in_weight, products.in_bias)
+    mixed = _mix(spec, params, pre_acts)
+    y = F.linear(mixed, products.out_weight, products.out_bias)
+    if saved is not None and stats is not None:
+        saved += [*stats, products.in_weight, pre_acts]
         if spec.mixing is SpatialMixing.MODULATION or not spec.recompute:
-            saved.append(as_type(mixed, spec.saved_dtype))
+            saved.append(mixed)
         if not spec.recompute:
-            saved += [as_type(h, spec.saved_dtype), mean, rstd]
-    aten.add_scaled(xs, y, params.gamma, mask, out)
+            saved.append(h)
+    out = torch.empty_like(xs, dtype=spec.out_dtype)
+    residual_sum(xs, y, params.gamma, mask, out)
     return nchw(out)
 
 
-def _mix(spec: BranchSpec, params: BranchParams, pre_acts: Sequence[Tensor]) -> Tensor:
-    """Returns the spatial mixing of maps (N, H, W, D)."""
-    weight, bias = cast(spec.dtype, params.conv_weight, params.conv_bias)
+def _mix(spec: BranchSpec, params: BranchParams, pre_acts: Tensor) -> Tensor:
+    """Returns the spatial mixing, (N, H, W, D), of the first 1x1 convolutions' results beside each other."""
+    conv = (params.conv_weight, params.conv_bias)
     if spec.mixing is SpatialMixing.MODULATION:
-        a, v = map(nchw, pre_acts)
-        return nhwc(operators.modulate(a, weight, bias, v))
-    return nhwc(operators.mlp_mix(nchw(pre_acts[0]), weight, bias))
+        a, v = _halves(pre_acts)
+        return nhwc(mixing.modulate(a, *conv, v))
+    return nhwc(mixing.mlp_mix(nchw(pre_acts), *conv))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns views (N, D, H, W) of both halves of (N, H, W, 2 D)."""
+    a, v = nchw(x).chunk(2, dim=1)
+    return a, v
 
 
 def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
-) -> tuple[Tensor, BranchGrads | None]:
+) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask = call
+    spec, params, mask, _ = call
     xs, dout = nhwc(x), nhwc(grad).contiguous()
-    pre_acts, mixed, h, mean, rstd = _restore(spec, params, xs, saved)
-    dy = dout if mask is None else dout * mask
-    out_weight, scale = out_matrix(spec, params, xs.numel())
-    dmixed = nchw(matmul(as_type(dy if scale is None else dy * scale, spec.dtype), out_weight))
-    weight, bias = cast(spec.dtype, params.conv_weight, params.conv_bias)
-    if spec.mixing is SpatialMixing.MODULATION:
-        a, v = map(nchw, pre_acts)
-        da, dweight, dbias, dv = operators.modulate_backward(dmixed, a, weight, bias, v)
-        dpre_acts = [nhwc(da), nhwc(dv)]
-    else:
-        du, dweight, dbias = operators.mlp_mix_backward(dmixed, nchw(pre_acts[0]), weight, bias)
-        dpre_acts = [nhwc(du)]
-    in_weights = [matrix(weight, spec.dtype) for weight in params.in_weights]
-    dh = matmul_sum(dpre_acts, in_weights)
-    dx = torch.empty_like(xs)
-    norm_grads = aten.layer_norm_backward(params, dh, xs, mean, rstd, dout, dx)
+    # contiguous, which hooks on saved tensors may have changed
+    mean, rstd, in_weight, pre_acts, *maps = [t.contiguous() for t in saved]
+    has_mixed = spec.mixing is SpatialMixing.MODULATION or not spec.recompute
+    mixed = maps.pop(0) if has_mixed else _mix(spec, params, pre_acts)
+    h = torch.empty_like(xs, dtype=spec.dtype) if spec.recompute else maps.pop()
+
+    dy, scaled, partial = _through_sum(spec, params, mask, dout)
+    dmixed = matmul(scaled, _scaled_out_weight(spec, params))
+    dpre_acts, *conv_grads = _mix_backward(spec, params, dmixed, pre_acts)
+    dh = matmul(dpre_acts, in_weight)
+    norm = (params.norm_weight, params.norm_bias)
+    dx, *norm_grads = layer_norm_backward(dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None)
     if not learns:
         return nchw(dx), None
-    total = new_grads(params)
-    total.add_norm(*norm_grads)
-    total.add_conv(dweight, dbias)
-    total.add_out(dy, mixed)
-    total.add_ins(h, dpre_acts)
-    return nchw(dx), total
+    out = out_grads(_pixel_product(dy, mixed), params.out_weight, params.out_bias, params.gamma, partial)
+    return nchw(dx), (*norm_grads, *conv_grads, *out, *_in_grads(params, dpre_acts, h))
 
 
-def _restore(
-    spec: BranchSpec, params: BranchParams, x: Tensor, saved: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """Returns the first 1x1 convolutions' results, the mixing's, and the norm with its statistics."""
-    saved = [t.contiguous() for t in saved]  # which hooks on saved tensors may have changed
-    if spec.recompute:
-        h, mean, rstd = aten.layer_norm(spec, params, x)
-    else:
-        *saved, h, mean, rstd = saved
-        h = as_type(h, spec.dtype)
-    pre_acts = cast(spec.dtype, *saved)
-    has_mixed = spec.mixing is SpatialMixing.MODULATION or not spec.recompute
-    mixed = pre_acts.pop() if has_mixed else _mix(spec, params, pre_acts)
-    return pre_acts, mixed, h, mean, rstd
+def _through_sum(
+    spec: BranchSpec, params: BranchParams, mask: Tensor | None, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Goes back through the residual sum.
+
+    Returns:
+        Of the branch's result before its layer scale, divided by that, the gradient (N, H, W, C) in `spec.dtype`; what
+        `_scaled_out_weight` is multiplied with; and the former's sums over pixels in parts (parts, C).
+    """
+    scales = params.gamma is not None and spec.dtype == torch.float16
+    dy = dout
+    if mask is not None or dout.dtype != spec.dtype:
+        dy = torch.empty_like(dout, dtype=spec.dtype)
+    scaled = torch.empty_like(dy) if scales else dy
+    partial = branch_grad(
+        dout, params.gamma, mask, None if dy is dout else dy, scaled if scales else None
+    )  # fmt: skip
+    return dy, scaled, partial
+
+
+def _scaled_out_weight(spec: BranchSpec, params: BranchParams) -> Tensor:
+    """Returns the last 1x1 convolution's weight (C, D), with the layer scale in it unless its range ends too early."""
+    weight = params.out_weight.flatten(1)
+    if params.gamma is None or spec.dtype == torch.float16:
+        return as_type(weight, spec.dtype)
+    return torch.mul(weight, params.gamma[:, None], out=torch.empty_like(weight, dtype=spec.dtype))
+
+
+def _mix_backward(
+    spec: BranchSpec, params: BranchParams, dmixed: Tensor, pre_acts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of `_mix`: of `pre_acts`, and of the depthwise convolution's weight and bias."""
+    conv = (params.conv_weight, params.conv_bias)
+    if spec.mixing is SpatialMixing.MODULATION:
+        a, v = _halves(pre_acts)
+        dpre_acts = torch.empty_like(pre_acts)
+        _, dweight, dbias, _ = mixing.modulate_backward(nchw(dmixed), a, *conv, v, outs=_halves(dpre_acts))
+        return dpre_acts, dweight, dbias
+    df, dweight, dbias = mixing.mlp_mix_backward(nchw(dmixed), nchw(pre_acts), *conv)
+    return nhwc(df), dweight, dbias
+
+
+def _in_grads(params: BranchParams, dpre_acts: Tensor, h: Tensor) -> list[Tensor]:
+    """Returns the gradients of the first 1x1 convolutions: their weights, then their biases."""
+    weight, bias = params.in_weights[0], params.in_biases[0]
+    sizes = [len(bias) for bias in params.in_biases]
+    weights = as_type(_pixel_product(dpre_acts, h), weight.dtype).split(sizes)
+    biases = rows(dpre_acts).sum(0, dtype=torch.float32)
+    return [*(w.view(weight.shape) for w in weights), *as_type(biases, bias.dtype).split(sizes)]
+
+
+def _pixel_product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the sum over all pixels of the products of two maps' channels, (N, H, W, C) and (N, H, W, D) to (C, D).
+
+    Summed in float32, and rounded only where this PyTorch cannot return that from maps in 16 bits.
+    """
+    a, b = rows(a), rows(b)
+    if a.dtype != torch.float32 and a.is_cuda and WIDE_PRODUCTS:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    if a.dtype == torch.float16:  # whose range such sums exceed
+        a, b = a.float(), b.float()
+    return a.t() @ b

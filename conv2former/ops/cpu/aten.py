@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .branch import BranchParams, BranchSpec
-from .tensors import as_type
+from ..branch import BranchParams, BranchSpec
+from ..tensors import as_type
 
 __all__ = ["add_scaled", "layer_norm", "layer_norm_backward"]
 

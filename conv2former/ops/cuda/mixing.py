@@ -1,0 +1,267 @@
+"""Cuts the spatial mixing of both branches into programs of the Triton kernels, and runs them.
+
+The cuts are functions of the shapes alone, not of timings: nothing is tuned at the start of a run, and two runs on one
+GPU give the same bits. docs/kernels-gpu.md has the counts that they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .launch import PROGRAMS, launch, with_pitch
+from .mlp_kernels import mlp_backward_kernel, mlp_input_grad_kernel, mlp_kernel
+from .modulation_kernels import (
+    TIMES,
+    TIMES_SLOPE,
+    band_kernel,
+    depthwise_kernel,
+    depthwise_weight_kernel,
+    gelu_product_kernel,
+    pack_taps_kernel,
+)
+from .rows import sum_partials
+
+__all__ = ["mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward"]
+
+BAND_CHANNELS = 8  # 16 bytes of each pixel; one channel for each warp
+MIN_BAND_PROGRAMS = 128  # about one for each multiprocessor
+
+
+class Blocking(NamedTuple):
+    """How a depthwise convolution is cut: S columns of R rows per lane, BLOCK lanes per program."""
+
+    strip: int
+    rows: int
+    block: int
+
+
+def choose_strip(width: int, choices: Iterable[int]) -> int:
+    """Returns the strip that covers a row with the fewest columns beside the map, and of those the widest."""
+    return min(choices, key=lambda strip: (triton.cdiv(width, strip) * strip, -strip))
+
+
+def choose_blocking(channels: int, width: int, kernel_size: int) -> Blocking:
+    """Cuts a depthwise convolution so that its sums, a window of the row and the rest fit a thread's registers."""
+    per_thread = 1 if channels % 2 else 2
+    strip = choose_strip(width, (7, 8) if kernel_size > 13 else (7, 8, 14, 16))
+    return Blocking(strip, 4 if strip <= 8 and kernel_size <= 13 else 2, 128 * per_thread)
+
+
+class Band(NamedTuple):
+    """How a convolution is cut into matrix products, by the constants of `band_kernel`."""
+
+    strip: int
+    columns: int
+    window: int
+    left: int
+
+
+def choose_band(shape: torch.Size, dtype: torch.dtype, kernel_size: int) -> Band | None:
+    """Returns how the tensor cores compute a convolution, or None where `depthwise_kernel` does it.
+
+    That is for float32, which they would round; for small kernels, where they gain nothing, and large ones, whose K
+    rows of sums do not fit the registers; and for few images, since a program takes 16 and too few programs are left.
+    """
+    n, c, _, w = shape
+    if dtype == torch.float32 or not 5 <= kernel_size <= 13 or c % BAND_CHANNELS:
+        return None
+    if w <= 16:  # the whole row, and nothing beside the map
+        columns = 8 if w <= 8 else 16
+        band = Band(columns, columns, 16, 0)
+    else:
+        window = 16 if kernel_size <= 7 else 32
+        band = Band(min(16, window - kernel_size + 1), 16, window, kernel_size // 2)
+    programs = triton.cdiv(n, 16) * triton.cdiv(w, band.strip) * (c // BAND_CHANNELS)
+    return band if programs >= MIN_BAND_PROGRAMS else None
+
+
+class WeightBlocking(NamedTuple):
+    """How its weight's gradient is cut: `groups` warps with D rows of it each, LANES lanes, strips of S columns."""
+
+    strip: int
+    rows: int
+    groups: int
+    lanes: int
+
+
+def choose_weight_blocking(channels: int, width: int, kernel_size: int) -> WeightBlocking:
+    """Cuts the weight's gradient so that each of a warp's threads has at most about 35 sums, of one or two channels."""
+    per_thread = 1 if channels % 2 or kernel_size > 13 else 2
+    groups = min(8, triton.next_power_of_2(triton.cdiv(kernel_size, 3)))
+    rows = triton.cdiv(kernel_size, groups)
+    return WeightBlocking(choose_strip(width, (7, 8)), rows, groups, 32 * per_thread * max(1, 4 // groups))
+
+
+def pack_taps(weight: Tensor, flip: bool, rows: int) -> Tensor:
+    """Turns a weight (C, 1, K, K) into (K + 2 rows - 2, K, C) in float32, with rows of zeros around it."""
+    c, _, _, k = weight.shape
+    taps = torch.empty((k + 2 * rows - 2, k, c), dtype=torch.float32, device=weight.device)
+    programs = triton.cdiv(taps.numel(), 1024)
+    launch(pack_taps_kernel, programs, weight.contiguous(), taps, C=c, K=k, R=rows, FLIP=flip, BLOCK=1024)
+    return taps
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Tensor) -> None:
+    """Convolves x, (N, C, H, W), and writes what is made of it and of p to `out`.
+
+    With a bias that is ``(sum + bias) * p``. Without it is a gradient: the weight is flipped, and ``sum * gelu'(p)``.
+    """
+    n, c, h, w = x.shape
+    k = weight.shape[-1]
+    strip, rows, block = choose_blocking(c, w, k)
+    strips, row_blocks = triton.cdiv(w, strip), triton.cdiv(h, rows)
+    taps = pack_taps(weight, bias is None, rows)
+    (p, p_pitch), (_, out_pitch) = with_pitch(p), with_pitch(out)
+    epilogue = TIMES_SLOPE if bias is None else TIMES
+    launch(
+        depthwise_kernel, triton.cdiv(n * strips * c, block) * row_blocks,
+        _dense(x), taps, taps if bias is None else bias.contiguous(), p, out,
+        n, h, w, strips, row_blocks, C=c, P_PITCH=p_pitch, OUT_PITCH=out_pitch, K=k, S=strip, R=rows,
+        EPILOGUE=epilogue.value, BLOCK=block,
+    )  # fmt: skip
+
+
+def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of weight and bias of a depthwise convolution of x; maps in channels_last memory."""
+    n, c, h, w = x.shape
+    k = weight.shape[-1]
+    strip, rows, groups, lanes = choose_weight_blocking(c, w, k)
+    strips = triton.cdiv(w, strip)
+    lane_blocks = triton.cdiv(strips * c, lanes)
+    chunk_rows = max(1, triton.cdiv(n * h * lane_blocks, PROGRAMS))
+    chunks = triton.cdiv(n * h, chunk_rows)
+    partial = torch.empty((chunks, k * k + 1, strips, c), dtype=torch.float32, device=x.device)
+    launch(
+        depthwise_weight_kernel, lane_blocks * chunks, x, out_grad, partial,
+        n, h, w, strips, chunks, chunk_rows, C=c, K=k, S=strip, D=rows, GROUPS=groups, LANES=lanes,
+        warps=max(4, groups),
+    )  # fmt: skip
+    return sum_partials(partial, weight, bias)
+
+
+def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Tensor, band: Band) -> None:
+    """Convolves gelu(x) with a bias or x without, and goes on as `depthwise`, on the tensor cores."""
+    n, c, h, w = x.shape
+    strips, image_blocks = triton.cdiv(w, band.strip), triton.cdiv(n, 16)
+    (x, x_pitch), (p, p_pitch), (_, out_pitch) = with_pitch(x), with_pitch(p), with_pitch(out)
+    weight = weight.contiguous()
+    epilogue = TIMES_SLOPE if bias is None else TIMES
+    launch(
+        band_kernel, image_blocks * strips * (c // BAND_CHANNELS),
+        x, weight, weight if bias is None else bias.contiguous(), p, out, n, h, w, strips, image_blocks,
+        C=c, X_PITCH=x_pitch, P_PITCH=p_pitch, OUT_PITCH=out_pitch, K=weight.shape[-1],
+        S=band.strip, COLUMNS=band.columns, WINDOW=band.window, LEFT=band.left, EPILOGUE=epilogue.value,
+        CHANNELS=BAND_CHANNELS, warps=BAND_CHANNELS, maxnreg=128,
+    )  # fmt: skip
+
+
+def new_map(x: Tensor) -> Tensor:
+    """Returns a map like x, (N, C, H, W), in channels_last memory, with nothing in it yet."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def context(a: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, out: Tensor, gelu_a: Tensor | None = None) -> None:
+    """Writes ``(conv_dw(gelu(a)) + bias) * factor`` to `out`. Where gelu(a) is at hand, it may be given."""
+    band = choose_band(a.shape, a.dtype, weight.shape[-1])
+    if band:
+        convolve_band(a, weight, bias, factor, out, band)
+    else:  # inside, each value would need GELU ten times
+        depthwise(F.gelu(a) if gelu_a is None else gelu_a, weight, bias, factor, out)
+
+
+def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
+    """See `operators.modulate`. Both maps may be halves of a wider one."""
+    out = new_map(a)
+    context(a, weight, bias, v, out)
+    return out
+
+
+def modulate_backward(
+    dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor, outs: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `operators.modulate_backward`. The convolution is computed again: keeping it would cost a map.
+
+    Args:
+        dm, a, weight, bias, v: as there; a and v may be halves of a wider map.
+        outs: for the gradients of a and v, which may be halves of a wider map; None for new maps.
+    """
+    da, dv = outs or (new_map(a), new_map(v))
+    gelu_a, dc = gelu_and_product(a, dm, v)
+    band = choose_band(a.shape, a.dtype, weight.shape[-1])
+    if band:
+        convolve_band(dc, weight, None, a, da, band)
+    else:
+        depthwise(dc, weight, None, a, da)
+    context(a, weight, bias, dm, dv, gelu_a)
+    return da, *depthwise_weight(gelu_a, dc, weight, bias), dv
+
+
+def gelu_and_product(a: Tensor, grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns gelu(a) and grad * v."""
+    n, c, h, w = a.shape
+    (a, a_pitch), (grad, grad_pitch), (v, v_pitch) = with_pitch(a), with_pitch(grad), with_pitch(v)
+    gelu_a, product = new_map(a), new_map(a)
+    launch(
+        gelu_product_kernel, triton.cdiv(a.numel(), 1024), a, grad, v, gelu_a, product, n * h * w,
+        C=c, A_PITCH=a_pitch, G_PITCH=grad_pitch, V_PITCH=v_pitch, BLOCK=1024,
+    )  # fmt: skip
+    return gelu_a, product
+
+
+class MlpBlocking(NamedTuple):
+    """How the MLP's kernels are cut: strips of S columns, row blocks, BLOCK lanes per program."""
+
+    strip: int
+    strips: int
+    row_blocks: int
+    block_rows: int
+    block: int
+    programs: int
+
+
+def choose_mlp_blocking(shape: torch.Size) -> MlpBlocking:
+    """Cuts columns into as few pieces as fill the device: a piece computes the rows above and below it again."""
+    n, c, h, w = shape
+    block = 128 * (1 if c % 2 else 2)
+    strip = choose_strip(w, (7, 8))
+    strips = triton.cdiv(w, strip)
+    lane_blocks = triton.cdiv(n * strips * c, block)
+    block_rows = max(min(h, 4), triton.cdiv(h * lane_blocks, max(lane_blocks, PROGRAMS)))
+    row_blocks = triton.cdiv(h, block_rows)
+    return MlpBlocking(strip, strips, row_blocks, block_rows, block, lane_blocks * row_blocks)
+
+
+def mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `operators.mlp_mix`."""
+    n, c, h, w = f.shape
+    strip, strips, row_blocks, block_rows, block, programs = choose_mlp_blocking(f.shape)
+    out = new_map(f)
+    launch(
+        mlp_kernel, programs, _dense(f), weight.contiguous(), bias.contiguous(), out,
+        n, h, w, strips, row_blocks, block_rows, C=c, S=strip, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `operators.mlp_mix_backward`."""
+    n, c, h, w = f.shape
+    strip, strips, row_blocks, block_rows, block, programs = choose_mlp_blocking(f.shape)
+    ds, f, weight = _dense(ds), _dense(f), weight.contiguous()
+    dz, df = new_map(f), new_map(f)
+    partial = torch.empty((n * strips * row_blocks, 10, 1, c), dtype=torch.float32, device=f.device)
+    sizes = (n, h, w, strips, row_blocks, block_rows)
+    blocking = {"C": c, "S": strip, "BLOCK": block}
+    launch(mlp_backward_kernel, programs, f, ds, weight, bias.contiguous(), dz, partial, *sizes, **blocking)
+    launch(mlp_input_grad_kernel, programs, dz, ds, f, weight, df, *sizes, **blocking)
+    return df, *sum_partials(partial, weight, bias)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

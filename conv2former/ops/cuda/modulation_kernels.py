@@ -1,0 +1,227 @@
+"""The Triton kernels of the modulation's spatial mixing; `mixing.py` cuts the work and runs them.
+
+Weights are as PyTorch has them, (C, 1, K, K), unless it is said otherwise. Sums are in float32 for every type of map,
+and nothing is added by atomics: the same input gives the same bits. docs/kernels-gpu.md says why the kernels are cut as
+they are.
+"""
+
+# mypy: ignore-errors
+# What stands in a kernel is Triton's language, not Python: its types are those of registers.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device_functions import find_lane, find_row, gelu, gelu_slope, load_column, load_columns, width_of, zeros
+
+__all__ = [
+    "TIMES",
+    "TIMES_SLOPE",
+    "band_kernel",
+    "depthwise_kernel",
+    "depthwise_weight_kernel",
+    "gelu_product_kernel",
+    "pack_taps_kernel",
+]
+
+# What a convolution's kernel does with a finished sum.
+TIMES = tl.constexpr(0)  # (sum + bias) * p
+TIMES_SLOPE = tl.constexpr(1)  # sum * gelu'(p)
+
+# A map of another size and another batch run the kernels that are compiled; other channels and types compile new ones.
+SIZES = ["N", "H", "W", "strips", "row_blocks", "image_blocks", "chunks", "chunk_rows", "pixels"]
+
+
+@triton.jit
+def pack_taps_kernel(weight_ptr, taps_ptr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, FLIP: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    """Writes a weight as `depthwise_kernel` reads it, (K + 2 R - 2, K, C) in float32, for BLOCK numbers."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = at // (K * C) - (R - 1)
+    tap = row * K + at // C % K
+    if FLIP:
+        tap = K * K - 1 - tap
+    value = tl.load(weight_ptr + at % C * (K * K) + tap, mask=(row >= 0) & (row < K), other=0.0)
+    tl.store(taps_ptr + at, value, mask=at < (K + 2 * R - 2) * K * C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gelu_product_kernel(
+    a_ptr, grad_ptr, v_ptr, gelu_ptr, product_ptr, pixels,
+    C: tl.constexpr, A_PITCH: tl.constexpr, G_PITCH: tl.constexpr, V_PITCH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes gelu(a) and grad * v, for BLOCK numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < pixels.to(tl.int64) * C
+    pixel = at // C
+    channel = at % C
+    a = tl.load(a_ptr + pixel * A_PITCH + channel, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + pixel * G_PITCH + channel, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + pixel * V_PITCH + channel, mask=mask, other=0.0).to(tl.float32)
+    tl.store(gelu_ptr + at, gelu(a), mask=mask)
+    tl.store(product_ptr + at, grad * v, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def depthwise_kernel(
+    x_ptr, taps_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, row_blocks,
+    C: tl.constexpr, P_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A K x K depthwise convolution of x, for R rows of BLOCK lanes, and what is left to do with the sums.
+
+    The weight is (K + 2 R - 2, K, C), with R - 1 rows of zeros on either side: row i of x meets the R rows of the
+    result with R different rows of the weight, of which the first and the last may be none.
+    """
+    P: tl.constexpr = K // 2
+    row_size = W.to(tl.int64) * C
+    # Neighbouring programs share rows of x: at the same time, so that the second finds them in the cache.
+    first = (tl.program_id(0) % row_blocks) * R
+    mask, image, strip, channel = find_lane(tl.program_id(0) // row_blocks, N, strips, C, BLOCK)
+    column = strip * S
+    start = find_row(image, channel, column, H, W, C)
+    sums = zeros(R * S, (BLOCK,))
+    for i in range(tl.maximum(first - P, 0), tl.minimum(first + R + P, H)):
+        row_ptr = x_ptr + start + i * row_size
+        row_taps_ptr = taps_ptr + channel + (i - first + P + R - 1) * (K * C)
+        window = load_columns(row_ptr, mask, column, W, -P, S - 1, C)
+        for dx in tl.static_range(K):
+            window += (load_column(row_ptr, mask, column, W, dx + S - 1 - P, C),)
+            added = ()
+            for r in tl.static_range(R):
+                tap = tl.load(row_taps_ptr + (dx - r * K) * C)
+                for s in tl.static_range(S):
+                    added += (sums[r * S + s] + window[dx + s] * tap,)
+            sums = added
+
+    bias = tl.zeros((BLOCK,), tl.float32)
+    if EPILOGUE == TIMES:
+        bias = tl.load(bias_ptr + channel).to(tl.float32)
+    p_ptr += find_row(image, channel, column, H, W, P_PITCH)
+    out_ptr += find_row(image, channel, column, H, W, OUT_PITCH)
+    for r in tl.static_range(R):
+        pixels_before = (first + r) * W.to(tl.int64)
+        width = width_of(first + r, H, W)
+        for s in tl.static_range(S):
+            p = load_column(p_ptr + pixels_before * P_PITCH, mask, column, width, s, P_PITCH)
+            out = sums[r * S + s]
+            if EPILOGUE == TIMES:
+                out = (out + bias) * p
+            else:
+                out = out * gelu_slope(p)
+            tl.store(out_ptr + (pixels_before + s) * OUT_PITCH, out, mask=mask & (column + s < width))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def band_kernel(
+    x_ptr, weight_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, image_blocks,
+    C: tl.constexpr, X_PITCH: tl.constexpr, P_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, K: tl.constexpr,
+    S: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, EPILOGUE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A K x K depthwise convolution of gelu(x) or x for 16-bit types, as matrix products, and its epilogue.
+
+    For one channel, a row of the weight takes the WINDOW columns of a row of x to COLUMNS columns of the result, S of
+    which count: a matrix with a band of K diagonals. A warp has a channel of 16 images. It goes down the rows of x and
+    multiplies each, (16, WINDOW), by K bands, to K rows of the result at once, of which one is then complete.
+    The weight is rounded to x's type; for TIMES_SLOPE, a gradient, it is flipped.
+    """
+    P: tl.constexpr = K // 2
+    row_size = W.to(tl.int64)  # in pixels
+    block = tl.program_id(0)  # neighbours share cache lines: the channels of the same pixels
+    channel = block % (C // CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
+    image = block // (C // CHANNELS) % image_blocks * 16 + tl.arange(0, 16)[None, :, None]
+    first = block // (C // CHANNELS) // image_blocks * S
+    at = tl.arange(0, WINDOW)
+    to = tl.arange(0, COLUMNS)
+    dx = at[None, :, None] - to[None, None, :] + (P - LEFT)
+    in_band = (dx >= 0) & (dx < K)
+    bands = ()
+    for dy in tl.static_range(K):
+        tap = dy * K + dx
+        if EPILOGUE == TIMES_SLOPE:
+            tap = K * K - 1 - tap
+        band = tl.load(weight_ptr + channel * (K * K) + tap, mask=in_band, other=0.0)
+        bands += (band.to(x_ptr.dtype.element_ty),)
+    bias = tl.zeros((CHANNELS, 1, 1), tl.float32)
+    if EPILOGUE == TIMES:
+        bias = tl.load(bias_ptr + channel).to(tl.float32)
+
+    column = first - LEFT + at[None, None, :]
+    x_ptr += find_row(image, channel, column, H, W, X_PITCH)
+    x_mask = (image < N) & (column >= 0)
+    to_column = first + to[None, None, :]
+    p_ptr += find_row(image, channel, to_column, H, W, P_PITCH)
+    out_ptr += find_row(image, channel, to_column, H, W, OUT_PITCH)
+    to_mask = (image < N) & (to < S)[None, None, :]
+    sums = zeros(K, (CHANNELS, 16, COLUMNS))  # of rows i - P to i + P
+    ahead = tl.load(x_ptr, mask=x_mask & (column < width_of(0, H, W)), other=0.0)
+    for i in range(0, H + P):
+        x = ahead  # read a step before it is used: the products hide the waiting
+        ahead = tl.load(x_ptr + (i + 1) * row_size * X_PITCH, mask=x_mask & (column < width_of(i + 1, H, W)), other=0.0)
+        if EPILOGUE == TIMES:
+            x = gelu(x.to(tl.float32)).to(x.dtype)
+        row = (i - P) * row_size
+        mask = to_mask & (to_column < width_of(i - P, H, W))
+        p = tl.load(p_ptr + row * P_PITCH, mask=mask, other=0.0).to(tl.float32)
+        out = tl.dot(x, bands[K - 1], sums[0])
+        if EPILOGUE == TIMES:
+            out = (out + bias) * p
+        else:
+            out = out * gelu_slope(p)
+        tl.store(out_ptr + row * OUT_PITCH, out.to(x.dtype), mask=mask)
+        added = ()
+        for j in tl.static_range(1, K):
+            added += (tl.dot(x, bands[K - 1 - j], sums[j]),)
+        added += (tl.zeros((CHANNELS, 16, COLUMNS), tl.float32),)
+        sums = added
+
+
+@triton.jit(do_not_specialize=SIZES)
+def depthwise_weight_kernel(
+    x_ptr, out_grad_ptr, partial_ptr, N, H, W, strips, chunks, chunk_rows,
+    C: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a depthwise convolution's weight and bias, from `chunk_rows` rows of x among those of all images.
+
+    Group g of the threads has the rows D g to D g + D - 1 of the weight's gradient, K sums for each; all groups read
+    the same row of x and neighbouring rows of the other map, each of them from memory once. Here a lane is a channel
+    of a strip of any image. Writes (K K + 1, strips, C) sums for each chunk, the bias's last.
+    """
+    P: tl.constexpr = K // 2
+    row_size = W.to(tl.int64) * C
+    chunk = tl.program_id(0) % chunks
+    lane = (tl.program_id(0) // chunks) * LANES + tl.arange(0, LANES)[None, :]
+    dy = tl.arange(0, GROUPS)[:, None] * D
+    lane, dy = tl.broadcast(lane, dy)
+    column = lane // C * S
+    mask = lane < strips * C
+    start = column * C + lane % C
+
+    sums = zeros(D * K, (GROUPS, LANES))
+    bias_sum = tl.zeros((GROUPS, LANES), tl.float32)  # by the middle row of the weight, which meets every row of x
+    for row in range(chunk * chunk_rows, tl.minimum(chunk * chunk_rows + chunk_rows, N * H)):
+        grads = ()
+        for d in tl.static_range(D):
+            shift = P - d - dy
+            row_mask = mask & (row % H + shift >= 0) & (row % H + shift < H)
+            grads += load_columns(out_grad_ptr + start + (row + shift) * row_size, row_mask, column, W, 0, S, C)
+        for s in tl.static_range(S):
+            bias_sum += grads[P % D * S + s]
+        window = load_columns(x_ptr + start + row * row_size, mask, column, W, -P, S - 1 + K, C)
+        added = ()
+        for d in tl.static_range(D):
+            for dx in tl.static_range(K):
+                total = sums[d * K + dx]
+                for s in tl.static_range(S):
+                    total += grads[d * S + s] * window[dx + s]
+                added += (total,)
+        sums = added
+
+    partial_ptr += chunk.to(tl.int64) * (K * K + 1) * strips * C + lane
+    for d in tl.static_range(D):
+        for dx in tl.static_range(K):
+            at = ((dy + d) * K + dx) * strips * C
+            tl.store(partial_ptr + at, sums[d * K + dx], mask=mask & (dy + d < K))
+    tl.store(partial_ptr + K * K * strips * C, bias_sum, mask=mask & (dy == P // D * D))

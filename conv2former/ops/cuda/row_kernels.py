@@ -1,0 +1,195 @@
+"""The Triton kernels that go over the pixels of a map: layer norm, the residual sum, and what is summed over pixels.
+
+Maps are rows of C neighbouring numbers, one for each pixel; a program takes ROWS of them at a time, BLOCK numbers of
+each, a power of two that is at least C. Statistics and sums are in float32 for every type of map. Sums over all pixels
+come as partial sums, one of each program, which a second kernel adds in a fixed order: the same input gives the same
+bits.
+"""
+
+# mypy: ignore-errors
+# What stands in a kernel is Triton's language, not Python: its types are those of registers.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "branch_grad_kernel",
+    "layer_norm_backward_kernel",
+    "layer_norm_kernel",
+    "out_grads_kernel",
+    "residual_kernel",
+    "sum_partials_kernel",
+]
+
+# A map of another size and another batch run the kernels that are compiled; other channels and types compile new ones.
+SIZES = ["pixels", "image_pixels", "chunk", "parts", "strips"]
+
+
+@triton.jit
+def find_rows(first, limit, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns ROWS pixels from `first` on, below `limit`, the channels, where the numbers are, and which exist."""
+    pixel = (first + tl.arange(0, ROWS))[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    return pixel, channel, pixel.to(tl.int64) * C + channel, (pixel < limit) & (channel < C)
+
+
+@triton.jit
+def load_channels(ptr, channel, C: tl.constexpr):
+    return tl.load(ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixels,
+    EPS: tl.constexpr, SAVES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Layer norm over the channels; each pixel's mean and reciprocal deviation too where SAVES."""
+    pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1, keep_dims=True) / C
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + EPS)
+    h = centred * rstd * load_channels(weight_ptr, channel, C) + load_channels(bias_ptr, channel, C)
+    tl.store(h_ptr + at, h, mask=mask)
+    if SAVES:
+        tl.store(mean_ptr + pixel, mean, mask=pixel < pixels)
+        tl.store(rstd_ptr + pixel, rstd, mask=pixel < pixels)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def layer_norm_backward_kernel(
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, x_grad_ptr, h_ptr, partial_ptr,
+    pixels, chunk, WRITES_H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a layer norm's input plus `residual`, for `chunk` pixels, and the norm's result again.
+
+    The latter is written where WRITES_H: x is at hand here. Partial sums are (2, C) for each program: the weight's
+    gradient and the bias's.
+    """
+    first = tl.program_id(0) * chunk
+    limit = tl.minimum(first + chunk, pixels)
+    weight_sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    bias_sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(first, limit, ROWS):
+        pixel, channel, at, mask = find_rows(start, limit, ROWS, C, BLOCK)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + pixel, mask=pixel < limit, other=0.0)
+        rstd = tl.load(rstd_ptr + pixel, mask=pixel < limit, other=0.0)
+        weight = load_channels(weight_ptr, channel, C)
+        normed = tl.where(mask, (x - mean) * rstd, 0.0)
+        weight_sums += grad * normed
+        bias_sums += grad
+        scaled = grad * weight
+        mean_scaled = tl.sum(scaled, axis=1, keep_dims=True) / C
+        mean_product = tl.sum(scaled * normed, axis=1, keep_dims=True) / C
+        x_grad = (scaled - mean_scaled - normed * mean_product) * rstd + residual
+        tl.store(x_grad_ptr + at, x_grad, mask=mask)
+        if WRITES_H:
+            tl.store(h_ptr + at, normed * weight + load_channels(bias_ptr, channel, C), mask=mask)
+    channel = tl.arange(0, BLOCK)
+    partial_ptr += tl.program_id(0) * (2 * C) + channel
+    tl.store(partial_ptr, tl.sum(weight_sums, axis=0), mask=channel < C)
+    tl.store(partial_ptr + C, tl.sum(bias_sums, axis=0), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def residual_kernel(
+    x_ptr, y_ptr, gamma_ptr, mask_ptr, out_ptr, pixels, image_pixels,
+    HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``x + y * gamma * mask``, gamma (C,) and a number of the mask for each image, where there are such."""
+    pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GAMMA:
+        y *= load_channels(gamma_ptr, channel, C)
+    if HAS_MASK:
+        y *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < pixels, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, x + y, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def branch_grad_kernel(
+    grad_ptr, gamma_ptr, mask_ptr, branch_grad_ptr, scaled_ptr, partial_ptr, pixels, image_pixels, chunk,
+    HAS_MASK: tl.constexpr, WRITES: tl.constexpr, SCALES: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``grad * mask`` for `chunk` pixels, if it WRITES that, its product with gamma if it SCALES, and the sums of it.
+
+    Partial sums are (C,) for each program.
+    """
+    first = tl.program_id(0) * chunk
+    limit = tl.minimum(first + chunk, pixels)
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(first, limit, ROWS):
+        pixel, channel, at, mask = find_rows(start, limit, ROWS, C, BLOCK)
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_MASK:
+            grad *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < limit, other=0.0).to(tl.float32)
+        sums += grad
+        if WRITES:
+            tl.store(branch_grad_ptr + at, grad, mask=mask)
+        if SCALES:
+            tl.store(scaled_ptr + at, grad * load_channels(gamma_ptr, channel, C), mask=mask)
+    channel = tl.arange(0, BLOCK)
+    tl.store(partial_ptr + tl.program_id(0) * C + channel, tl.sum(sums, axis=0), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def out_grads_kernel(
+    product_ptr, weight_ptr, bias_ptr, gamma_ptr, partial_ptr, weight_grad_ptr, bias_grad_ptr, gamma_grad_ptr, parts,
+    HAS_GAMMA: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a layer scale and of the 1x1 convolution before it, for one of its C results.
+
+    `product` (C, D) is the gradient of gamma times the weight, and the `parts` partial sums (C,) are that of gamma
+    times the bias; gamma's own follows from both, without the convolution's result.
+    """
+    c = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, BLOCK):
+        sums += tl.load(partial_ptr + (first + at) * C + c, mask=first + at < parts, other=0.0)
+    bias_grad = tl.sum(sums, axis=0)
+    gamma = 1.0
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + c).to(tl.float32)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, D, BLOCK):
+        d = first + at
+        product = tl.load(product_ptr + c * D + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(weight_grad_ptr + c * D + d, product * gamma, mask=d < D)
+        if HAS_GAMMA:
+            products += product * tl.load(weight_ptr + c * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(bias_grad_ptr + c, bias_grad * gamma)
+    if HAS_GAMMA:
+        gamma_grad = tl.sum(products, axis=0) + bias_grad * tl.load(bias_ptr + c).to(tl.float32)
+        tl.store(gamma_grad_ptr + c, gamma_grad)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sum_partials_kernel(
+    partial_ptr, weight_grad_ptr, bias_grad_ptr, parts, strips,
+    C: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Adds partial sums (parts, TAPS + 1, strips, C) to the gradients of a weight (C, TAPS) and of a bias (C,).
+
+    A program has BLOCK results and adds PARTS numbers of each at a time.
+    """
+    result = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tap = result // C
+    channel = result % C
+    exists = result < (TAPS + 1) * C
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in range(0, parts * strips, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None]
+        at = (part // strips).to(tl.int64) * ((TAPS + 1) * strips * C) + part % strips * C
+        at += (tap * (strips * C) + channel)[None, :]
+        sums += tl.load(partial_ptr + at, mask=(part < parts * strips) & exists[None, :], other=0.0)
+    total = tl.sum(sums, axis=0)
+    tl.store(weight_grad_ptr + channel * TAPS + tap, total, mask=exists & (tap < TAPS))
+    tl.store(bias_grad_ptr + channel, total, mask=exists & (tap == TAPS))

@@ -1,0 +1,166 @@
+"""Cuts the work of `row_kernels.py` into programs, and runs them. Maps are (N, H, W, C) and contiguous.
+
+As in `mixing.py` the cuts are functions of the shapes alone, so that two runs on one GPU give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import row_kernels as kernels
+from .launch import PROGRAMS, launch
+
+__all__ = ["branch_grad", "layer_norm", "layer_norm_backward", "out_grads", "residual_sum", "sum_partials"]
+
+TILE = 2048  # numbers of a map that a program has in its registers, 16 for each thread
+LOOP_TILE = 1024  # where a thread keeps two sums for each of them besides
+
+
+def _tile(channels: int, size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(channels)
+    return {"C": channels, "BLOCK": block, "ROWS": max(1, size // block)}
+
+
+def _chunks(pixels: int, rows: int) -> tuple[int, int]:
+    """Returns how many pixels a program takes, a multiple of `rows`, and how many programs that makes."""
+    chunk = rows * max(1, triton.cdiv(pixels, rows * PROGRAMS))
+    return chunk, triton.cdiv(pixels, chunk)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor, stats: tuple[Tensor, Tensor] | None
+) -> None:
+    """Computes a layer norm over the channels.
+
+    Args:
+        x: (N, H, W, C).
+        weight, bias: (C,).
+        eps: added to the variance.
+        h: for the result, (N, H, W, C) of any type.
+        stats: for each pixel's mean and reciprocal deviation, (N, H, W) float32, if they are wanted.
+    """
+    c = x.shape[-1]
+    pixels, tile = x.numel() // c, _tile(c, TILE)
+    mean, rstd = stats or (h, h)
+    launch(
+        kernels.layer_norm_kernel, triton.cdiv(pixels, tile["ROWS"]), x, weight, bias, h, mean, rstd, pixels,
+        EPS=eps, SAVES=stats is not None, **tile,
+    )  # fmt: skip
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, residual: Tensor,
+    h: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes the gradients of `layer_norm`.
+
+    Args:
+        grad: of the result, (N, H, W, C).
+        x, stats, weight, bias: as in `layer_norm`.
+        residual: what is added to the gradient of x.
+        h: for the norm's result, computed again; None if it is not wanted.
+
+    Returns:
+        The gradients of x, weight and bias, in their types.
+    """
+    c = x.shape[-1]
+    pixels, tile = x.numel() // c, _tile(c, LOOP_TILE)
+    chunk, programs = _chunks(pixels, tile["ROWS"])
+    dx, partial = x.new_empty(x.shape), weight.new_empty((programs, 2, 1, c), dtype=torch.float32)
+    launch(
+        kernels.layer_norm_backward_kernel, programs,
+        grad, x, *stats, weight, bias, residual, dx, dx if h is None else h, partial, pixels, chunk,
+        WRITES_H=h is not None, **tile,
+    )  # fmt: skip
+    return dx, *sum_partials(partial, weight, bias)
+
+
+def residual_sum(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
+    """Writes ``x + y * gamma * mask`` to `out`.
+
+    Args:
+        x, y, out: (N, H, W, C).
+        gamma: (C,), or None.
+        mask: a factor of each image, (N, 1, 1, 1), or None.
+    """
+    n, h, w, c = x.shape
+    pixels, tile = n * h * w, _tile(c, TILE)
+    launch(
+        kernels.residual_kernel, triton.cdiv(pixels, tile["ROWS"]),
+        x, y, x if gamma is None else gamma, x if mask is None else mask, out, pixels, h * w,
+        HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, **tile,
+    )  # fmt: skip
+
+
+def branch_grad(
+    grad: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor | None, scaled: Tensor | None
+) -> Tensor:
+    """Goes back through a residual sum.
+
+    Args:
+        grad: of the sum, (N, H, W, C).
+        gamma, mask: as in `residual_sum`.
+        out: for ``grad * mask``, if it is wanted.
+        scaled: for ``grad * mask * gamma``, if it is wanted.
+
+    Returns:
+        The sum of ``grad * mask`` over all pixels, as partial sums (parts, C) in float32.
+    """
+    n, h, w, c = grad.shape
+    pixels, tile = n * h * w, _tile(c, TILE)
+    chunk, programs = _chunks(pixels, tile["ROWS"])
+    partial = grad.new_empty((programs, c), dtype=torch.float32)
+    launch(
+        kernels.branch_grad_kernel, programs,
+        grad, grad if gamma is None else gamma, grad if mask is None else mask,
+        grad if out is None else out, grad if scaled is None else scaled, partial, pixels, h * w, chunk,
+        HAS_MASK=mask is not None, WRITES=out is not None, SCALES=scaled is not None, **tile,
+    )  # fmt: skip
+    return partial
+
+
+def out_grads(
+    product: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, partial: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the gradients of a branch's last 1x1 convolution and of its layer scale, in their types.
+
+    Args:
+        product: the gradient of gamma times the weight, (C, D).
+        weight: (C, D, 1, 1).
+        bias, gamma: (C,); gamma may be None.
+        partial: from `branch_grad`.
+    """
+    c, d = product.shape
+    weight_grad, bias_grad = weight.new_empty(weight.shape), bias.new_empty(c)
+    gamma_grad = None if gamma is None else gamma.new_empty(c)
+    launch(
+        kernels.out_grads_kernel, c,
+        product, weight, bias, bias if gamma is None else gamma, partial,
+        weight_grad, bias_grad, bias_grad if gamma_grad is None else gamma_grad, len(partial),
+        HAS_GAMMA=gamma is not None, C=c, D=d, BLOCK=min(1024, triton.next_power_of_2(d)),
+    )  # fmt: skip
+    return weight_grad, bias_grad, gamma_grad
+
+
+def sum_partials(partial: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the partial sums of two gradients.
+
+    They are tensors of their own: an operator may not return two views of one.
+
+    Args:
+        partial: (parts, taps + 1, strips, C) float32, the bias's sums behind those of the weight's taps.
+        weight: what the gradient of shape (C, 1, k, k), or (C,), is of; k k are the taps.
+        bias: (C,).
+
+    Returns:
+        The gradients of weight and bias, in their shapes and types, contiguous.
+    """
+    parts, rows, strips, c = partial.shape
+    weight_grad, bias_grad = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    launch(
+        kernels.sum_partials_kernel, triton.cdiv(rows * c, 32), partial, weight_grad, bias_grad, parts, strips,
+        C=c, TAPS=rows - 1, BLOCK=32, PARTS=32,
+    )  # fmt: skip
+    return weight_grad, bias_grad

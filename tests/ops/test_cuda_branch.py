@@ -1,0 +1,149 @@
+"""The backend of a GPU against the definition, in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conv2former.ops import backends, functional
+from conv2former.ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
+
+if not backends._has_triton() or torch.cuda.is_available():
+    pytest.skip("needs Triton's interpreter; on a GPU tests/gpu runs the kernels", allow_module_level=True)
+
+from conv2former.ops.cuda import branch, mixing
+
+from .triton_on_cpu import multiply_bfloat16
+
+# What is computed in, and of what type the parameters are.
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+]
+# Relative errors of values and gradients, against float64; the interpreter cuts bfloat16 off instead of rounding it.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    multiply_bfloat16()
+
+
+def random(number: int, *size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+
+
+def make_call(
+    kind: SpatialMixing,
+    types: tuple[torch.dtype, torch.dtype],
+    channels: int = 8,
+    images: int = 2,
+    gamma: bool = True,
+    mask: bool = True,
+    recompute: bool = True,
+) -> BranchCall:
+    dtype, of_params = types
+    inner, side = (channels, 5) if kind is SpatialMixing.MODULATION else (2 * channels, 3)
+    params = BranchParams(
+        norm_weight=random(1, channels) + 1,
+        norm_bias=random(2, channels),
+        conv_weight=random(3, inner, 1, side, side) / side,
+        conv_bias=random(4, inner),
+        out_weight=random(5, channels, inner, 1, 1) / 4,
+        out_bias=random(6, channels),
+        gamma=random(7, channels) if gamma else None,
+        in_weights=tuple(random(8 + i, inner, channels, 1, 1) / 4 for i in range(kind.value)),
+        in_biases=tuple(random(10 + i, inner) for i in range(kind.value)),
+    )
+    params = BranchParams.from_tensors([None if t is None else t.to(of_params) for t in params.tensors()])  # type: ignore[misc]
+    out = torch.promote_types(dtype, of_params)
+    spec = BranchSpec(kind, 1e-6, recompute, dtype, dtype, out)
+    return BranchCall(spec, params, random(12, images, 1, 1, 1).to(out) if mask else None)
+
+
+def image_maps(number: int, *size: int, dtype: torch.dtype) -> Tensor:
+    return random(number, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def exact(call: BranchCall, x: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """Returns the definition's result in float64, and the gradients of x and of the parameters in a row."""
+    tensors = [None if t is None else t.double().requires_grad_() for t in (x, *call.params.tensors())]
+    spec = BranchSpec(call.spec.mixing, call.spec.eps, True, *[torch.float64] * 3)
+    mask = None if call.mask is None else call.mask.double()
+    y = functional.residual_branch(spec, BranchParams.from_tensors(tensors[1:]), tensors[0], mask)  # type: ignore[arg-type]
+    grads = iter(torch.autograd.grad(y, [t for t in tensors if t is not None], grad.double()))
+    return [y.detach(), *(None if t is None else next(grads) for t in tensors)]
+
+
+def check(call: BranchCall, x: Tensor) -> None:
+    """Compares values and gradients, their types and layouts, with those of the definition."""
+    grad = image_maps(20, *x.shape, dtype=call.spec.out_dtype)
+    saved: list[Tensor] = []
+    y = branch.forward([call], x, saved)
+    dx, grads = branch.backward(call, x, saved, grad, True)
+    assert grads is not None
+    results = (y, dx, *grads)
+    kinds = (call.spec.out_dtype, x.dtype, *[call.params.norm_weight.dtype] * len(grads))
+    for ours, dtype, truth in zip(results, kinds, exact(call, x, grad), strict=True):
+        assert (ours is None) == (truth is None)
+        if ours is not None and truth is not None:
+            assert (ours.shape, ours.dtype) == (truth.shape, dtype)
+            error = (ours.double() - truth).norm() / truth.norm()
+            assert error < TOLERANCES[call.spec.dtype]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    alone = branch.backward(call, x, saved, grad, False)
+    assert torch.equal(alone[0], dx)
+    assert alone[1] is None
+    assert torch.equal(branch.forward([call], x, None), y), "the same without a backward pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("kind", SpatialMixing)
+@pytest.mark.parametrize("options", [{}, {"gamma": False, "mask": False}, {"recompute": False, "mask": False}], ids=str)
+def test_values_and_gradients(kind, types, options):
+    check(make_call(kind, types, channels=5, **options), image_maps(0, 2, 5, 3, 4, dtype=types[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", TYPES[1:], ids=str)
+def test_the_modulation_on_tensor_cores(types, monkeypatch):
+    monkeypatch.setattr(mixing, "MIN_BAND_PROGRAMS", 1)
+    used, real = [], mixing.convolve_band
+    monkeypatch.setattr(mixing, "convolve_band", lambda *args: (used.append(1), real(*args)))
+    check(make_call(SpatialMixing.MODULATION, types), image_maps(0, 2, 8, 2, 3, dtype=types[1]))
+    assert used
+
+
+def test_branches_of_a_stage_are_prepared_together():
+    """Their weights come as one copy; those that are of the right type already stay what they are."""
+    kinds = [SpatialMixing.MODULATION, SpatialMixing.MLP]
+    for types in TYPES[:2]:
+        calls = branch.prepare([make_call(kind, types) for kind in kinds])
+        assert branch.prepare(calls) == calls
+        for call in calls:
+            products, params = call.products, call.params
+            assert products is not None
+            assert {t.dtype for t in products} == {types[0]}
+            expected = torch.cat([weight.flatten(1) for weight in params.in_weights]).to(types[0])
+            assert torch.equal(products.in_weight, expected)
+            assert torch.equal(products.in_bias, torch.cat(params.in_biases).to(types[0]))
+            assert torch.equal(products.out_weight, params.out_weight.flatten(1).to(types[0]))
+            if types[0] == types[1]:
+                assert products.out_weight.data_ptr() == params.out_weight.data_ptr()
+
+
+def test_the_same_input_gives_the_same_bits():
+    call = make_call(SpatialMixing.MODULATION, TYPES[0])
+    x = image_maps(0, 2, 8, 3, 3, dtype=torch.float32)
+    rounds = []
+    for _ in range(2):
+        saved: list[Tensor] = []
+        y = branch.forward([call], x, saved)
+        dx, grads = branch.backward(call, x, saved, x, True)
+        assert grads is not None
+        rounds.append([y, dx, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*rounds, strict=True))
