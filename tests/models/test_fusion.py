@@ -629,6 +629,7 @@ def as_on_a_gpu(monkeypatch):
     return branch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_the_backend_of_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):

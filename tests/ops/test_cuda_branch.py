@@ -136,6 +136,7 @@ def test_branches_of_a_stage_are_prepared_together():
                 assert products.out_weight.data_ptr() == params.out_weight.data_ptr()
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bits():
     call = make_call(SpatialMixing.MODULATION, TYPES[0])
     x = image_maps(0, 2, 8, 3, 3, dtype=torch.float32)
