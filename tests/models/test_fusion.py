@@ -621,7 +621,7 @@ def test_weight_gradient_of_the_depthwise_convolution(kernel_size, size, dtype):
 def as_on_a_gpu(monkeypatch):
     """Takes the GPU's backend on the CPU, where its kernels run in Triton's interpreter."""
     if not backends._has_triton() or torch.cuda.is_available():
-        pytest.skip("needs Triton's interpreter; on a GPU tests/gpu runs the kernels")
+        pytest.skip("needs Triton's interpreter, which is chosen where there is no GPU")
     from conv2former.ops.cuda import branch  # Triton is optional
 
     monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: branch)
@@ -630,6 +630,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("with_and_without_native_functions", ["PyTorch's operators"], indirect=True)  # it has neither
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_the_backend_of_a_gpu(as_on_a_gpu, autocast, recompute, monkeypatch):
