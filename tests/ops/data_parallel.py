@@ -6,6 +6,7 @@ Process 0 writes a line of JSON: for each backend the largest relative differenc
 from __future__ import annotations
 
 import json
+import os
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,21 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from conv2former.models.backbone import Conv2Former
+from conv2former.ops import autograd, backends
+
+# Whether the backend of a GPU runs here, in Triton's interpreter.
+INTERPRETS = backends._has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+SIDE = 32  # pixels; the interpreter takes its time
 
 
-def gradients(is_fused: bool, compiled: bool = False) -> list[torch.Tensor]:
+def gradients(is_fused: bool, compiled: bool = False, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(0)
     options = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "kernel_size": 5, "head_hidden_size": 16}
     network = Conv2Former(num_classes=3, ls_init_value=0.1, fused=is_fused, dtype=torch.float64, **options)
+    network.to(dtype)
     module = DistributedDataParallel(network)
     images = torch.Generator().manual_seed(dist.get_rank())
-    x = torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=images)
+    x = torch.randn(3, 3, SIDE, SIDE, dtype=torch.float64, generator=images).to(dtype)
     F.cross_entropy((torch.compile(module, backend="aot_eager") if compiled else module)(x), torch.arange(3)).backward()
     return [p.grad for p in network.parameters()]
 
@@ -31,6 +38,15 @@ def main() -> None:
     torch.set_num_threads(1)
     exact = gradients(False)
     grads_of = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
+    if INTERPRETS:
+        from conv2former.ops.cuda import branch  # Triton is optional
+
+        calls, backward = [], branch.backward
+        branch.backward = lambda *args: (calls.append(1), backward(*args))[1]
+        autograd.choose_backend = lambda *args, **options: branch
+        autograd.prepare = lambda calls, x: branch.prepare(calls)
+        grads_of["cuda"] = gradients(True, dtype=torch.float32)
+        assert len(calls) == 10  # branches
     if dist.get_rank() == 0:
         differences = {
             backend: max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True))

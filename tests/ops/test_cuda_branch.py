@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from conv2former.ops import backends, functional
+from conv2former.ops import backends
 from conv2former.ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
 
 if not backends._has_triton() or torch.cuda.is_available():
-    pytest.skip("needs Triton's interpreter; on a GPU tests/gpu runs the kernels", allow_module_level=True)
+    pytest.skip("needs Triton's interpreter, which is chosen where there is no GPU", allow_module_level=True)
 
 from conv2former.ops.cuda import branch, mixing
 
+from .branches import exact, make_params, random
 from .triton_on_cpu import multiply_bfloat16
 
 # What is computed in, and of what type the parameters are.
@@ -27,13 +28,9 @@ TYPES = [
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def interpreter():
     multiply_bfloat16()
-
-
-def random(number: int, *size: int) -> Tensor:
-    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
 
 
 def make_call(
@@ -47,17 +44,7 @@ def make_call(
 ) -> BranchCall:
     dtype, of_params = types
     inner, side = (channels, 5) if kind is SpatialMixing.MODULATION else (2 * channels, 3)
-    params = BranchParams(
-        norm_weight=random(1, channels) + 1,
-        norm_bias=random(2, channels),
-        conv_weight=random(3, inner, 1, side, side) / side,
-        conv_bias=random(4, inner),
-        out_weight=random(5, channels, inner, 1, 1) / 4,
-        out_bias=random(6, channels),
-        gamma=random(7, channels) if gamma else None,
-        in_weights=tuple(random(8 + i, inner, channels, 1, 1) / 4 for i in range(kind.value)),
-        in_biases=tuple(random(10 + i, inner) for i in range(kind.value)),
-    )
+    params = make_params(kind, channels, inner, side, gamma)
     params = BranchParams.from_tensors([None if t is None else t.to(of_params) for t in params.tensors()])  # type: ignore[misc]
     out = torch.promote_types(dtype, of_params)
     spec = BranchSpec(kind, 1e-6, recompute, dtype, dtype, out)
@@ -66,16 +53,6 @@ def make_call(
 
 def image_maps(number: int, *size: int, dtype: torch.dtype) -> Tensor:
     return random(number, *size).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def exact(call: BranchCall, x: Tensor, grad: Tensor) -> list[Tensor | None]:
-    """Returns the definition's result in float64, and the gradients of x and of the parameters in a row."""
-    tensors = [None if t is None else t.double().requires_grad_() for t in (x, *call.params.tensors())]
-    spec = BranchSpec(call.spec.mixing, call.spec.eps, True, *[torch.float64] * 3)
-    mask = None if call.mask is None else call.mask.double()
-    y = functional.residual_branch(spec, BranchParams.from_tensors(tensors[1:]), tensors[0], mask)  # type: ignore[arg-type]
-    grads = iter(torch.autograd.grad(y, [t for t in tensors if t is not None], grad.double()))
-    return [y.detach(), *(None if t is None else next(grads) for t in tensors)]
 
 
 def check(call: BranchCall, x: Tensor) -> None:
