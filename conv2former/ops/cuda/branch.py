@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import _private
 from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec, ProductWeights, SpatialMixing
-from ..tensors import as_type, matmul, nchw, nhwc, rows
+from ..tensors import add_pixel_product, as_type, matmul, matrix, nchw, nhwc, rows
 from . import mixing
 from .rows import branch_grad, layer_norm, layer_norm_backward, out_grads, residual_sum
 
@@ -29,7 +29,10 @@ WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
-    """See `branch.Backend`. Copies all weights and biases of the 1x1 convolutions in one multi-tensor operation."""
+    """Returns branches with their `products`: all weights and biases are copied in one multi-tensor operation.
+
+    What has products already stays as it is.
+    """
     copies: list[Tensor] = []
     originals: list[Tensor] = []
     prepared = [
@@ -73,23 +76,25 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
     spec, params, mask, products = call
     assert products is not None
     xs = nhwc(x)
-    h = torch.empty_like(xs, dtype=spec.dtype)
-    stats = None
-    if saved is not None:
-        stats = (xs.new_empty(xs.shape[:3], dtype=torch.float32), xs.new_empty(xs.shape[:3], dtype=torch.float32))
-    layer_norm(xs, params.norm_weight, params.norm_bias, spec.eps, h, stats)
+    norm = (params.norm_weight, params.norm_bias)
+    h, *stats = layer_norm(xs, *norm, spec.eps, spec.dtype, stats=saved is not None)
     pre_acts = F.linear(h, products.in_weight, products.in_bias)
     mixed = _mix(spec, params, pre_acts)
     y = F.linear(mixed, products.out_weight, products.out_bias)
-    if saved is not None and stats is not None:
+    if saved is not None:
         saved += [*stats, products.in_weight, pre_acts]
-        if spec.mixing is SpatialMixing.MODULATION or not spec.recompute:
+        if _saves_mixed(spec):
             saved.append(mixed)
         if not spec.recompute:
             saved.append(h)
     out = torch.empty_like(xs, dtype=spec.out_dtype)
     residual_sum(xs, y, params.gamma, mask, out)
     return nchw(out)
+
+
+def _saves_mixed(spec: BranchSpec) -> bool:
+    """Returns whether the spatial mixing's result is saved for the backward pass."""
+    return spec.mixing is SpatialMixing.MODULATION or not spec.recompute
 
 
 def _mix(spec: BranchSpec, params: BranchParams, pre_acts: Tensor) -> Tensor:
@@ -115,8 +120,6 @@ def backward(
     xs, dout = nhwc(x), nhwc(grad).contiguous()
     # contiguous, which hooks on saved tensors may have changed
     mean, rstd, in_weight, pre_acts, *maps = [t.contiguous() for t in saved]
-    has_mixed = spec.mixing is SpatialMixing.MODULATION or not spec.recompute
-    mixed = maps.pop(0) if has_mixed else _mix(spec, params, pre_acts)
     h = torch.empty_like(xs, dtype=spec.dtype) if spec.recompute else maps.pop()
 
     dy, scaled, partial = _through_sum(spec, params, mask, dout)
@@ -127,6 +130,7 @@ def backward(
     dx, *norm_grads = layer_norm_backward(dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None)
     if not learns:
         return nchw(dx), None
+    mixed = maps[0] if _saves_mixed(spec) else _mix(spec, params, pre_acts)
     out = out_grads(_pixel_product(dy, mixed), params.out_weight, params.out_bias, params.gamma, partial)
     return nchw(dx), (*norm_grads, *conv_grads, *out, *_in_grads(params, dpre_acts, h))
 
@@ -145,17 +149,15 @@ def _through_sum(
     if mask is not None or dout.dtype != spec.dtype:
         dy = torch.empty_like(dout, dtype=spec.dtype)
     scaled = torch.empty_like(dy) if scales else dy
-    partial = branch_grad(
-        dout, params.gamma, mask, None if dy is dout else dy, scaled if scales else None
-    )  # fmt: skip
+    partial = branch_grad(dout, params.gamma, mask, None if dy is dout else dy, scaled if scales else None)
     return dy, scaled, partial
 
 
 def _scaled_out_weight(spec: BranchSpec, params: BranchParams) -> Tensor:
     """Returns the last 1x1 convolution's weight (C, D), with the layer scale in it unless its range ends too early."""
-    weight = params.out_weight.flatten(1)
     if params.gamma is None or spec.dtype == torch.float16:
-        return as_type(weight, spec.dtype)
+        return matrix(params.out_weight, spec.dtype)
+    weight = params.out_weight.flatten(1)
     return torch.mul(weight, params.gamma[:, None], out=torch.empty_like(weight, dtype=spec.dtype))
 
 
@@ -166,7 +168,7 @@ def _mix_backward(
     conv = (params.conv_weight, params.conv_bias)
     if spec.mixing is SpatialMixing.MODULATION:
         a, v = _halves(pre_acts)
-        dpre_acts = torch.empty_like(pre_acts)
+        dpre_acts = pre_acts.new_empty(pre_acts.shape)
         _, dweight, dbias, _ = mixing.modulate_backward(nchw(dmixed), a, *conv, v, outs=_halves(dpre_acts))
         return dpre_acts, dweight, dbias
     df, dweight, dbias = mixing.mlp_mix_backward(nchw(dmixed), nchw(pre_acts), *conv)
@@ -185,11 +187,8 @@ def _in_grads(params: BranchParams, dpre_acts: Tensor, h: Tensor) -> list[Tensor
 def _pixel_product(a: Tensor, b: Tensor) -> Tensor:
     """Returns the sum over all pixels of the products of two maps' channels, (N, H, W, C) and (N, H, W, D) to (C, D).
 
-    Summed in float32, and rounded only where this PyTorch cannot return that from maps in 16 bits.
+    It is float32, rounded before only where this PyTorch cannot return that from maps in 16 bits.
     """
-    a, b = rows(a), rows(b)
     if a.dtype != torch.float32 and a.is_cuda and WIDE_PRODUCTS:
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    if a.dtype == torch.float16:  # whose range such sums exceed
-        a, b = a.float(), b.float()
-    return a.t() @ b
+        return torch.mm(rows(a).t(), rows(b), out_dtype=torch.float32)
+    return add_pixel_product(None, a, b, torch.float32)

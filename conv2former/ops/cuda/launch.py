@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRAMS", "launch", "with_pitch"]
+__all__ = ["PROGRAMS", "launch", "pitch_of", "with_pitch"]
 
 PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
 
@@ -22,14 +22,17 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: 
         kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
-def with_pitch(x: Tensor) -> tuple[Tensor, int]:
-    """Returns a map (N, C, H, W) as kernels read it, and its pitch: how many numbers lie from a pixel to the next.
+def pitch_of(x: Tensor) -> int | None:
+    """Returns how many numbers lie from a pixel of a map (N, C, H, W) to the next; None if kernels cannot take it.
 
-    In channels_last memory the pitch is C. Half of the channels of such a map have the pitch of the whole, and are
-    read as they are; a map in another format is copied.
+    In channels_last memory that is C. Half of the channels of such a map have the pitch of the whole.
     """
     _, c, h, w = x.shape
     pitch = x.stride(3)
-    if pitch >= c and x.stride() == (h * w * pitch, 1, w * pitch, pitch):
-        return x, pitch
-    return x.contiguous(memory_format=torch.channels_last), c
+    return pitch if pitch >= c and x.stride() == (h * w * pitch, 1, w * pitch, pitch) else None
+
+
+def with_pitch(x: Tensor) -> tuple[Tensor, int]:
+    """Returns a map (N, C, H, W) as kernels read it, which is a copy if it has no pitch, and its pitch."""
+    pitch = pitch_of(x)
+    return (x.contiguous(memory_format=torch.channels_last), x.shape[1]) if pitch is None else (x, pitch)

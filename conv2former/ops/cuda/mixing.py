@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .launch import PROGRAMS, launch, with_pitch
+from .launch import PROGRAMS, launch, pitch_of, with_pitch
 from .mlp_kernels import mlp_backward_kernel, mlp_input_grad_kernel, mlp_kernel
 from .modulation_kernels import (
     TIMES,
@@ -117,12 +117,12 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Te
     strip, rows, block = choose_blocking(c, w, k)
     strips, row_blocks = triton.cdiv(w, strip), triton.cdiv(h, rows)
     taps = pack_taps(weight, bias is None, rows)
-    (p, p_pitch), (_, out_pitch) = with_pitch(p), with_pitch(out)
+    p, p_pitch = with_pitch(p)
     epilogue = TIMES_SLOPE if bias is None else TIMES
     launch(
         depthwise_kernel, triton.cdiv(n * strips * c, block) * row_blocks,
         _dense(x), taps, taps if bias is None else bias.contiguous(), p, out,
-        n, h, w, strips, row_blocks, C=c, P_PITCH=p_pitch, OUT_PITCH=out_pitch, K=k, S=strip, R=rows,
+        n, h, w, strips, row_blocks, C=c, P_PITCH=p_pitch, OUT_PITCH=pitch_of(out), K=k, S=strip, R=rows,
         EPILOGUE=epilogue.value, BLOCK=block,
     )  # fmt: skip
 
@@ -149,13 +149,13 @@ def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out
     """Convolves gelu(x) with a bias or x without, and goes on as `depthwise`, on the tensor cores."""
     n, c, h, w = x.shape
     strips, image_blocks = triton.cdiv(w, band.strip), triton.cdiv(n, 16)
-    (x, x_pitch), (p, p_pitch), (_, out_pitch) = with_pitch(x), with_pitch(p), with_pitch(out)
+    (x, x_pitch), (p, p_pitch) = with_pitch(x), with_pitch(p)
     weight = weight.contiguous()
     epilogue = TIMES_SLOPE if bias is None else TIMES
     launch(
         band_kernel, image_blocks * strips * (c // BAND_CHANNELS),
         x, weight, weight if bias is None else bias.contiguous(), p, out, n, h, w, strips, image_blocks,
-        C=c, X_PITCH=x_pitch, P_PITCH=p_pitch, OUT_PITCH=out_pitch, K=weight.shape[-1],
+        C=c, X_PITCH=x_pitch, P_PITCH=p_pitch, OUT_PITCH=pitch_of(out), K=weight.shape[-1],
         S=band.strip, COLUMNS=band.columns, WINDOW=band.window, LEFT=band.left, EPILOGUE=epilogue.value,
         CHANNELS=BAND_CHANNELS, warps=BAND_CHANNELS, maxnreg=128,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out
 
 def new_map(x: Tensor) -> Tensor:
     """Returns a map like x, (N, C, H, W), in channels_last memory, with nothing in it yet."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def context(a: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, out: Tensor, gelu_a: Tensor | None = None) -> None:

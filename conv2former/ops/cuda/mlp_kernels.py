@@ -21,6 +21,17 @@ SIZES = ["N", "H", "W", "strips", "row_blocks", "block_rows"]
 
 
 @triton.jit
+def find_block(N, H, W, strips, row_blocks, C: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns of this program's lanes: which exist, the part of the map, channel, first column, where its row 0 begins.
+
+    A part is a row block of a strip of an image.
+    """
+    mask, image, strip, channel = find_lane(tl.program_id(0) // row_blocks, N, strips, C, BLOCK)
+    part = ((image * strips + strip) * row_blocks + tl.program_id(0) % row_blocks).to(tl.int64)
+    return mask, part, channel, strip * S, find_row(image, channel, strip * S, H, W, C)
+
+
+@triton.jit
 def load_gelu(row_ptr, mask, column, width, COUNT: tl.constexpr, C: tl.constexpr):
     """Loads COUNT columns of a row, the first left of `column`, and applies GELU; outside the map they are 0."""
     values = ()
@@ -47,9 +58,7 @@ def mlp_kernel(
 
     Three rows of h are in registers, one of them new at each step, so that GELU is computed 1 + 2 / S times.
     """
-    mask, image, strip, channel = find_lane(tl.program_id(0) // row_blocks, N, strips, C, BLOCK)
-    column = strip * S
-    start = find_row(image, channel, column, H, W, C)
+    mask, _, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
     first = (tl.program_id(0) % row_blocks) * block_rows
     row_size = W.to(tl.int64) * C
     taps = load_taps(weight_ptr, channel)
@@ -80,11 +89,8 @@ def mlp_backward_kernel(
 
     Writes (10, C) sums for each strip of each row block, the bias's last.
     """
-    mask, image, strip, channel = find_lane(tl.program_id(0) // row_blocks, N, strips, C, BLOCK)
-    column = strip * S
-    start = find_row(image, channel, column, H, W, C)
-    block = tl.program_id(0) % row_blocks
-    first = block * block_rows
+    mask, part, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
+    first = (tl.program_id(0) % row_blocks) * block_rows
     row_size = W.to(tl.int64) * C
     taps = load_taps(weight_ptr, channel)
     bias = tl.load(bias_ptr + channel).to(tl.float32)
@@ -114,7 +120,6 @@ def mlp_backward_kernel(
             sums = added
         above = here
         here = below
-    part = ((image * strips + strip) * row_blocks + block).to(tl.int64)
     for tap in tl.static_range(10):
         tl.store(partial_ptr + (part * 10 + tap) * C + channel, sums[tap], mask=mask)
 
@@ -128,9 +133,7 @@ def mlp_input_grad_kernel(
 
     `grad` is what `mlp_backward_kernel` puts out; three rows of it are in registers, one of them new at each step.
     """
-    mask, image, strip, channel = find_lane(tl.program_id(0) // row_blocks, N, strips, C, BLOCK)
-    column = strip * S
-    start = find_row(image, channel, column, H, W, C)
+    mask, _, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
     first = (tl.program_id(0) % row_blocks) * block_rows
     row_size = W.to(tl.int64) * C
     taps = load_taps(weight_ptr, channel)

@@ -30,24 +30,29 @@ def _chunks(pixels: int, rows: int) -> tuple[int, int]:
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor, stats: tuple[Tensor, Tensor] | None
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, stats: bool
+) -> tuple[Tensor, ...]:
     """Computes a layer norm over the channels.
 
     Args:
         x: (N, H, W, C).
         weight, bias: (C,).
         eps: added to the variance.
-        h: for the result, (N, H, W, C) of any type.
-        stats: for each pixel's mean and reciprocal deviation, (N, H, W) float32, if they are wanted.
+        dtype: of the result.
+        stats: each pixel's mean and reciprocal deviation are wanted.
+
+    Returns:
+        The result, (N, H, W, C), and, if they are wanted, the statistics, (N, H, W) float32 each.
     """
     c = x.shape[-1]
     pixels, tile = x.numel() // c, _tile(c, TILE)
-    mean, rstd = stats or (h, h)
+    h = x.new_empty(x.shape, dtype=dtype)
+    found = tuple(x.new_empty(x.shape[:3], dtype=torch.float32) for _ in range(2)) if stats else ()
     launch(
-        kernels.layer_norm_kernel, triton.cdiv(pixels, tile["ROWS"]), x, weight, bias, h, mean, rstd, pixels,
-        EPS=eps, SAVES=stats is not None, **tile,
+        kernels.layer_norm_kernel, triton.cdiv(pixels, tile["ROWS"]), x, weight, bias, h, *(found or (h, h)), pixels,
+        EPS=eps, SAVES=stats, **tile,
     )  # fmt: skip
+    return h, *found
 
 
 def layer_norm_backward(
