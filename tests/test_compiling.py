@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conv2former import compiling
-from conv2former.tools.runs.killing import ForkedProcesses
+from conv2former.tools.runs.killing import RunProcesses
 
 SOURCE = """
 extern "C" int answer() { return LANE_BYTES; }
@@ -131,9 +131,9 @@ def test_what_takes_a_while_is_said_before_and_once(compiler, source, monkeypatc
     def ask() -> None:
         assert compiling.library(source) is not None
 
-    processes = ForkedProcesses(ask, 3, tmp_path / "log.txt")
+    processes = RunProcesses(ask, 3, tmp_path / "log.txt")
     assert processes.wait(60)
-    assert set(processes.pids.values()) == {0}, (tmp_path / "log.txt").read_text()
+    assert set(processes.exit_codes) == {0}, (tmp_path / "log.txt").read_text()
     said = (tmp_path / "log.txt").read_text() + capfd.readouterr().err
     assert said == "compiling answer.cpp for this machine, once: some seconds\n"
 

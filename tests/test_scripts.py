@@ -21,7 +21,7 @@ from conv2former.config import load_config
 from conv2former.engine import train
 from conv2former.tools.checkpoints.table import variants_table
 from conv2former.tools.runs.comparing import differing_runs
-from conv2former.tools.runs.killing import ForkedProcesses
+from conv2former.tools.runs.killing import RunProcesses
 
 from .conftest import ROOT, TINY_YAML
 from .engine.conftest import small_data  # noqa: F401 - a fixture
@@ -106,7 +106,7 @@ def test_torchrun(config_file, tmp_path):
     """Two processes; the same with one killed and restarted by torchrun, and under two agents, as on two machines."""
     words = ["scripts/train.py", "--config", config_file, "--output"]
     config = load_config(config_file)
-    whole = ForkedProcesses(lambda: train(config, tmp_path / "whole"), 2, tmp_path / "whole.txt")
+    whole = RunProcesses(lambda: train(config, tmp_path / "whole"), 2, tmp_path / "whole.txt")
     assert whole.wait(120), (tmp_path / "whole.txt").read_text()
     assert not whole.has_failed, (tmp_path / "whole.txt").read_text()
     with socket.socket() as free:

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from conv2former.engine.saved import first_not_finite
 from conv2former.errors import RunStopped
 from conv2former.tools.cli import run_cli
 from conv2former.tools.runs.comparing import differing_runs, metrics_of
-from conv2former.tools.runs.killing import ForkedProcesses, kill_and_compare
+from conv2former.tools.runs.killing import RunProcesses, kill_and_compare
 
 from .conftest import configure
 from .test_trainer import final
@@ -37,34 +39,12 @@ PLAIN = {
 def run(action, count: int, folder) -> tuple[list[int], str]:
     """Returns the exit codes and all that was printed."""
     log = folder / "output.txt"
-    processes = ForkedProcesses(lambda: run_cli(action), count, log)
+    processes = RunProcesses(lambda: run_cli(action), count, log)
     ended = processes.wait(120)
     if not ended:
         processes.kill()
     assert ended, log.read_text()
-    return list(processes.pids.values()), log.read_text()
-
-
-@pytest.fixture
-def exit_codes(monkeypatch):
-    """`run_cli` ends with SystemExit, which a forked process here would print as a traceback."""
-    from conv2former.tools import cli
-
-    class Sys:
-        stdout, stderr = (
-            property(lambda self: __import__("sys").stdout),
-            property(lambda self: __import__("sys").stderr),
-        )
-
-        @staticmethod
-        def exit(code: int) -> None:
-            import sys
-
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    monkeypatch.setattr(cli, "sys", Sys())
+    return processes.exit_codes, log.read_text()
 
 
 def test_the_same_global_batches_train_the_same_network(raw_config, tmp_path):
@@ -93,8 +73,8 @@ def test_the_same_global_batches_train_the_same_network(raw_config, tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_killed_at_random(raw_config, tmp_path, count):
+@pytest.mark.parametrize(("count", "kills", "start"), [(1, 3, "forkserver"), (2, 8, "fork")])
+def test_killed_at_random(raw_config, tmp_path, count, kills, start):
     """With SIGKILL, at any moment, several times: the run ends bit for bit as the one that was left alone.
 
     Accumulation, mixup, drop path, dropout, averaging and BatchNorm are on; the number of loader workers changes from
@@ -102,10 +82,23 @@ def test_killed_at_random(raw_config, tmp_path, count):
     """
     config = configure(raw_config, checkpoint__every_steps=2, log__every_steps=1)
     lines: list[str] = []
-    different = kill_and_compare(config, tmp_path / "runs", 8, count, [0, 2], seed=count, say=lines.append)
+    different = kill_and_compare(config, tmp_path / "runs", kills, count, [0, 2], count, lines.append, start)
     print("\n".join(lines))
     assert different == 0
-    assert re.fullmatch(r"8 kills, \d+ finished runs, 0 different", lines[-1])
+    assert re.fullmatch(rf"{kills} kills, \d+ finished runs, 0 different", lines[-1])
+
+
+def test_runs_start_where_no_gpu_has_been_touched(tmp_path):
+    """CUDA cannot be used in a fork of a process that has; the imports of a run's processes must not be the first."""
+    processes = RunProcesses(partial(print, "began"), 2, tmp_path / "log.txt", "forkserver")
+    assert processes.wait(60)
+    assert processes.exit_codes == [0, 0]
+    assert (tmp_path / "log.txt").read_text() == "began\n" * 2
+    touches = (
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount"
+    )
+    program = f"import sys, torch; {touches} = lambda *_: sys.exit('touched'); import conv2former.engine"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
@@ -119,7 +112,7 @@ def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "build_model", other_start)
     lines: list[str] = []
-    different = kill_and_compare(configure(raw_config), tmp_path / "runs", 1, 1, [0], seed=0, say=lines.append)
+    different = kill_and_compare(configure(raw_config), tmp_path / "runs", 1, 1, [0], 0, lines.append, "fork")
     # on a machine of changing speed a run may end before it is killed
     assert lines[-1] == f"1 kills, {different} finished runs, {different} different"
     assert different > 0
@@ -128,7 +121,7 @@ def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "accum_steps"), [("fp32", 1), ("bf16", 2)])
-def test_not_a_number_on_one_process_stops_all(raw_config, tmp_path, monkeypatch, exit_codes, precision, accum_steps):
+def test_not_a_number_on_one_process_stops_all(raw_config, tmp_path, monkeypatch, precision, accum_steps):
     real = trainer.train_step
 
     def poisoned(run, batches, step, check):
@@ -151,7 +144,7 @@ def test_not_a_number_on_one_process_stops_all(raw_config, tmp_path, monkeypatch
     assert codes == [0, 0], output
 
 
-def test_a_full_disk_stops_all(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_a_full_disk_stops_all(raw_config, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -163,7 +156,7 @@ def test_a_full_disk_stops_all(raw_config, tmp_path, monkeypatch, exit_codes):
     assert "Traceback" not in output
 
 
-def test_mistakes_are_found_before_the_processes_meet(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_mistakes_are_found_before_the_processes_meet(raw_config, tmp_path, monkeypatch):
     def meet(*args, **kwargs):
         raise AssertionError("they met")
 
@@ -186,7 +179,7 @@ def test_mistakes_are_found_before_the_processes_meet(raw_config, tmp_path, monk
         assert not (folder / "run").exists()
 
 
-def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch):
     opened = prepare.open_train_and_val
 
     def fewer(data):
@@ -201,7 +194,7 @@ def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch, 
     assert "rank 1 has found something else than rank 0:\n  - validation images: 7 -> 5" in output
 
 
-def test_a_checkpoint_that_came_late(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_a_checkpoint_that_came_late(raw_config, tmp_path, monkeypatch):
     """A process that looked before the last one of a killed run was written looks again."""
     config = configure(raw_config, train__accum_steps=1, checkpoint__every_steps=1, checkpoint__keep=50)
     assert run(lambda: train(config, tmp_path / "whole"), 2, tmp_path)[0] == [0, 0]
@@ -223,7 +216,7 @@ def test_a_checkpoint_that_came_late(raw_config, tmp_path, monkeypatch, exit_cod
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch):
     """One that loops outside, and one that is stopped altogether, which cannot even say where it is."""
     real = trainer.train_step
 
@@ -239,13 +232,13 @@ def test_a_process_that_hangs_is_named(raw_config, tmp_path, monkeypatch, exit_c
     for stopped in (False, True):
         folder = tmp_path / str(stopped)
         folder.mkdir()
-        processes = ForkedProcesses(lambda: run_cli(lambda: train(config, tmp_path / "run")), 2, folder / "output.txt")
+        processes = RunProcesses(lambda: run_cli(lambda: train(config, tmp_path / "run")), 2, folder / "output.txt")
         assert not processes.wait(1.0)
-        while next(iter(processes.pids.values())) is None:
+        while processes.exit_codes[0] is None:
             processes.wait(0.2)
         processes.kill()
         output = (folder / "output.txt").read_text()
-        assert next(iter(processes.pids.values())) == 3, output
+        assert processes.exit_codes[0] == 3, output
         assert output.count("error: ") == 1, output
         assert "error: the processes do not come together: rank 1 (" in output
         assert ("is silent; it was last at " if stopped else ") is at step 3. Rank 0 has") in output
@@ -269,7 +262,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes, undisturbed, number, count):
+def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, undisturbed, number, count):
     """To one process only; the other learns of it. The run then ends as if it had never been stopped."""
     config = configure(raw_config, train__accum_steps=1, data__workers=1)
     whole = undisturbed(config, count)
@@ -295,7 +288,7 @@ def test_a_signal_saves_and_stops(raw_config, tmp_path, monkeypatch, exit_codes,
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_during_an_evaluation(raw_config, tmp_path, monkeypatch, exit_codes, count):
+def test_a_signal_during_an_evaluation(raw_config, tmp_path, monkeypatch, count):
     """The evaluation is given up and made up for when the run goes on."""
     config = configure(raw_config, train__accum_steps=1, train__eval_batch_size=1)
     assert set(run(lambda: train(config, tmp_path / "whole"), count, tmp_path)[0]) == {0}
@@ -330,7 +323,7 @@ def test_signals_have_their_usual_effect_afterwards(raw_config, tmp_path, monkey
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_unreadable_images_of_all_processes_are_counted(raw_config, tmp_path, exit_codes):
+def test_unreadable_images_of_all_processes_are_counted(raw_config, tmp_path):
     from PIL import Image
 
     for split, count in (("train", 12), ("val", 5)):
@@ -360,7 +353,7 @@ def test_unreadable_images_of_all_processes_are_counted(raw_config, tmp_path, ex
     assert " of 24 training images cannot be read, more than data.max_skipped = 0.05 allows: " in output
 
 
-def test_two_runs_in_one_folder_are_refused(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_two_runs_in_one_folder_are_refused(raw_config, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare._lock, "__defaults__", (0.5,))
     (tmp_path / "run").mkdir()
     lock = prepare._lock(tmp_path / "run")
@@ -371,7 +364,7 @@ def test_two_runs_in_one_folder_are_refused(raw_config, tmp_path, monkeypatch, e
     assert run(lambda: train(configure(raw_config), tmp_path / "run"), 1, tmp_path)[0] == [0]
 
 
-def test_a_stream_goes_on_where_it_was(raw_config, tmp_path, monkeypatch, exit_codes):
+def test_a_stream_goes_on_where_it_was(raw_config, tmp_path, monkeypatch):
     raw_config["data"] |= {"streaming": True, "epoch_images": 40, "shuffle_images": 8}
     config = configure(raw_config, train__accum_steps=1, checkpoint__every_steps=2)
     assert set(run(lambda: train(config, tmp_path / "whole"), 2, tmp_path)[0]) == {0}

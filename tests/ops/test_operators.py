@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from conv2former.ops import backends, operators
 from conv2former.ops.cpu import native
-from conv2former.tools.runs.killing import ForkedProcesses
+from conv2former.tools.runs.killing import RunProcesses
 
 from . import data_parallel
 
@@ -258,7 +258,7 @@ def test_checkpointing_computes_the_operators_again():
 def test_two_processes_average_the_gradients_of_every_backend(tmp_path):
     """With DistributedDataParallel and gloo; the GPU's backend in float32 and Triton's interpreter."""
     log = tmp_path / "output.txt"
-    processes = ForkedProcesses(data_parallel.main, 2, log)
+    processes = RunProcesses(data_parallel.main, 2, log)
     assert processes.wait(250), log.read_text()
     assert not processes.has_failed, log.read_text()
     differences = json.loads(log.read_text().splitlines()[-1])

@@ -31,7 +31,7 @@ from conv2former.engine.evaluate import evaluate_views
 from conv2former.errors import OutputError
 from conv2former.tools.evaluation.files import Extras, summary
 from conv2former.tools.evaluation.validate import validate, validate_files
-from conv2former.tools.runs.killing import ForkedProcesses
+from conv2former.tools.runs.killing import RunProcesses
 from conv2former.weights.preprocessing import Preprocessing, candidates
 
 from ..conftest import ROOT
@@ -217,9 +217,9 @@ def test_several_processes_have_the_same_numbers(lettered, photos, tmp_path):
             )
 
         action(f"alone{count}")
-        processes = ForkedProcesses(lambda count=count, action=action: action(f"three{count}"), 3, tmp_path / "log.txt")
+        processes = RunProcesses(lambda count=count, action=action: action(f"three{count}"), 3, tmp_path / "log.txt")
         assert processes.wait(100), (tmp_path / "log.txt").read_text()
-        assert set(processes.pids.values()) == {0}, (tmp_path / "log.txt").read_text()
+        assert set(processes.exit_codes) == {0}, (tmp_path / "log.txt").read_text()
         alone, three = (json.loads((tmp_path / f"{n}{count}" / "results.json").read_text()) for n in ("alone", "three"))
         for one, other in zip(alone, three, strict=True):
             assert (one["processes"], other["processes"], one["n"]) == (1, 3, count)
