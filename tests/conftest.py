@@ -10,6 +10,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+# The tests are the same on every machine, but for those of tests/gpu, which `make test-gpu` starts.
+ON_A_GPU = os.environ.get("CONV2FORMER_TESTS_GPU") == "1"
+if not ON_A_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported: its kernels run on the CPU
+
 _store = tempfile.TemporaryDirectory(prefix="conv2former-tests-store-")
 os.environ["CONV2FORMER_HOME"] = _store.name  # before the import: what a developer has installed changes no test
 # Compiled functions come from the store of the process that started xdist's workers.
@@ -17,13 +23,12 @@ _compiled = Path(os.environ.setdefault("CONV2FORMER_TESTS_COMPILED", os.path.joi
 if _compiled.parent != Path(_store.name):
     Path(_store.name, "compiled").symlink_to(_compiled, target_is_directory=True)
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported: its kernels run on the CPU
-
 import conv2former  # noqa: E402
 from conv2former import compiling  # noqa: E402
 from conv2former.data import pixels  # noqa: E402
 from conv2former.ops.cpu import native  # noqa: E402
+
+from .ops.interpreter import INTERPRETS, mend  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
@@ -73,6 +78,24 @@ def tiny(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("variants") / "conv2former_tiny.yaml"
     path.write_text(TINY_YAML)
     return conv2former.register_variant(path)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The backend of a GPU, `ops/cuda/branch.py`, which then computes blocks on the CPU too, in Triton's interpreter.
+
+    A convolution's strip is two columns wide, which takes the interpreter a fourth of the time of eight.
+    """
+    if not INTERPRETS:
+        pytest.skip("needs Triton, and its interpreter chosen")
+    from conv2former.ops import autograd
+    from conv2former.ops.cuda import branch, mixing
+
+    mend()
+    monkeypatch.setattr(mixing, "choose_strip", lambda width, choices: 2)
+    monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: branch)
+    monkeypatch.setattr(autograd, "prepare", lambda calls, x: branch.prepare(calls))
+    return branch
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-"""The fused operators: their formulas, what torch asks of operators, and the Triton kernels without a GPU."""
+"""The fused operators: their formulas, and what torch asks of operators. `test_cuda_kernels.py` has those of GPUs."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,81 +17,7 @@ from conv2former.ops.cpu import native
 from conv2former.tools.runs.killing import RunProcesses
 
 from . import data_parallel
-
-needs_triton = pytest.mark.skipif(not backends._has_triton(), reason=f"needs Triton {backends.MIN_TRITON}, for Linux")
-
-# The relative errors of the results in the maps' type: rounding, once or a few times. Triton's interpreter cuts
-# bfloat16 off instead.
-TOLERANCES = {"float32": 2e-6, "bfloat16": 1.2e-2, "float16": 1e-3}
-
-
-def case(name: str, shape: tuple[int, ...], kernel_size: int, dtype: str, band: bool = False) -> dict:
-    return {"name": name, "shape": list(shape), "kernel_size": kernel_size, "dtype": dtype, "band": band}
-
-
-# Odd sizes, maps smaller than the kernel, one and several strips, channels that are odd or no power of two.
-CASES = [
-    case("modulate", (2, 3, 4, 5), 1, "float32"),
-    case("modulate", (2, 6, 5, 9), 3, "float32"),
-    case("modulate", (2, 5, 3, 4), 3, "float16"),
-    case("modulate", (1, 5, 4, 7), 7, "bfloat16"),
-    case("modulate", (1, 6, 3, 15), 11, "float32"),
-    case("modulate", (2, 72, 1, 2), 11, "bfloat16"),
-    case("modulate", (1, 2, 3, 2), 13, "float16"),
-    case("modulate", (1, 2, 2, 9), 31, "float32"),
-    case("modulate", (2, 16, 2, 9), 11, "float16", band=True),
-    case("modulate", (17, 8, 1, 5), 7, "bfloat16", band=True),
-    case("modulate", (1, 8, 2, 19), 11, "bfloat16", band=True),
-    case("modulate", (2, 8, 3, 20), 7, "float16", band=True),
-    case("modulate", (1, 8, 2, 17), 13, "bfloat16", band=True),
-    case("mlp_mix", (2, 6, 5, 9), 3, "float32"),
-    case("mlp_mix", (2, 3, 1, 1), 3, "float32"),
-    case("mlp_mix", (2, 5, 6, 2), 3, "bfloat16"),
-    case("mlp_mix", (2, 12, 2, 7), 3, "float16"),
-]
-
-
-@pytest.fixture(scope="module")
-def on_triton() -> list[dict]:
-    """What the kernels make of CASES, in one process that has Triton's interpreter."""
-    command = [sys.executable, str(Path(__file__).with_name("triton_on_cpu.py")), json.dumps(CASES)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert out.returncode == 0, out.stderr[-3000:]
-    return [json.loads(line) for line in out.stdout.splitlines()]
-
-
-@pytest.mark.slow
-@needs_triton
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: " ".join(map(str, CASES[i].values())))
-def test_the_kernels_compute_the_formula_and_its_gradients(on_triton, number):
-    """In float64, to the rounding of the maps' type; gradients of weight and bias come in their own, float32."""
-    dtype, result = CASES[number]["dtype"], on_triton[number]
-    assert max(result["errors"]) < TOLERANCES[dtype], result["errors"]
-    expected = [dtype, dtype, "float32", "float32", *([dtype] if CASES[number]["name"] == "modulate" else [])]
-    assert result["types"] == expected
-    assert result["channels_last"]
-    assert result["apart"]
-
-
-@pytest.mark.slow
-@needs_triton
-def test_a_block_compiles_for_a_gpu(tmp_path):
-    """For a Hopper GPU, a block of the first stage of conv2former_t, batch 128, with registers for nearly everything.
-
-    Triton's versions differ by some bytes. `band_kernel` has more of them: its registers are capped, so that two
-    programs share a multiprocessor.
-    """
-    command = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), "90"]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    out = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
-    assert out.returncode == 0, out.stderr[-3000:]
-    reports = [json.loads(line) for line in out.stdout.splitlines()]
-    kernels = {report["kernel"].removesuffix("_kernel") for report in reports}
-    assert {"band", "depthwise_weight", "mlp", "mlp_backward", "layer_norm", "layer_norm_backward"} < kernels
-    for report in reports:
-        assert report["spilled_bytes"] <= (128 if report["kernel"] == "band_kernel" else 16), report
-        assert report["shared_bytes"] <= 113 * 1024, report  # half of what a multiprocessor has
+from .interpreter import INTERPRETS
 
 
 def maps(*shape: int, count: int = 1, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -171,52 +94,6 @@ def test_torch_accepts_the_operators(dtype, on_the_cpu):
     torch.library.opcheck(ops.mlp_mix_backward.default, (grad, a, weight, bias))
 
 
-@pytest.fixture
-def on_the_interpreter(monkeypatch):
-    """Puts the implementations that run on a GPU behind the operators, for maps on the CPU."""
-    if not backends._has_triton() or torch.cuda.is_available():
-        pytest.skip("needs Triton's interpreter, which is chosen where there is no GPU")
-    from conv2former.ops.cuda import mixing  # Triton is optional
-
-    for name in ("modulate", "modulate_backward", "mlp_mix", "mlp_mix_backward"):
-        monkeypatch.setattr(operators.cpu_operators, name, getattr(mixing, name))
-    return mixing
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parameter_dtype", [None, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 3, 1, 4), (1, 8, 3, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_torch_accepts_what_runs_on_a_gpu(on_the_interpreter, dtype, shape, parameter_dtype):
-    """Torch's own checks: results that alias arguments or each other, shapes, strides, types, autograd.
-
-    NCHW maps too, which the operators bring into channels_last memory.
-    """
-    weight, bias = parameters(shape[1], 3, parameter_dtype or dtype)
-    (a, v), ops = maps(*shape, count=2, dtype=dtype), torch.ops.conv2former
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.modulate.default, (a, weight, bias, v), test_utils=checks)
-    torch.library.opcheck(ops.mlp_mix.default, (a, weight, bias), test_utils=checks)
-    a, v, weight, bias = (x.detach() for x in (a, v, weight, bias))  # the gradients' operators have no gradient
-    for x in (a, a.contiguous()):
-        grad = torch.randn_like(x)
-        torch.library.opcheck(ops.modulate_backward.default, (grad, x, weight, bias, v), test_utils=checks)
-        torch.library.opcheck(ops.mlp_mix_backward.default, (grad, x, weight, bias), test_utils=checks)
-
-
-def test_torch_refuses_gradients_that_share_memory(on_the_interpreter, monkeypatch):
-    """Which stopped training in float32 once; the check above sees it."""
-
-    def two_views(partial, weight, bias):
-        sums = partial.sum((0, 2))
-        return sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype)
-
-    monkeypatch.setattr(on_the_interpreter, "sum_partials", two_views)
-    (a, v), (weight, bias) = maps(1, 1, 2, 2, count=2, dtype=torch.float32), parameters(1, 3, torch.float32)
-    with pytest.raises(RuntimeError, match="may not alias"):
-        operators.modulate(a, weight, bias, v).sum().backward()
-
-
 def test_the_operators_compile_as_one_graph_with_any_size(monkeypatch):
     monkeypatch.setitem(backends._devices, 0, False)
 
@@ -262,7 +139,7 @@ def test_two_processes_average_the_gradients_of_every_backend(tmp_path):
     assert processes.wait(250), log.read_text()
     assert not processes.has_failed, log.read_text()
     differences = json.loads(log.read_text().splitlines()[-1])
-    assert set(differences) == {"eager", "compiled", *(["cuda"] if data_parallel.INTERPRETS else [])}
+    assert set(differences) == {"eager", "compiled", *(["cuda"] if INTERPRETS else [])}
     assert differences.pop("cuda", 0.0) < 1e-4
     assert max(differences.values()) < 1e-10, differences
 

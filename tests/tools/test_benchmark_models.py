@@ -393,7 +393,6 @@ def test_mistakes_end_with_one_message(monkeypatch, capsys, words, message):
     assert capsys.readouterr().err.count(message) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu():
     with pytest.raises(ConfigError, match="--device cuda: torch sees no GPU"):
         Plan(parse_networks(["test_vit"]), torch.device("cuda")).check()
