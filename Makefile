@@ -7,6 +7,10 @@ READY := .venv/.ready
 PYTHON_OLDEST ?= python3.10
 OLDEST := .venv-oldest
 
+# How many processes the quickstart has: there is one for each GPU, and it has work for two.
+GPUS = $(if $(shell command -v nvidia-smi),$(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))
+PROCESSES ?= $(if $(filter 1,$(GPUS)),1,2)
+
 # What `make bench` compares; birder's network too where birder is installed: make bench PEERS=birder/conv2former_t
 PEERS ?=
 
@@ -15,15 +19,16 @@ announce = echo "Installing PyTorch, timm and the packages for training, export 
 	echo "Linux with PyTorch for CUDA, less elsewhere; minutes, most of them for the download. Only the first time."
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-oldest lint format bench growth clean
+.PHONY: help quickstart test test-fast test-oldest test-gpu lint format bench growth clean
 
 help: ## print this list
 	@echo "make TARGET, where TARGET is one of:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Each sets up what it needs in .venv first: the first time takes minutes, and about 6 GB with PyTorch for CUDA."
 
-quickstart: $(READY) ## train on real digits with two processes, then evaluate the result
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 scripts/train.py --config configs/quickstart.yaml
+quickstart: $(READY) ## train on real digits with two processes, or on one GPU, then evaluate the result
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(PROCESSES) \
+		scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
 test: $(READY) ## run the tests, minutes on two cores
@@ -34,6 +39,9 @@ test-fast: $(READY) ## run the tests that take no training and no program of the
 
 test-oldest: $(OLDEST)/.ready ## run the tests with the oldest Python and the oldest packages that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(READY) ## run the tests that need an NVIDIA GPU, minutes; the others hide it
+	CONV2FORMER_TESTS_GPU=1 $(BIN)/python -m pytest tests/gpu -rs
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 
 # The tests are the same on every machine, but for those of tests/gpu, which `make test-gpu` starts.
-ON_A_GPU = os.environ.get("CONV2FORMER_TESTS_GPU") == "1"
-if not ON_A_GPU:
+if not os.environ.get("CONV2FORMER_TESTS_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported: its kernels run on the CPU
 

@@ -36,3 +36,23 @@ def test_an_installation_says_what_it_does(tmp_path, target):
     assert "minutes" in before
     assert "pip install" in install
     assert "--quiet" not in install  # pip names the packages, one after the other
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(None, 2), (0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_quickstart_has_as_many_processes_as_gpus(tmp_path, monkeypatch, gpus, processes):
+    """And two on CPUs, where nobody asks PyTorch, which takes seconds."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    python, nvidia = tmp_path / ".venv" / "bin" / "python", tmp_path / "nvidia-smi"
+    python.write_text(f"#!/bin/sh\necho {gpus}\n" if gpus is not None else "#!/bin/sh\necho asked >&2\n")
+    python.chmod(0o755)
+    if gpus is not None:
+        nvidia.write_text("#!/bin/sh\n")
+        nvidia.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    result = subprocess.run(
+        ["make", "-f", ROOT / "Makefile", "--dry-run", "quickstart"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert f"--nproc-per-node={processes} " in result.stdout
+    assert "asked" not in result.stderr
