@@ -6,6 +6,7 @@ model = timm.create_model("conv2former_t")
 
 from . import _clock  # noqa: F401 - first: it notes the time
 from .errors import CheckpointError, ConfigError, DataError, UserError
+from .inference import capture
 from .models import (
     CheckpointInfo,
     Conv2Former,
@@ -39,6 +40,7 @@ __all__ = [
     "Preprocessing",
     "UserError",
     "Variant",
+    "capture",
     "inspect_checkpoint",
     "list_installed",
     "list_variants",

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 STABLE = {
     "_modules",
     "_parameters",
+    "_buffers",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",

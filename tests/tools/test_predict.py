@@ -30,6 +30,7 @@ from conv2former.tools.prediction.results import writing_results
 from conv2former.tools.prediction.sheet import WHOLE, Cell, contact_sheet, layout_for
 
 from ..conftest import ROOT
+from ..graphs_on_cpu import CpuRecorder, capture_with
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +101,17 @@ def test_workers_change_nothing(official_file, photos):
         [p.to_dict() for p in Predictor(official_file, [f"data.workers={n}"])(images, batch_size=2)] for n in (0, 2)
     )
     assert alone == together
+
+
+def test_whole_batches_are_captured(official_file, photos, monkeypatch):
+    """By a stand-in for CUDA graphs; the last batch, of another size, is not."""
+    images = find_images([str(photos)])
+    assert len(images) == 7
+    plain = [p.to_dict() for p in Predictor(official_file)(images * 2, batch_size=3)]
+    recorder = CpuRecorder()
+    capture_with(monkeypatch, lambda: recorder)
+    assert [p.to_dict() for p in Predictor(official_file)(images * 2, batch_size=3)] == plain
+    assert recorder.events == ["warm-up", "warm-up", "capture", "replay", "replay", "warm-up"]
 
 
 def test_preprocessing_of_the_checkpoint_and_overrides(small_file, photos):

@@ -21,6 +21,7 @@ from ...data.images import UnreadableImage, any_size, open_rgb
 from ...data.loader import workers_for
 from ...data.workers import Sent, portable_errors
 from ...errors import CheckpointError, ConfigError, DataError, closest, counted
+from ...inference import capture
 from ...models import Preprocessing, load_model
 from ...text import printable
 from ...weights.description import weights_text
@@ -234,6 +235,7 @@ class Predictor:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
         check_channels(checkpoint, self.info.in_chans)
         self.model = model.to(self.device)
+        self._answer = capture(self.model)  # whole batches come often, and the last one once
         self.settings = read_settings(self.info.preprocessing, overrides, self.info.recipe.get("data"))
         self.class_names = class_names_of(self.info.num_classes, self.info.class_names)
         numbered = [f"class {i}" for i in range(self.info.num_classes)]
@@ -294,7 +296,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _top(self, pixels: torch.Tensor, topk: int) -> list[list[Guess]]:
-        probabilities = self.model(pixels.to(self.device)).softmax(1)
+        probabilities = self._answer(pixels.to(self.device), copy=False).softmax(1)
         if not torch.isfinite(probabilities).all():
             raise CheckpointError("the network's answers are not all numbers (NaN): its weights are broken")
         values, indices = (t.tolist() for t in probabilities.topk(min(topk, probabilities.shape[1])))
