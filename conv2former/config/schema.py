@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from .._preprocessing import FIELDS, Preprocessing, as_img_size, channels_text
 from ..errors import ConfigError, counted
@@ -37,6 +37,14 @@ Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
 Mean = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=1000)]
 Std = Annotated[tuple[Above0, ...], Field(min_length=1, max_length=1000)]
 Location = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]  # no path holds a NUL
+
+
+def _as_word(value: Any) -> Any:
+    """Returns what was written for on or off, which to YAML 1.1 are other words for true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
 
 
 class Section(BaseModel):
@@ -218,6 +226,9 @@ class TrainConfig(Section):
     batchnorm: Literal["average", "sync"] = "average"
     channels_last: bool = True
     compile: bool = False  # torch.compile
+    # on a GPU, start all kernels of a forward and backward pass, or of an evaluation's batch, at once: the same results
+    # in less time. auto: where that is possible; on: an error where it is not. docs/training.md
+    cuda_graph: Switch = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # a process that lets the others wait for longer ends the run
     timeout_minutes: Annotated[float, Field(gt=0.0, le=100_000.0)] = 10.0
@@ -314,6 +325,8 @@ class Config(Section):
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
         if self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
+        if self.train.cuda_graph == "on" and self.model.grad_checkpointing:
+            found.append("train.cuda_graph: not with model.grad_checkpointing, which no graph can hold; leave one out")
         for key in ("scale", "ratio"):
             low, high = getattr(self.augment, key)
             if low > high:

@@ -43,6 +43,7 @@ _HARMLESS = (
     "train.eval_batch_size",
     "train.batch_size",
     "train.accum_steps",
+    "train.cuda_graph",
     "train.timeout_minutes",
 )
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from conv2former import ConfigError, DataError
+from conv2former._yaml import dump_yaml
 from conv2former.config import Config, check_config, differences, fit_batch, load_config, make_plan
 from conv2former.errors import counted
 
@@ -240,6 +241,19 @@ def test_conflicts_of_fine_tuning(sections, expected):
     sections["data"] = {"root": "x"} | sections.get("data", {})
     with pytest.raises(ConfigError, match=f"1 mistake:\n.*{expected}"):
         check_config(sections, "test")
+
+
+@pytest.mark.parametrize("word", ["auto", "on", "off"])
+def test_switches(tmp_path, word):
+    """YAML 1.1 takes on and off for true and false, in files and on the command line."""
+    (tmp_path / "x.yaml").write_text(f"data: {{root: x}}\ntrain: {{cuda_graph: {word}}}\n")
+    config = load_config(tmp_path / "x.yaml")
+    assert config.train.cuda_graph == word
+    assert load_config(tmp_path / "x.yaml", [f"train.cuda_graph={word}"]) == config
+    (tmp_path / "dumped.yaml").write_text(dump_yaml(config.to_dict()))
+    assert load_config(tmp_path / "dumped.yaml") == config
+    with pytest.raises(ConfigError, match=r"train\.cuda_graph: input should be 'auto', 'on' or 'off', found 1"):
+        load_config(tmp_path / "x.yaml", ["train.cuda_graph=1"])
 
 
 def test_the_imagenet_recipe_is_the_authors():

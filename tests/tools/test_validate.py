@@ -158,7 +158,7 @@ def test_both_preprocessings_in_one_pass(official_file, photos, monkeypatch):
         name: by_hand(load_model(official_file)[0], samples_of(photos / "val", LETTERS), view)
         for name, view in candidates(64).items()
     }
-    words = ["data.img_size=64", "data.workers=0", "train.eval_batch_size=8"]
+    words = ["data.img_size=64", "data.workers=0", "train.eval_batch_size=8", "train.cuda_graph=off"]
     monkeypatch.setattr(Image, "open", count)
     rows = validate_files([official_file], None, words, data=photos, preprocessing="both")
     assert sorted(Path(file).name for file in opened) == sorted(p.name for p, _ in samples_of(photos / "val", LETTERS))
@@ -519,7 +519,7 @@ def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch,
     name = inspect_checkpoint(lettered).name or "unnamed variant"  # another test may have registered its shape
     monkeypatch.setattr(
         "conv2former.tools.evaluation.validate.evaluate_views",
-        lambda *args: heads.append(capsys.readouterr().out) or evaluate_views(*args),
+        lambda *args, **kwargs: heads.append(capsys.readouterr().out) or evaluate_views(*args, **kwargs),
     )
     script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")
     assert heads == [

@@ -35,7 +35,7 @@ PREPROCESSINGS = ("checkpoint", "imagenet", "inception", "both")
 
 # of a checkpoint's own data section, what holds for other data too
 _OF_ANY_DATA = {*FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
-_OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "timeout_minutes"}
+_OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "cuda_graph", "timeout_minutes"}
 # of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
 _NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
 

@@ -146,7 +146,9 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
     scores = [_score(task, options.extras, world.device) for _ in task.views]
     start = time.perf_counter()
     loaded = shown(batches(loader), len(task.source), task.path.name, world.size)  # of a stream 0
-    results = evaluate_views(model.to(world.device), loaded, world, autocast, scores, train.channels_last)
+    model.to(world.device)
+    uses_graph = train.cuda_graph != "off"
+    results = evaluate_views(model, loaded, world, autocast, scores, train.channels_last, cuda_graph=uses_graph)
     seconds = max(world.gather(time.perf_counter() - start))
     assert results is not None
     n = int(results[0].metrics["n"])
