@@ -27,6 +27,7 @@ __all__ = [
     "STABLE",
     "DispatchMode",
     "Name",
+    "add_all",
     "allow_recompiling",
     "convolution_pointwise",
     "convolution_pointwise_",
@@ -167,6 +168,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------- torch: many tensors by few kernels on a GPU
 
 COPY_ALL = Name("torch:_foreach_copy_", "weights are converted one by one, which launches more kernels on a GPU")
+ADD_ALL = Name("torch:_foreach_add_", "gradients of accumulation steps are added up one by one")
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -176,6 +178,15 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def add_all(totals: list[Tensor], more: list[Tensor]) -> None:
+    """Adds to each tensor, in place, the one at its place in the other list, with one kernel for many on a GPU."""
+    if ADD_ALL.value is not None:
+        ADD_ALL.value(totals, more)
+        return
+    for total, tensor in zip(totals, more, strict=True):
+        total.add_(tensor)
 
 
 # ------------------------------------------------------------------------------------ torch: training and measuring

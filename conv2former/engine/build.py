@@ -14,11 +14,13 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from .. import graphs
 from .._yaml import cut
 from ..config import Config, Plan
 from ..data import train_transforms
 from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes
 from ..models import Conv2Former
+from .cuda_graph import StepGraphs, plan_graphs
 from .distributed import World, wrap
 from .loss import build_criterion, build_mixup
 from .network import SMALLER, find_variant_of, freeze
@@ -40,6 +42,8 @@ class Run:
         ema: the average, or None.
         mixup: mixes a batch of images and labels, or None.
         criterion: (N, classes) logits and targets, as the batch has them, to a mean loss.
+        graphs: computes microbatches through CUDA graphs; None where there are none.
+        about_graphs: a line on whether there are; '' where nobody asks.
     """
 
     config: Config
@@ -55,6 +59,13 @@ class Run:
     mixup: Mixup | None
     criterion: nn.Module
     autocast: Autocast
+    graphs: StepGraphs | None
+    about_graphs: str
+
+    def release(self) -> None:
+        """Gives up the graphs, which must be before the process group ends."""
+        if self.graphs:
+            self.graphs.reset()
 
 
 def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
@@ -91,7 +102,11 @@ def build_run(
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = build_optimizer(config, plan, model)
     forward: nn.Module = cast(nn.Module, torch.compile(model)) if config.train.compile else model
-    forward = wrap(forward, world)
+    step_graphs, about_graphs = plan_graphs(config, world, model)
+    if step_graphs and world.size > 1:  # the wrapper keeps nodes of autograd, which belong to a stream
+        forward = step_graphs.recorder.warm_up(partial(wrap, forward, world))
+    else:
+        forward = wrap(forward, world)
     return Run(
         config=config,
         plan=plan,
@@ -106,6 +121,8 @@ def build_run(
         mixup=build_mixup(config, model.num_classes),
         criterion=build_criterion(config, model.num_classes, class_counts).to(world.device),
         autocast=autocast,
+        graphs=step_graphs,
+        about_graphs=about_graphs,
     )
 
 
@@ -123,6 +140,8 @@ def check_names(config: Config, device: torch.device) -> None:
             mistakes.append(e)
     if config.train.batchnorm == "sync" and device.type != "cuda":
         mistakes.append("train.batchnorm: sync needs GPUs; use average on CPUs")
+    if config.train.cuda_graph == "on" and not graphs.can_capture(device):
+        mistakes.append("train.cuda_graph: on needs an NVIDIA GPU, and torch sees none here; leave it at auto")
     if len(mistakes) == 1:
         raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)

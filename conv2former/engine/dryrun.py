@@ -59,9 +59,12 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
         run = build_run(config, plan, world, model)
         start = time.perf_counter()
         check = FiniteCheck.of(run)
-        result = train_step(run, [Batch(images, labels, [])] * config.train.accum_steps, 0, check)
-        loss = float(result.loss)  # waits for the device
-        check.read()
+        try:
+            result = train_step(run, [Batch(images, labels, [])] * config.train.accum_steps, 0, check)
+            loss = float(result.loss)  # waits for the device
+            check.read()
+        finally:
+            run.release()
         seconds = time.perf_counter() - start
     parameters = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -72,6 +75,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
     return [
         *about_images,
         *lines,
+        *filter(None, [run.about_graphs]),
         f"{parameters:,} parameters, {f'{trained:,} of them trained, ' if trained < parameters else ''}"
         f"{num_classes} {'class' if num_classes == 1 else 'classes'}",
         f"one step on {counted(batch_size, 'random image')}: loss {loss:.4f}, gradient norm "

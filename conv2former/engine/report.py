@@ -110,5 +110,6 @@ def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) ->
         "last_checkpoint": str(job.output / "checkpoints" / "last.pt"),
         "last_top1": state.metric,
         "kernels": kernels,
+        "cuda_graphs": len(state.run.graphs.shapes) if state.run.graphs else 0,
         "tensorboard": str(job.output / "tensorboard") if job.config.log.tensorboard else None,
     }

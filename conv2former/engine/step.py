@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -147,13 +148,12 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
         waits = isinstance(run.forward, DistributedDataParallel) and not is_last
         with run.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
             images, targets = mix(run, batch, step, i)
-            with run.autocast():
-                logits = run.forward(images)
-            loss = run.criterion(logits.float(), targets)
-            if is_last:
-                run.world.at(f"the backward pass of step {step}")
-            run.scaler.scale(loss / len(batches)).backward()
-        loss_sum += loss.detach() / len(batches)
+            compute = partial(_microbatch, run, len(batches), f"the backward pass of step {step}" if is_last else "")
+            if run.graphs:
+                loss = run.graphs(compute, images, targets, len(batches))
+            else:
+                loss = compute(images, targets)
+        loss_sum += loss / len(batches)
     run.scaler.unscale_(run.optimizer)
     if run.config.optim.clip_grad:
         grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.clip_grad)
@@ -170,6 +170,24 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     if run.ema and not (scaled and is_left_out):  # in fp16 with an average the program waits for a GPU here
         run.ema.update(run.model, step + 1)
     return result
+
+
+def _microbatch(run: Run, count: int, place: str, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Computes the loss of an accumulation step, scalar, adds its gradients to those that there are, and returns it.
+
+    Args:
+        run: what to train.
+        count: accumulation steps.
+        place: what the other processes are told before the backward pass; '' for nothing.
+        images, targets: as `mix` returns them.
+    """
+    with run.autocast():
+        logits = run.forward(images)
+    loss = run.criterion(logits.float(), targets)
+    if place:
+        run.world.at(place)
+    run.scaler.scale(loss / count).backward()
+    return loss.detach()
 
 
 def mix(run: Run, batch: Batch, step: int, accum_step: int) -> tuple[torch.Tensor, torch.Tensor]:

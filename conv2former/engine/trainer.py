@@ -112,6 +112,8 @@ class Trainer:
             self._misses_evaluation(),
             () if has_top5(len(job.class_names)) else ("top5", "ema_top5"),
         )
+        if self.run.graphs:
+            self.run.graphs.say = self.log.say
         self.curves = Curves(self.state, self.log)
         self.sampler, self.loader = self._build_train_loader()
         self.val_loader = self._build_val_loader()
@@ -145,7 +147,8 @@ class Trainer:
         for loader in (self.loader, self.val_loader):
             start_workers(loader)
         if self.world.is_main:
-            self.log.say(*describe_job(self.job, self.world.size, self.kernels, self.state.kernels))
+            lines = describe_job(self.job, self.world.size, self.kernels, self.state.kernels)
+            self.log.say(*lines, *filter(None, [self.run.about_graphs]))
         try:
             if self._misses_evaluation():
                 self._evaluate_and_save()
@@ -157,6 +160,7 @@ class Trainer:
             return finish(self.state, self.curves, self.log, self.loader.num_workers, self.kernels)
         finally:
             self.log.close()
+            self.run.release()
 
     def train_epoch(self, epoch: int) -> None:
         """Does the steps of an epoch that are still to be done."""
@@ -268,6 +272,8 @@ class Trainer:
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation:
         self.world.at("an evaluation")
+        if self.run.graphs:
+            self.run.graphs.make_room()
         total = len(self.job.val_source)  # 0 of a stream
         result = evaluate(
             model,
@@ -276,6 +282,7 @@ class Trainer:
             self.run.autocast,
             self.config.train.channels_last,
             lambda: self.signal.name is not None,
+            self.config.train.cuda_graph != "off",
         )
         if result is None:  # saved without a metric: the evaluation is made up for when the run goes on
             self._save_and_stop()
