@@ -219,8 +219,6 @@ def plan_graphs(config: Config, world: World, model: nn.Module) -> tuple[StepGra
     reason = _obstacle(config, world, model)
     if reason and mode == "on":
         raise ConfigError(f"train.cuda_graph: on, but {reason}; set it to auto or off")
-    if not reason and mode == "auto" and world.size > 1:
-        reason = "with several processes only where train.cuda_graph is on, since nobody has measured it"
     if reason:
         return None, f"CUDA graphs: not used: {reason}"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
