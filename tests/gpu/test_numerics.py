@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -177,7 +179,7 @@ def test_networks(case):
 @needs_gpu
 @pytest.mark.parametrize("name", ["conv2former_n", "conv2former_t"])
 @pytest.mark.parametrize("batch", [1, 32])
-def test_a_captured_network_gives_the_same_bits(name, batch):
+def test_a_captured_network_gives_the_same_bits(name, batch, caplog):
     model = network(name, True).eval()
     serve = conv2former.capture(model, torch.zeros(batch, 3, *USUAL, device=DEVICE), dtype=torch.bfloat16)
     for seed in range(3):
@@ -186,3 +188,26 @@ def test_a_captured_network_gives_the_same_bits(name, batch):
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             expected = model(images)
         assert torch.equal(serve(images), expected)
+    assert not caplog.records, "a capture that fails is a warning"
+
+
+@needs_gpu
+def test_what_cannot_be_captured_is_computed_plainly():
+    """In a process of its own, which captures nothing after it."""
+    program = """
+import torch, timm, conv2former
+model = timm.create_model("conv2former_n", num_classes=10).cuda().eval()
+waits = model.forward_head
+model.forward_head = lambda x: waits(x) * float(x.abs().max() > 0)  # which no graph can
+images = torch.randn(2, 3, 64, 64, device="cuda")
+serve = conv2former.capture(model, images)
+torch.manual_seed(3)
+drawn = torch.rand(5, device="cuda")
+torch.manual_seed(3)
+assert torch.equal(torch.rand(5, device="cuda"), drawn)
+with torch.inference_mode():
+    assert torch.equal(serve(images), model(images))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert "no CUDA graph: " in ended.stderr
