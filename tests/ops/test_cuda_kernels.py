@@ -148,9 +148,9 @@ def test_torch_accepts_what_runs_on_a_gpu(operators_of_a_gpu, dtype, parameter_d
 def test_torch_refuses_gradients_that_share_memory(operators_of_a_gpu, monkeypatch):
     """Which stopped training in float32 once; the check above sees it."""
 
-    def two_views(partial, weight, bias):
-        sums = partial.sum((0, 2))
-        return sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype)
+    def two_views(partials):
+        weight, bias, sums = partials.weight, partials.bias, partials.sums.sum((0, 2))
+        return [sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype)], []
 
     monkeypatch.setattr(mixing, "sum_partials", two_views)
     with pytest.raises(RuntimeError, match="may not alias"):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ... import _private
 from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec, ProductWeights, SpatialMixing
-from ..tensors import add_pixel_product, as_type, matmul, matrix, nchw, nhwc, rows
+from ..tensors import add_pixel_product, as_type, matmul, nchw, nhwc, rows
 from . import mixing
-from .rows import branch_grad, layer_norm, layer_norm_backward, out_grads, residual_sum
+from .rows import Partials, branch_grad, layer_norm, layer_norm_backward, out_grads, residual_sum, sum_partials
 
 __all__ = ["backward", "forward", "prepare"]
 
@@ -122,66 +122,76 @@ def backward(
     mean, rstd, in_weight, pre_acts, *maps = [t.contiguous() for t in saved]
     h = torch.empty_like(xs, dtype=spec.dtype) if spec.recompute else maps.pop()
 
-    dy, scaled, partial = _through_sum(spec, params, mask, dout)
-    dmixed = matmul(scaled, _scaled_out_weight(spec, params))
-    dpre_acts, *conv_grads = _mix_backward(spec, params, dmixed, pre_acts)
+    dy, scaled, weight, partial = _through_sum(spec, params, mask, dout)
+    dmixed = matmul(scaled, weight)
+    dpre_acts, conv_partials = _mix_backward(spec, params, dmixed, pre_acts)
     dh = matmul(dpre_acts, in_weight)
     norm = (params.norm_weight, params.norm_bias)
-    dx, *norm_grads = layer_norm_backward(dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None)
+    # For biases' gradients: the MLP's kernels have summed their result over the pixels, the modulation's have not.
+    unsummed = dpre_acts if learns and spec.mixing is SpatialMixing.MODULATION else None
+    dx, norm_partials = layer_norm_backward(dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None, unsummed)
     if not learns:
         return nchw(dx), None
     mixed = maps[0] if _saves_mixed(spec) else _mix(spec, params, pre_acts)
     out = out_grads(_pixel_product(dy, mixed), params.out_weight, params.out_bias, params.gamma, partial)
-    return nchw(dx), (*norm_grads, *conv_grads, *out, *_in_grads(params, dpre_acts, h))
+    conv_grads, norm_grads = sum_partials(conv_partials, norm_partials)
+    (in_sums,) = conv_grads[2:] + norm_grads[2:]
+    ins = _in_grads(params, _pixel_product(dpre_acts, h), in_sums.flatten())
+    return nchw(dx), (*norm_grads[:2], *conv_grads[:2], *out, *ins)
 
 
 def _through_sum(
     spec: BranchSpec, params: BranchParams, mask: Tensor | None, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Goes back through the residual sum.
 
     Returns:
-        Of the branch's result before its layer scale, divided by that, the gradient (N, H, W, C) in `spec.dtype`; what
-        `_scaled_out_weight` is multiplied with; and the former's sums over pixels in parts (parts, C).
+        Of the branch's result before its layer scale, divided by that, the gradient (N, H, W, C) in `spec.dtype`; two
+        factors, (N, H, W, C) and (C, D), whose product is the gradient of what the last 1x1 convolution takes; and the
+        first's sums over pixels in parts (parts, C).
     """
+    weight = params.out_weight.flatten(1).contiguous()
+    # The layer scale is multiplied into the smaller factor, unless the range of its type ends too early.
     scales = params.gamma is not None and spec.dtype == torch.float16
+    scaled_weight = None
+    if params.gamma is not None and not scales:
+        scaled_weight = torch.empty_like(weight, dtype=spec.dtype)
     dy = dout
     if mask is not None or dout.dtype != spec.dtype:
         dy = torch.empty_like(dout, dtype=spec.dtype)
     scaled = torch.empty_like(dy) if scales else dy
-    partial = branch_grad(dout, params.gamma, mask, None if dy is dout else dy, scaled if scales else None)
-    return dy, scaled, partial
+    partial = branch_grad(
+        dout, params.gamma, mask, weight, None if dy is dout else dy, scaled if scales else None, scaled_weight
+    )
+    return dy, scaled, as_type(weight, spec.dtype) if scaled_weight is None else scaled_weight, partial
 
 
-def _scaled_out_weight(spec: BranchSpec, params: BranchParams) -> Tensor:
-    """Returns the last 1x1 convolution's weight (C, D), with the layer scale in it unless its range ends too early."""
-    if params.gamma is None or spec.dtype == torch.float16:
-        return matrix(params.out_weight, spec.dtype)
-    weight = params.out_weight.flatten(1)
-    return torch.mul(weight, params.gamma[:, None], out=torch.empty_like(weight, dtype=spec.dtype))
+def _mix_backward(spec: BranchSpec, params: BranchParams, dmixed: Tensor, pre_acts: Tensor) -> tuple[Tensor, Partials]:
+    """Returns the gradients of `_mix`: of `pre_acts`, and of the depthwise convolution's weight and bias.
 
-
-def _mix_backward(
-    spec: BranchSpec, params: BranchParams, dmixed: Tensor, pre_acts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of `_mix`: of `pre_acts`, and of the depthwise convolution's weight and bias."""
+    With these come the sums of the first over all pixels where they cost nothing.
+    """
     conv = (params.conv_weight, params.conv_bias)
     if spec.mixing is SpatialMixing.MODULATION:
         a, v = _halves(pre_acts)
         dpre_acts = pre_acts.new_empty(pre_acts.shape)
-        _, dweight, dbias, _ = mixing.modulate_backward(nchw(dmixed), a, *conv, v, outs=_halves(dpre_acts))
-        return dpre_acts, dweight, dbias
-    df, dweight, dbias = mixing.mlp_mix_backward(nchw(dmixed), nchw(pre_acts), *conv)
-    return nhwc(df), dweight, dbias
+        return dpre_acts, mixing.modulate_grads(nchw(dmixed), a, *conv, v, *_halves(dpre_acts))
+    df, partials = mixing.mlp_mix_grads(nchw(dmixed), nchw(pre_acts), *conv)
+    return nhwc(df), partials
 
 
-def _in_grads(params: BranchParams, dpre_acts: Tensor, h: Tensor) -> list[Tensor]:
-    """Returns the gradients of the first 1x1 convolutions: their weights, then their biases."""
+def _in_grads(params: BranchParams, weights: Tensor, biases: Tensor) -> list[Tensor]:
+    """Returns the gradients of the first 1x1 convolutions, weights and then biases, from all weights' and all biases'.
+
+    Args:
+        params: of the branch.
+        weights: (all D, C) float32 or wider.
+        biases: (all D,) float32.
+    """
     weight, bias = params.in_weights[0], params.in_biases[0]
     sizes = [len(bias) for bias in params.in_biases]
-    weights = as_type(_pixel_product(dpre_acts, h), weight.dtype).split(sizes)
-    biases = rows(dpre_acts).sum(0, dtype=torch.float32)
-    return [*(w.view(weight.shape) for w in weights), *as_type(biases, bias.dtype).split(sizes)]
+    parts = as_type(weights, weight.dtype).split(sizes)
+    return [*(part.view(weight.shape) for part in parts), *as_type(biases, bias.dtype).split(sizes)]
 
 
 def _pixel_product(a: Tensor, b: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from .modulation_kernels import (
     gelu_product_kernel,
     pack_taps_kernel,
 )
-from .rows import sum_partials
+from .rows import Partials, sum_partials
 
-__all__ = ["mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward"]
+__all__ = ["mlp_mix", "mlp_mix_backward", "mlp_mix_grads", "modulate", "modulate_backward", "modulate_grads"]
 
 BAND_CHANNELS = 8  # 16 bytes of each pixel; one channel for each warp
 MIN_BAND_PROGRAMS = 128  # about one for each multiprocessor
@@ -127,7 +127,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Te
     )  # fmt: skip
 
 
-def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) -> Partials:
     """Returns the gradients of weight and bias of a depthwise convolution of x; maps in channels_last memory."""
     n, c, h, w = x.shape
     k = weight.shape[-1]
@@ -142,7 +142,7 @@ def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) 
         n, h, w, strips, chunks, chunk_rows, C=c, K=k, S=strip, D=rows, GROUPS=groups, LANES=lanes,
         warps=max(4, groups),
     )  # fmt: skip
-    return sum_partials(partial, weight, bias)
+    return Partials(partial, weight, bias)
 
 
 def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Tensor, band: Band) -> None:
@@ -183,15 +183,24 @@ def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
 
 
 def modulate_backward(
-    dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor, outs: tuple[Tensor, Tensor] | None = None
+    dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `operators.modulate_backward`. The convolution is computed again: keeping it would cost a map.
+    """See `operators.modulate_backward`."""
+    da, dv = new_map(a), new_map(v)
+    (dweight, dbias), _ = sum_partials(modulate_grads(dm, a, weight, bias, v, da, dv))
+    return da, dweight, dbias, dv
+
+
+def modulate_grads(dm: Tensor, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor, da: Tensor, dv: Tensor) -> Partials:
+    """Computes the gradients of `modulate`. The convolution is computed again: keeping it would cost a map.
 
     Args:
-        dm, a, weight, bias, v: as there; a and v may be halves of a wider map.
-        outs: for the gradients of a and v, which may be halves of a wider map; None for new maps.
+        dm, a, weight, bias, v: as in `operators.modulate_backward`; a and v may be halves of a wider map.
+        da, dv: for the gradients of a and v; they may be halves of a wider map.
+
+    Returns:
+        Those of weight and bias.
     """
-    da, dv = outs or (new_map(a), new_map(v))
     gelu_a, dc = gelu_and_product(a, dm, v)
     band = choose_band(a.shape, a.dtype, weight.shape[-1])
     if band:
@@ -199,7 +208,7 @@ def modulate_backward(
     else:
         depthwise(dc, weight, None, a, da)
     context(a, weight, bias, dm, dv, gelu_a)
-    return da, *depthwise_weight(gelu_a, dc, weight, bias), dv
+    return depthwise_weight(gelu_a, dc, weight, bias)
 
 
 def gelu_and_product(a: Tensor, grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,16 +260,23 @@ def mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `operators.mlp_mix_backward`."""
+    df, partials = mlp_mix_grads(ds, f, weight, bias)
+    (dweight, dbias, _), _ = sum_partials(partials)
+    return df, dweight, dbias
+
+
+def mlp_mix_grads(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Partials]:
+    """Returns the gradients of `mlp_mix`: of f, and of weight and bias, with the sums of the first in the last row."""
     n, c, h, w = f.shape
     strip, strips, row_blocks, block_rows, block, programs = choose_mlp_blocking(f.shape)
     ds, f, weight = _dense(ds), _dense(f), weight.contiguous()
     dz, df = new_map(f), new_map(f)
-    partial = torch.empty((n * strips * row_blocks, 10, 1, c), dtype=torch.float32, device=f.device)
+    partial = torch.empty((n * strips * row_blocks, 11, 1, c), dtype=torch.float32, device=f.device)
     sizes = (n, h, w, strips, row_blocks, block_rows)
     blocking = {"C": c, "S": strip, "BLOCK": block}
     launch(mlp_backward_kernel, programs, f, ds, weight, bias.contiguous(), dz, partial, *sizes, **blocking)
-    launch(mlp_input_grad_kernel, programs, dz, ds, f, weight, df, *sizes, **blocking)
-    return df, *sum_partials(partial, weight, bias)
+    launch(mlp_input_grad_kernel, programs, dz, ds, f, weight, df, partial, *sizes, **blocking)
+    return df, Partials(partial, weight, bias)
 
 
 def _dense(x: Tensor) -> Tensor:

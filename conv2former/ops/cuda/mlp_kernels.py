@@ -87,7 +87,7 @@ def mlp_backward_kernel(
 ):  # fmt: skip
     """The gradient of what the 3 x 3 convolution in `mlp_kernel` puts out, and the sums that give its weight's.
 
-    Writes (10, C) sums for each strip of each row block, the bias's last.
+    Writes (10, C) sums for each strip of each row block, the bias's last, and leaves room for another (C,).
     """
     mask, part, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
     first = (tl.program_id(0) % row_blocks) * block_rows
@@ -121,25 +121,27 @@ def mlp_backward_kernel(
         above = here
         here = below
     for tap in tl.static_range(10):
-        tl.store(partial_ptr + (part * 10 + tap) * C + channel, sums[tap], mask=mask)
+        tl.store(partial_ptr + (part * 11 + tap) * C + channel, sums[tap], mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mlp_input_grad_kernel(
-    grad_ptr, out_grad_ptr, f_ptr, weight_ptr, f_grad_ptr, N, H, W, strips, row_blocks, block_rows,
+    grad_ptr, out_grad_ptr, f_ptr, weight_ptr, f_grad_ptr, partial_ptr, N, H, W, strips, row_blocks, block_rows,
     C: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of f in `mlp_kernel`: (out_grad + convolution of grad with the flipped weight) * gelu'(f).
 
-    `grad` is what `mlp_backward_kernel` puts out; three rows of it are in registers, one of them new at each step.
+    `grad` is what `mlp_backward_kernel` puts out; three rows of it are in registers, one of them new at each step. The
+    sums over the result's pixels go where that kernel has left room.
     """
-    mask, _, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
+    mask, part, channel, column, start = find_block(N, H, W, strips, row_blocks, C, S, BLOCK)
     first = (tl.program_id(0) % row_blocks) * block_rows
     row_size = W.to(tl.int64) * C
     taps = load_taps(weight_ptr, channel)
     grad_ptr += start
     above = load_columns(grad_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), -1, S + 2, C)
     here = load_columns(grad_ptr + first * row_size, mask, column, width_of(first, H, W), -1, S + 2, C)
+    sums = tl.zeros((BLOCK,), tl.float32)
     for i in range(first, tl.minimum(first + block_rows, H)):
         below = load_columns(grad_ptr + (i + 1) * row_size, mask, column, width_of(i + 1, H, W), -1, S + 2, C)
         out_grads = load_columns(out_grad_ptr + start + i * row_size, mask, column, W, 0, S, C)
@@ -150,7 +152,10 @@ def mlp_input_grad_kernel(
                 total += above[s + dx] * taps[8 - dx]
                 total += here[s + dx] * taps[5 - dx]
                 total += below[s + dx] * taps[2 - dx]
-            at = start + i * row_size + s * C
-            tl.store(f_grad_ptr + at, total * gelu_slope(f[s]), mask=mask & (column + s < W))
+            f_grad = total * gelu_slope(f[s])
+            exists = mask & (column + s < W)
+            sums += tl.where(exists, f_grad, 0.0)
+            tl.store(f_grad_ptr + start + i * row_size + s * C, f_grad, mask=exists)
         above = here
         here = below
+    tl.store(partial_ptr + (part * 11 + 10) * C + channel, sums, mask=mask)

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # A map of another size and another batch run the kernels that are compiled; other channels and types compile new ones.
-SIZES = ["pixels", "image_pixels", "chunk", "parts", "strips"]
+SIZES = ["pixels", "image_pixels", "chunk", "parts", "strips", "programs", "other_parts"]
 
 
 @triton.jit
@@ -60,13 +60,15 @@ def layer_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def layer_norm_backward_kernel(
-    grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, x_grad_ptr, h_ptr, partial_ptr,
-    pixels, chunk, WRITES_H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, other_ptr, x_grad_ptr, h_ptr, partial_ptr,
+    pixels, chunk,
+    HAS_RESIDUAL: tl.constexpr, WRITES_H: tl.constexpr, RESTS: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a layer norm's input plus `residual`, for `chunk` pixels, and the norm's result again.
 
-    The latter is written where WRITES_H: x is at hand here. Partial sums are (2, C) for each program: the weight's
-    gradient and the bias's.
+    The latter is written where WRITES_H: x is at hand here. Partial sums are (2 + RESTS, C) for each program: the
+    weight's gradient, the bias's, and the sums of another map, of RESTS C channels, whose pixels are visited as well.
     """
     first = tl.program_id(0) * chunk
     limit = tl.minimum(first + chunk, pixels)
@@ -76,7 +78,6 @@ def layer_norm_backward_kernel(
         pixel, channel, at, mask = find_rows(start, limit, ROWS, C, BLOCK)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + pixel, mask=pixel < limit, other=0.0)
         rstd = tl.load(rstd_ptr + pixel, mask=pixel < limit, other=0.0)
         weight = load_channels(weight_ptr, channel, C)
@@ -86,14 +87,23 @@ def layer_norm_backward_kernel(
         scaled = grad * weight
         mean_scaled = tl.sum(scaled, axis=1, keep_dims=True) / C
         mean_product = tl.sum(scaled * normed, axis=1, keep_dims=True) / C
-        x_grad = (scaled - mean_scaled - normed * mean_product) * rstd + residual
+        x_grad = (scaled - mean_scaled - normed * mean_product) * rstd
+        if HAS_RESIDUAL:
+            x_grad += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(x_grad_ptr + at, x_grad, mask=mask)
         if WRITES_H:
             tl.store(h_ptr + at, normed * weight + load_channels(bias_ptr, channel, C), mask=mask)
     channel = tl.arange(0, BLOCK)
-    partial_ptr += tl.program_id(0) * (2 * C) + channel
+    partial_ptr += tl.program_id(0) * ((2 + RESTS) * C) + channel
     tl.store(partial_ptr, tl.sum(weight_sums, axis=0), mask=channel < C)
     tl.store(partial_ptr + C, tl.sum(bias_sums, axis=0), mask=channel < C)
+    for rest in tl.static_range(RESTS):
+        sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(first, limit, ROWS):
+            pixel, column, _, mask = find_rows(start, limit, ROWS, C, BLOCK)
+            at = pixel.to(tl.int64) * (RESTS * C) + rest * C + column
+            sums += tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partial_ptr + (2 + rest) * C, tl.sum(sums, axis=0), mask=channel < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -114,13 +124,15 @@ def residual_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def branch_grad_kernel(
-    grad_ptr, gamma_ptr, mask_ptr, branch_grad_ptr, scaled_ptr, partial_ptr, pixels, image_pixels, chunk,
-    HAS_MASK: tl.constexpr, WRITES: tl.constexpr, SCALES: tl.constexpr,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    grad_ptr, gamma_ptr, mask_ptr, weight_ptr, branch_grad_ptr, scaled_ptr, scaled_weight_ptr, partial_ptr,
+    pixels, image_pixels, chunk,
+    HAS_MASK: tl.constexpr, WRITES: tl.constexpr, SCALES: tl.constexpr, SCALES_WEIGHT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``grad * mask`` for `chunk` pixels, if it WRITES that, its product with gamma if it SCALES, and the sums of it.
 
-    Partial sums are (C,) for each program.
+    Partial sums are (C,) for each program. Where SCALES_WEIGHT, the programs also multiply a weight (C, D) by gamma
+    between them, which would be a kernel of its own otherwise.
     """
     first = tl.program_id(0) * chunk
     limit = tl.minimum(first + chunk, pixels)
@@ -135,6 +147,12 @@ def branch_grad_kernel(
             tl.store(branch_grad_ptr + at, grad, mask=mask)
         if SCALES:
             tl.store(scaled_ptr + at, grad * load_channels(gamma_ptr, channel, C), mask=mask)
+    if SCALES_WEIGHT:
+        for start in range(tl.program_id(0) * 1024, C * D, tl.num_programs(0) * 1024):
+            at = start + tl.arange(0, 1024)
+            gamma = tl.load(gamma_ptr + at // D, mask=at < C * D, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + at, mask=at < C * D, other=0.0).to(tl.float32)
+            tl.store(scaled_weight_ptr + at, weight * gamma, mask=at < C * D)
     channel = tl.arange(0, BLOCK)
     tl.store(partial_ptr + tl.program_id(0) * C + channel, tl.sum(sums, axis=0), mask=channel < C)
 
@@ -171,25 +189,48 @@ def out_grads_kernel(
         tl.store(gamma_grad_ptr + c, gamma_grad)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def sum_partials_kernel(
-    partial_ptr, weight_grad_ptr, bias_grad_ptr, parts, strips,
-    C: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit
+def sum_partials(
+    program, partial_ptr, weight_grad_ptr, bias_grad_ptr, rest_ptr, parts, strips,
+    C: tl.constexpr, TAPS: tl.constexpr, RESTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds partial sums (parts, TAPS + 1, strips, C) to the gradients of a weight (C, TAPS) and of a bias (C,).
+    """Adds partial sums (parts, TAPS + 1 + RESTS, strips, C) to gradients (C, TAPS) and (C,), and the rest (RESTS, C).
 
     A program has BLOCK results and adds PARTS numbers of each at a time.
     """
-    result = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    result = program * BLOCK + tl.arange(0, BLOCK)
     tap = result // C
     channel = result % C
-    exists = result < (TAPS + 1) * C
+    exists = result < (TAPS + 1 + RESTS) * C
     sums = tl.zeros((PARTS, BLOCK), tl.float32)
     for first in range(0, parts * strips, PARTS):
         part = (first + tl.arange(0, PARTS))[:, None]
-        at = (part // strips).to(tl.int64) * ((TAPS + 1) * strips * C) + part % strips * C
+        at = (part // strips).to(tl.int64) * ((TAPS + 1 + RESTS) * strips * C) + part % strips * C
         at += (tap * (strips * C) + channel)[None, :]
         sums += tl.load(partial_ptr + at, mask=(part < parts * strips) & exists[None, :], other=0.0)
     total = tl.sum(sums, axis=0)
     tl.store(weight_grad_ptr + channel * TAPS + tap, total, mask=exists & (tap < TAPS))
     tl.store(bias_grad_ptr + channel, total, mask=exists & (tap == TAPS))
+    if RESTS:
+        tl.store(rest_ptr + (result - (TAPS + 1) * C), total, mask=exists & (tap > TAPS))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sum_partials_kernel(
+    partial_ptr, weight_grad_ptr, bias_grad_ptr, rest_ptr, parts, strips, programs,
+    other_partial_ptr, other_weight_grad_ptr, other_bias_grad_ptr, other_rest_ptr, other_parts,
+    C: tl.constexpr, TAPS: tl.constexpr, RESTS: tl.constexpr, OTHER_C: tl.constexpr, OTHER_RESTS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Runs `sum_partials` in the first `programs` programs, and in the others for others, with a tap and a strip."""
+    program = tl.program_id(0)
+    if program < programs:
+        sum_partials(
+            program, partial_ptr, weight_grad_ptr, bias_grad_ptr, rest_ptr, parts, strips,
+            C, TAPS, RESTS, BLOCK, PARTS,
+        )  # fmt: skip
+    else:
+        sum_partials(
+            program - programs, other_partial_ptr, other_weight_grad_ptr, other_bias_grad_ptr, other_rest_ptr,
+            other_parts, 1, OTHER_C, 1, OTHER_RESTS, BLOCK, PARTS,
+        )  # fmt: skip

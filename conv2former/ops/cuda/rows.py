@@ -5,6 +5,8 @@ As in `mixing.py` the cuts are functions of the shapes alone, so that two runs o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +14,15 @@ from torch import Tensor
 from . import row_kernels as kernels
 from .launch import PROGRAMS, launch
 
-__all__ = ["branch_grad", "layer_norm", "layer_norm_backward", "out_grads", "residual_sum", "sum_partials"]
+__all__ = [
+    "Partials",
+    "branch_grad",
+    "layer_norm",
+    "layer_norm_backward",
+    "out_grads",
+    "residual_sum",
+    "sum_partials",
+]
 
 TILE = 2048  # numbers of a map that a program has in its registers, 16 for each thread
 LOOP_TILE = 1024  # where a thread keeps two sums for each of them besides
@@ -56,30 +66,33 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, residual: Tensor,
-    h: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None,
+    h: Tensor | None, other: Tensor | None,
+) -> tuple[Tensor, Partials]:  # fmt: skip
     """Computes the gradients of `layer_norm`.
 
     Args:
         grad: of the result, (N, H, W, C).
         x, stats, weight, bias: as in `layer_norm`.
-        residual: what is added to the gradient of x.
+        residual: what is added to the gradient of x, or None.
         h: for the norm's result, computed again; None if it is not wanted.
+        other: another map, (N, H, W, a multiple of C), contiguous, that is to be summed over the pixels; or None.
 
     Returns:
-        The gradients of x, weight and bias, in their types.
+        The gradient of x, in its type, and those of weight and bias as partial sums; in further rows `other`'s sums.
     """
     c = x.shape[-1]
     pixels, tile = x.numel() // c, _tile(c, LOOP_TILE)
     chunk, programs = _chunks(pixels, tile["ROWS"])
-    dx, partial = x.new_empty(x.shape), weight.new_empty((programs, 2, 1, c), dtype=torch.float32)
+    rests = 0 if other is None else other.shape[-1] // c
+    dx, partial = x.new_empty(x.shape), weight.new_empty((programs, 2 + rests, 1, c), dtype=torch.float32)
     launch(
         kernels.layer_norm_backward_kernel, programs,
-        grad, x, *stats, weight, bias, residual, dx, dx if h is None else h, partial, pixels, chunk,
-        WRITES_H=h is not None, **tile,
+        grad, x, *stats, weight, bias, x if residual is None else residual, x if other is None else other,
+        dx, dx if h is None else h, partial, pixels, chunk,
+        HAS_RESIDUAL=residual is not None, WRITES_H=h is not None, RESTS=rests, **tile,
     )  # fmt: skip
-    return dx, *sum_partials(partial, weight, bias)
+    return dx, Partials(partial, weight, bias)
 
 
 def residual_sum(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
@@ -100,15 +113,23 @@ def residual_sum(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None
 
 
 def branch_grad(
-    grad: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor | None, scaled: Tensor | None
+    grad: Tensor,
+    gamma: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    out: Tensor | None,
+    scaled: Tensor | None,
+    scaled_weight: Tensor | None,
 ) -> Tensor:
     """Goes back through a residual sum.
 
     Args:
         grad: of the sum, (N, H, W, C).
         gamma, mask: as in `residual_sum`.
+        weight: (C, D).
         out: for ``grad * mask``, if it is wanted.
         scaled: for ``grad * mask * gamma``, if it is wanted.
+        scaled_weight: for ``gamma[:, None] * weight``, contiguous, if it is wanted.
 
     Returns:
         The sum of ``grad * mask`` over all pixels, as partial sums (parts, C) in float32.
@@ -119,9 +140,11 @@ def branch_grad(
     partial = grad.new_empty((programs, c), dtype=torch.float32)
     launch(
         kernels.branch_grad_kernel, programs,
-        grad, grad if gamma is None else gamma, grad if mask is None else mask,
-        grad if out is None else out, grad if scaled is None else scaled, partial, pixels, h * w, chunk,
-        HAS_MASK=mask is not None, WRITES=out is not None, SCALES=scaled is not None, **tile,
+        grad, grad if gamma is None else gamma, grad if mask is None else mask, weight,
+        grad if out is None else out, grad if scaled is None else scaled,
+        weight if scaled_weight is None else scaled_weight, partial, pixels, h * w, chunk,
+        HAS_MASK=mask is not None, WRITES=out is not None, SCALES=scaled is not None,
+        SCALES_WEIGHT=scaled_weight is not None, D=weight.shape[1], **tile,
     )  # fmt: skip
     return partial
 
@@ -149,23 +172,52 @@ def out_grads(
     return weight_grad, bias_grad, gamma_grad
 
 
-def sum_partials(partial: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds the partial sums of two gradients.
+class Partials(NamedTuple):
+    """The gradients of a weight and a bias as partial sums.
 
-    They are tensors of their own: an operator may not return two views of one.
-
-    Args:
-        partial: (parts, taps + 1, strips, C) float32, the bias's sums behind those of the weight's taps.
+    Attributes:
+        sums: (parts, rows, strips, C) float32: the weight's taps, the bias's, and in further rows what else is summed.
         weight: what the gradient of shape (C, 1, k, k), or (C,), is of; k k are the taps.
         bias: (C,).
+    """
+
+    sums: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def rests(self) -> int:
+        """Returns how many further rows there are."""
+        return self.sums.shape[1] - 1 - self.weight.numel() // len(self.bias)
+
+    def results(self) -> list[Tensor]:
+        """Returns tensors for the gradients, and one (rows, C) float32 for further rows if there are any."""
+        grads = [self.weight.new_empty(self.weight.shape), self.bias.new_empty(self.bias.shape)]
+        return grads + [self.sums.new_empty((self.rests(), len(self.bias)))] * (self.rests() > 0)
+
+
+def sum_partials(partials: Partials, norm: Partials | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Adds partial sums, with one launch.
+
+    The results are tensors of their own: an operator may not return two views of one.
+
+    Args:
+        partials: of a convolution or a norm.
+        norm: of a norm besides, from `layer_norm_backward`.
 
     Returns:
-        The gradients of weight and bias, in their shapes and types, contiguous.
+        Of both the gradients of weight and bias, in their shapes and types, contiguous, and the sums of further rows,
+        (rows, C) float32, where there are such. The second list means nothing without a norm.
     """
-    parts, rows, strips, c = partial.shape
-    weight_grad, bias_grad = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    parts, rows, strips, c = partials.sums.shape
+    results, programs = partials.results(), triton.cdiv(rows * c, 32)
+    others, more, other = results, 0, partials
+    if norm is not None:
+        other, others, more = norm, norm.results(), triton.cdiv(norm.sums.shape[1] * len(norm.bias), 32)
     launch(
-        kernels.sum_partials_kernel, triton.cdiv(rows * c, 32), partial, weight_grad, bias_grad, parts, strips,
-        C=c, TAPS=rows - 1, BLOCK=32, PARTS=32,
+        kernels.sum_partials_kernel, programs + more,
+        partials.sums, *results[:2], results[-1], parts, strips, programs,
+        other.sums, *others[:2], others[-1], len(other.sums),
+        C=c, TAPS=rows - 1 - partials.rests(), RESTS=partials.rests(),
+        OTHER_C=len(other.bias), OTHER_RESTS=other.rests(), BLOCK=32, PARTS=32,
     )  # fmt: skip
-    return weight_grad, bias_grad
+    return results, others
