@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "convolution_pointwise",
     "convolution_pointwise_",
     "copy_all",
+    "divide_all",
     "features_of_stream",
     "has_global_hooks",
     "has_pointwise",
@@ -169,6 +171,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 COPY_ALL = Name("torch:_foreach_copy_", "weights are converted one by one, which launches more kernels on a GPU")
 ADD_ALL = Name("torch:_foreach_add_", "gradients of accumulation steps are added up one by one")
+DIVIDE_ALL = Name("torch:_foreach_div_", "drop path launches more kernels on a GPU")
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -180,13 +183,22 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
         target.copy_(source)
 
 
-def add_all(totals: list[Tensor], more: list[Tensor]) -> None:
-    """Adds to each tensor, in place, the one at its place in the other list, with one kernel for many on a GPU."""
+def add_all(totals: list[Tensor], more: Sequence[Tensor | float]) -> None:
+    """Adds to each tensor, in place, what is at its place in the other list, with one kernel for many on a GPU."""
     if ADD_ALL.value is not None:
         ADD_ALL.value(totals, more)
         return
-    for total, tensor in zip(totals, more, strict=True):
-        total.add_(tensor)
+    for total, addend in zip(totals, more, strict=True):
+        total.add_(addend)
+
+
+def divide_all(tensors: list[Tensor], numbers: list[float]) -> None:
+    """Divides each tensor, in place, by a number of its own, with one kernel for many on a GPU."""
+    if DIVIDE_ALL.value is not None:
+        DIVIDE_ALL.value(tensors, numbers)
+        return
+    for tensor, number in zip(tensors, numbers, strict=True):
+        tensor.div_(number)
 
 
 # ------------------------------------------------------------------------------------ torch: training and measuring

@@ -88,7 +88,7 @@ class MeanLoss:
     def add(self, loss: torch.Tensor) -> None:
         """Adds a step's loss on this process, scalar; does not wait for the device."""
         counts = torch.isfinite(loss)
-        self._sums += torch.stack([torch.where(counts, loss, torch.zeros_like(loss)), counts.to(loss.dtype)])
+        self._sums += torch.stack([torch.where(counts, loss, 0.0), counts.to(loss.dtype)])
 
     def mean(self) -> float:
         """Returns the mean, not a number if nothing was added; every process must call it."""

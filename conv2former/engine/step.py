@@ -83,7 +83,7 @@ class FiniteCheck:
             TrainingError: see `read`.
         """
         over = ~torch.isfinite(result.grad_norm) | (self._in_a_row >= self.limit)
-        self._in_a_row = torch.where(over, self._in_a_row + 1, torch.zeros_like(self._in_a_row))
+        self._in_a_row = torch.where(over, self._in_a_row + 1, 0.0)
         if self.lag and not scaled:
             self.optimizer.found_inf = (self._in_a_row > 0).float()  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -164,10 +164,12 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     check.note(step, result, scaled)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    is_left_out = ~torch.isfinite(grad_norm)  # otherwise the check has raised, or will before anything is saved
-    for buffer, before in buffers:
-        buffer.copy_(torch.where(is_left_out, before, buffer))
-    if run.ema and not (scaled and is_left_out):  # in fp16 with an average the program waits for a GPU here
+    # Unless scaled, gradients that are not finite have raised in the check, or will before anything is saved.
+    is_left_out = ~torch.isfinite(grad_norm) if scaled else None
+    if is_left_out is not None:
+        for buffer, before in buffers:
+            buffer.copy_(torch.where(is_left_out, before, buffer))
+    if run.ema and not is_left_out:  # in fp16 with an average the program waits for a GPU here
         run.ema.update(run.model, step + 1)
     return result
 

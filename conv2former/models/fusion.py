@@ -20,9 +20,10 @@ from .. import _private
 from ..ops.autograd import residual_branches
 from ..ops.backends import compute_dtype, supports_operators
 from ..ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
-from ..ops.tensors import autocast_dtype, is_transformed
+from ..ops.tensors import as_type, autocast_dtype, is_transformed
 
 __all__ = [
+    "draw_together",
     "forward",
     "fusable_block",
     "fusable_mixing",
@@ -141,22 +142,47 @@ def forward(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     `is_fusable` must have returned True for each, just before.
     """
     dtype = autocast_dtype(x) or x.dtype
-    inner, came_in, calls = compute_dtype(x, dtype), x.dtype, []
+    inner, came_in, calls, drop_paths = compute_dtype(x, dtype), x.dtype, [], []
     for block in blocks:
         drop_path, plan = block._modules["drop_path"], _plans[block]
         for mixing, eps, params in plan.branches:
             # As PyTorch promotes types in the residual sum; the next branch gets that type.
             came_in = torch.promote_types(came_in, dtype if params.gamma is None else params.gamma.dtype)
             spec = BranchSpec(mixing, eps, block.recompute, inner, dtype, came_in)  # type: ignore[arg-type]
-            calls.append(BranchCall(spec, params, _drop_mask(drop_path, x, came_in)))
-    return residual_branches(calls, x)
+            calls.append(BranchCall(spec, params, None))
+            drop_paths.append(drop_path)
+    masks = _drop_masks(drop_paths, x, [call.spec.out_dtype for call in calls])
+    return residual_branches([call._replace(mask=mask) for call, mask in zip(calls, masks, strict=True)], x)
 
 
-def _drop_mask(drop_path: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Draws what `DropPath` multiplies each image with, (N, 1, 1, 1), as it draws it; None for nothing."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
-        return None
-    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype))
+def _drop_masks(drop_paths: list[Any], x: Tensor, dtypes: list[torch.dtype]) -> list[Tensor | None]:
+    """Draws what each `DropPath` multiplies each image with, (N, 1, 1, 1); None for nothing.
+
+    On a CPU the numbers are those that the modules draw. On a GPU, where one launch takes longer than all numbers, they
+    are drawn together.
+    """
+    masks: list[Tensor | None] = [None] * len(drop_paths)
+    size = (x.shape[0], 1, 1, 1)
+    drawn = [i for i, layer in enumerate(drop_paths) if type(layer) is DropPath and layer.training and layer.drop_prob]
+    if x.is_cpu:
+        for i in drawn:
+            masks[i] = drop_paths[i](x.new_ones(size, dtype=dtypes[i]))
+    elif drawn:
+        for i, mask in zip(drawn, draw_together([drop_paths[i] for i in drawn], size, x.device), strict=True):
+            masks[i] = as_type(mask, dtypes[i])
+    return masks
+
+
+def draw_together(drop_paths: list[Any], size: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Returns what each `DropPath` multiplies each image with, float32 of that size, with four launches for all."""
+    keeps = [1 - layer.drop_prob for layer in drop_paths]
+    numbers = torch.rand((len(drop_paths), *size), device=device)
+    masks = list(numbers.unbind())
+    _private.add_all(masks, keeps)
+    numbers.floor_()  # 1 where the number was at least 1 - keep, else 0
+    scales = [keep if layer.scale_by_keep and keep else 1.0 for layer, keep in zip(drop_paths, keeps, strict=True)]
+    _private.divide_all(masks, scales)
+    return masks
 
 
 # ------------------------------------------------------------------------------------------ what a block consists of

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -64,21 +65,24 @@ def forward_stem(stem: Any, x: Tensor) -> Tensor:
     """Computes the stem, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `is_fusable_stem` must hold."""
     dtype = autocast_dtype(x) or x.dtype
     inner = compute_dtype(x, dtype)
+    weights = [conv.weight for conv in (stem.conv1, stem.conv2, stem.conv3)]
     with without_autocast(x):  # the types are chosen here
+        if x.is_cuda and weights[0].dtype != inner:
+            weights = list(ops.cast_together(inner, *weights))
         # in this order: fewer bytes are moved
-        x = ops.conv2d(channels_last(x.to(inner)), stem.conv1.weight, _geometry(stem.conv1))
-        for norm, conv in ((stem.norm1, stem.conv2), (stem.norm2, stem.conv3)):
+        x = ops.conv2d(channels_last(x.to(inner)), weights[0], _geometry(stem.conv1))
+        for norm, conv, weight in ((stem.norm1, stem.conv2, weights[1]), (stem.norm2, stem.conv3, weights[2])):
             if torch.is_grad_enabled():
                 norm.num_batches_tracked.add_(1)
                 fits = norm.weight.dtype == inner  # or PyTorch's batch norm does not take it
                 state = ops.BatchNormState(norm.running_mean, norm.running_var, norm.momentum, norm.eps)
                 x = ops.gelu_norm_conv(
-                    x.to(dtype), norm.weight, norm.bias, conv.weight, state, _geometry(conv), inner if fits else dtype
+                    x.to(dtype), norm.weight, norm.bias, weight, state, _geometry(conv), inner if fits else dtype
                 )
             else:
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
                 shift = norm.bias - norm.running_mean * scale
-                x = ops.gelu_affine_conv(x, scale, shift, conv.weight, _geometry(conv))
+                x = ops.gelu_affine_conv(x, scale, shift, weight, _geometry(conv))
         return x.to(dtype)
 
 
@@ -87,22 +91,26 @@ def _geometry(conv: nn.Conv2d) -> ops.ConvGeometry:
 
 
 def is_fusable_norm(downsample: Any, x: Tensor) -> bool:
-    """Returns whether `forward_norm` computes for `x` what the downsampling's norm would, and nothing could notice."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or is_transformed(x):
+    """Returns whether `forward_norm` computes for `x` what the downsampling's norm would, and nothing could notice.
+
+    On a CPU it does without gradients only.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(x) or x.dim() != 4:
         return False
-    if x.dim() != 4 or not x.is_cpu or not x.is_contiguous(memory_format=torch.channels_last) or has_global_hooks():
+    if not x.is_contiguous(memory_format=torch.channels_last) or has_global_hooks():
         return False
-    plain = type(downsample.norm) is LayerNorm2d and is_plain(downsample.norm, x.dtype)
-    return (
-        plain
-        and type(downsample.conv) is nn.Conv2d
-        and not has_hooks(downsample.conv)
-        and native.supports_layer_norm(nhwc(x), x.dtype, compute_dtype(x, autocast_dtype(x) or x.dtype))
-    )
+    norm, conv = downsample.norm, downsample.conv
+    if type(norm) is not LayerNorm2d or type(conv) is not nn.Conv2d or has_hooks(conv):
+        return False
+    if not x.is_cpu:
+        return is_plain(norm, weight_dtype(x)) and supports_operators(x, 3)
+    if torch.is_grad_enabled() or not is_plain(norm, x.dtype):
+        return False
+    return native.supports_layer_norm(nhwc(x), x.dtype, compute_dtype(x, autocast_dtype(x) or x.dtype))
 
 
 def forward_norm(downsample: Any, x: Tensor) -> Tensor:
-    """Computes a downsampling's norm without gradients, in the type that the convolution after it is computed in.
+    """Computes a downsampling's norm in the type that the convolution after it is computed in.
 
     `is_fusable_norm` must hold.
     """
@@ -110,14 +118,25 @@ def forward_norm(downsample: Any, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
-def convolve(conv: Any, x: Tensor) -> Tensor:
-    """Calls a convolution, under autocast in a type that the processor has convolutions of.
+def _is_plain_conv(conv: Any, dtype: torch.dtype) -> bool:
+    """Returns whether a layer is a dense convolution, with a bias and no hooks, that pads with zeros."""
+    return type(conv) is nn.Conv2d and is_plain(conv, dtype) and conv.padding_mode == "zeros" and conv.groups == 1
 
-    Its result has autocast's type all the same.
+
+def convolve(conv: Any, x: Tensor) -> Tensor:
+    """Calls a convolution, under autocast on a CPU in a type that the processor has convolutions of.
+
+    Its result has autocast's type all the same. On a GPU weight and bias are converted together.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(x) or not x.is_cpu:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(x) or not (x.is_cpu or x.is_cuda):
         return conv(x)
     dtype = autocast_dtype(x)
+    if x.is_cuda:
+        if dtype is None or not _is_plain_conv(conv, torch.float32) or has_global_hooks():
+            return conv(x)
+        with without_autocast(x):
+            weight, bias = ops.cast_together(dtype, conv.weight, conv.bias)
+            return F.conv2d(x.to(dtype), weight, bias, conv.stride, conv.padding, conv.dilation)
     inner = x.dtype if dtype is None else compute_dtype(x, dtype)
     if dtype in (None, inner) or conv.weight.dtype != inner:
         return conv(x)

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _private
 from . import functional
 from .backends import choose_backend, prepare
 from .branch import Backend, BranchCall, BranchParams
-from .tensors import as_type, is_transformed, without_autocast
+from .tensors import as_type, is_batched, without_autocast
 
 __all__ = ["residual_branches"]
 
@@ -44,7 +43,8 @@ def residual_branches(calls: Sequence[BranchCall], x: Tensor) -> Tensor:
             for call in calls:
                 x = _branch(call, x)
             return x
-        x = as_type(x, calls[0].spec.out_dtype)  # which it would be in the sum, too
+        if x.is_cpu:  # a GPU's kernels take any type
+            x = as_type(x, calls[0].spec.out_dtype)  # which it would be in the sum, too
         # All that is Python first: between products, which fill the caches, each piece takes up to ten times as long.
         backends = [choose_backend(call, x, learns=False) for call in calls]
         if all(backend is backends[0] for backend in backends):
@@ -79,17 +79,12 @@ class _ResidualBranch(torch.autograd.Function):
         x, mask, *saved = ctx.saved_tensors
         params, saved = saved[: ctx.num_params], saved[ctx.num_params :]
         with without_autocast(x):
-            if torch.is_grad_enabled() or _is_batched(grad):
+            if torch.is_grad_enabled() or is_batched(grad):
                 return _grads_of_definition(ctx, grad, x, mask, params)
             call = BranchCall(ctx.spec, BranchParams.from_tensors(params), mask)
             learns = any(ctx.needs_input_grad[4:])
             dx, grads = ctx.backend.backward(call, x, saved, grad, learns)
             return None, None, dx, None, *(grads or (None,) * len(params))
-
-
-def _is_batched(grad: Tensor) -> bool:
-    """Returns whether a gradient stands for many, as in a vectorised Jacobian."""
-    return is_transformed(grad) or _private.is_legacy_batched(grad)
 
 
 def _grads_of_definition(ctx: Any, grad: Tensor, x: Tensor, mask: Tensor | None, params: list) -> tuple:

@@ -5,6 +5,7 @@ Maps are (N, C, H, W) in channels_last memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _private
 from .cpu import native
-from .tensors import nchw, nhwc, without_autocast
+from .tensors import is_batched, nchw, nhwc, without_autocast
 
-__all__ = ["BatchNormState", "ConvGeometry", "conv2d", "gelu_affine_conv", "gelu_norm_conv", "layer_norm"]
+__all__ = [
+    "BatchNormState",
+    "ConvGeometry",
+    "cast_together",
+    "conv2d",
+    "gelu_affine_conv",
+    "gelu_norm_conv",
+    "layer_norm",
+]
 
 aten = torch.ops.aten
 
@@ -39,13 +49,49 @@ class BatchNormState:
     eps: float
 
 
+def cast_together(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Returns weights in a type. On a GPU one kernel converts them, and one their gradients."""
+    return _CastTogether.apply(dtype, *weights)
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        ctx.set_materialize_grads(False)
+        return _copies(weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        if torch.is_grad_enabled() or any(map(is_batched, given)):  # of copies there is no derivative
+            converted = iter([grad.to(ctx.dtype) for grad in given])
+        else:
+            converted = iter(_copies(given, ctx.dtype))
+        return None, *(None if grad is None else next(converted) for grad in grads)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns copies of tensors in a type."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    _private.copy_all(copies, list(tensors))
+    return tuple(copies)
+
+
 def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """Computes a convolution without bias in the type of x."""
     return F.conv2d(x, weight.to(x.dtype), None, geometry.stride, geometry.padding, geometry.dilation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Computes a layer norm over the channels by the native function, with a result of `dtype` and no gradient."""
+    """Computes a layer norm over the channels, (N, C, H, W), with a result of `dtype`.
+
+    On a CPU the native function does, and there is no gradient; on a GPU Triton's kernels do, with one.
+    """
+    if not x.is_cpu:
+        from .cuda import norm  # Triton is optional, and takes a second to import
+
+        return norm.layer_norm(x, weight, bias, eps, dtype)
     h, *_ = native.layer_norm(nhwc(x), weight, bias, eps, dtype, stats=False)
     return nchw(h)
 

@@ -20,6 +20,7 @@ __all__ = [
     "as_type",
     "autocast_dtype",
     "cast",
+    "is_batched",
     "is_transformed",
     "matmul",
     "matmul_sum",
@@ -46,6 +47,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def is_transformed(x: Tensor) -> bool:
     """Returns whether torch.func or forward-mode differentiation is at work, or `x` is more than a tensor."""
     return _private.is_transforming() or type(x) is not Tensor
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Returns whether a gradient stands for many, as in a vectorised Jacobian."""
+    return is_transformed(gradient) or _private.is_legacy_batched(gradient)
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
