@@ -8,13 +8,13 @@ python scripts/benchmark.py models conv2former_t convnext_tiny --device cuda --b
 python scripts/benchmark.py growth --chart docs/growth.png
 python scripts/benchmark.py loop --config FILE [key=value ...]
 python scripts/benchmark.py input
-python scripts/benchmark.py kernels --dtype bf16
+python scripts/benchmark.py kernels --dtype bf16 --stage 1 3
 
 models:  networks of timm's and birder's: images/s, memory, shares of what the machine can do.
 growth:  time and memory of one image from 224 to 1024 pixels.
 loop:    the training loop against a bare loop of forward, backward and step on the same synthetic batches.
 input:   reading and augmenting JPEGs against timm's loader.
-kernels: the fused operators against plain PyTorch.
+kernels: the fused operators against plain PyTorch, on a GPU.
 """
 
 from __future__ import annotations
@@ -73,6 +73,15 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     kernels = commands.add_parser("kernels", help="the fused operators, on a GPU")
     kernels.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
     kernels.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="(default: bf16)")
+    kernels.add_argument(
+        "--stage",
+        nargs="+",
+        type=int,
+        choices=range(1, 5),
+        default=[1, 2, 3, 4],
+        metavar="N",
+        help="1 to 4 (default: all)",
+    )
     kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
     args, overrides = parser.parse_known_args()
     if overrides and args.what != "loop":
@@ -225,7 +234,10 @@ def run_kernels(args: argparse.Namespace) -> None:
     from ..tools.benchmark.progress import Progress
 
     with Progress() as progress:
-        show(measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds, progress), progress)
+        show(
+            measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds, unique(args.stage), progress),
+            progress,
+        )
 
 
 def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,11 +1,11 @@
-"""Times the fused operators of `ops/operators.py` on a GPU, beside the plain formula and a copy of the same bytes."""
+"""Times the fused operators of `ops/operators.py` on a GPU, beside the plain formula, a copy and a matrix product."""
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,18 @@ from ...errors import UserError, counted
 from ...ops import operators
 from ...ops.backends import MIN_TRITON, supports_operators
 from ..output import text_table
+from .device import DeviceClock
 from .machine import copy_probe, matmul_probe
 from .models import reason
 from .progress import Progress
 
-__all__ = ["measure_kernels"]
+__all__ = ["ALL_STAGES", "measure_kernels"]
 
 STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels and side of conv2former_t's maps at 224 pixels
+ALL_STAGES = (1, 2, 3, 4)
 KERNEL_SIZE = 11
 MLP_RATIO = 4
+CHECKED_IMAGES = 2  # of a batch, in float64
 
 Results = Sequence[Tensor]
 
@@ -35,23 +38,37 @@ class Task:
     Attributes:
         name: for the table.
         floor: bytes that it must move: each map that goes in read once, each that comes out written once.
+        macs: multiply-accumulates, where they are what takes the time; else None.
         fused, plain: compute it, by the operator and by the formula in eager PyTorch.
+        errors: returns how far the results of both are from the formula in float64, relative to their size.
     """
 
     name: str
     floor: int
+    macs: int | None
     fused: Callable[[], Results]
     plain: Callable[[], Results]
+    errors: Callable[[], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a task, one for each round, and how far its two results are apart, relative to their size."""
+    """Seconds of a task, one for each round, and its errors."""
 
     task: Task
     fused: list[float]
     plain: list[float]
-    difference: float
+    errors: tuple[float, float]
+
+
+class Clock(Protocol):
+    """What tells how long a device takes."""
+
+    def repetitions(self, action: Callable[[], object]) -> int:
+        """Returns how often an action is to be done in one timing. It is done here, too, so it is compiled then."""
+
+    def read(self, action: Callable[[], object], repetitions: int = 1) -> float:
+        """Returns the seconds of one action."""
 
 
 def plain_modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +98,8 @@ def make_tasks(batch_size: int, channels: int, side: int, dtype: torch.dtype, de
         a, v, grad = (randn(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
         weight = randn(width, 1, kernel_size, kernel_size) / kernel_size
         inputs = (a, weight, randn(width), v)[: 2 + maps]
-        tasks += operator_tasks(f"{name} {width} x {side} x {side}", fused, fused_backward, plain, inputs, grad)
+        macs = grad.numel() * kernel_size**2 if name == "modulate" else None
+        tasks += operator_tasks(f"{name} {width} x {side} x {side}", fused, fused_backward, plain, inputs, grad, macs)
     return tasks
 
 
@@ -92,8 +110,9 @@ def operator_tasks(
     plain: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     grad: Tensor,
+    macs: int | None,
 ) -> list[Task]:
-    """Returns the forward and the backward pass of one operator."""
+    """Returns the forward and the backward pass of one operator; the latter has three sums as long as the former's."""
     maps = sum(x.shape == grad.shape for x in inputs)
     size = grad.numel() * grad.element_size()
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -106,43 +125,55 @@ def operator_tasks(
 
         return forward
 
+    def plain_backward(grad: Tensor) -> Results:
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    def forward_errors() -> tuple[float, float]:
+        exact = exact_results(plain, inputs, grad)[:1]
+        return error(no_grad(fused)(), exact), error(no_grad(plain)(), exact)
+
+    def backward_errors() -> tuple[float, float]:
+        exact = exact_results(plain, inputs, grad)[1:]
+        few = torch.zeros_like(grad)  # of the other images nothing is in the sums over the batch
+        few[:CHECKED_IMAGES] = grad[:CHECKED_IMAGES]
+        return error(fused_backward(few, *inputs), exact), error(plain_backward(few), exact)
+
+    forward, backward = f"{name} forward", f"{name} backward"
+    backward_macs = None if macs is None else 3 * macs
     return [
-        Task(f"{name} forward", (maps + 1) * size, no_grad(fused), no_grad(plain)),
+        Task(forward, (maps + 1) * size, macs, no_grad(fused), no_grad(plain), forward_errors),
         Task(
-            f"{name} backward",
+            backward,
             (2 * maps + 1) * size,
+            backward_macs,
             lambda: fused_backward(grad, *inputs),
-            lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+            lambda: plain_backward(grad),
+            backward_errors,
         ),
     ]
 
 
-@functools.cache
-def filler() -> Callable[[], None]:
-    """Returns some milliseconds of work for the current GPU: one large matrix product."""
-    return matmul_probe(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)[0]
+def exact_results(plain: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Results:
+    """Returns the result of the formula and the gradients of its inputs for the first images, in float64."""
+    few = [x[:CHECKED_IMAGES] if x.shape == grad.shape else x for x in inputs]
+    leaves = [x.detach().double().requires_grad_() for x in few]
+    out = plain(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad[:CHECKED_IMAGES].double())]
 
 
-def cuda_seconds(action: Callable[[], object]) -> float:
-    """Returns the seconds that the device spends on an action.
+def error(results: Results, exact: Results) -> float:
+    """Returns how far results are from exact ones, relative to their size: the largest of all tensors' errors.
 
-    The device is kept busy while Python launches the action, or it would wait for Python between the two events.
+    Maps may have more images than the exact ones.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    filler()()
-    start.record()
-    action()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    pairs = [(x[: len(y)].double(), y) for x, y in zip(results, exact, strict=True)]
+    return max(float((x - y).norm() / y.norm()) for x, y in pairs)
 
 
 def time_tasks(
-    tasks: Sequence[Task], copy: Callable[[], None], rounds: int, clock: Callable[[Callable[[], object]], float]
+    tasks: Sequence[Task], copy: Callable[[], None], rounds: int, clock: Clock
 ) -> tuple[list[float], list[Timing]]:
     """Times a copy, the operator and the formula of each task in turns, after a round that does not count.
-
-    The copy runs before everything that is timed, so that nothing is found in the cache.
 
     Returns:
         Seconds of the copy, and the timings.
@@ -150,56 +181,68 @@ def time_tasks(
     copies: list[float] = []
     timings = []
     for task in tasks:
-        apart = max(relative_difference(x, y) for x, y in zip(task.fused(), task.plain(), strict=True))
+        errors = task.errors()
         fused: list[float] = []
         plain: list[float] = []
+        turns = [(values, f, clock.repetitions(f)) for values, f in ((fused, task.fused), (plain, task.plain))]
         for number in range(rounds + 1):
-            turns = [(fused, task.fused), (plain, task.plain)]
-            for seconds, action in turns[:: 1 if number % 2 else -1]:
-                copies.append(clock(copy))
-                seconds.append(clock(action))
-        timings.append(Timing(task, fused[1:], plain[1:], apart))
+            for seconds, action, repetitions in turns[:: 1 if number % 2 else -1]:
+                copies.append(clock.read(copy))
+                seconds.append(clock.read(action, repetitions))
+        timings.append(Timing(task, fused[1:], plain[1:], errors))
     return copies[2:], timings
 
 
-def relative_difference(x: Tensor, y: Tensor) -> float:
-    return float((x.float() - y.float()).norm() / y.float().norm())
+HEADER = [
+    f"{'operator, channels x map':32}", "     us", "plain us", "ratio", "floor MB", "of copy", "of matmul", "error",
+    "plain error",
+]  # fmt: skip
 
 
-HEADER = [f"{'operator, channels x map':32}", "     us", "plain us", "ratio", "floor MB", "of copy", "difference"]
+@dataclass(frozen=True)
+class Rates:
+    """What the device does by itself in a second: bytes that a copy reads and writes, multiply-accumulates."""
+
+    copy: float
+    matmul: float
 
 
-def describe(timings: Sequence[Timing], copy_bandwidth: float) -> list[str]:
-    """Returns the table: medians, the ratio's median, and the share of the copy's bandwidth that the floor takes.
+def describe(timings: Sequence[Timing], rates: Rates) -> list[str]:
+    """Returns the table: medians, the ratio's median, shares of the device's rates that floor and products take.
 
     Its columns are as wide whatever the rows are, so that rows can be printed one by one.
 
     Args:
         timings: of at least one round.
-        copy_bandwidth: bytes per second, read and written together.
+        rates: of the device.
     """
     rows = []
     for timing in timings:
-        fused, plain = statistics.median(timing.fused), statistics.median(timing.plain)
+        task, fused, plain = timing.task, statistics.median(timing.fused), statistics.median(timing.plain)
         ratio = statistics.median(p / f for f, p in zip(timing.fused, timing.plain, strict=True))
         rows.append(
             [
-                timing.task.name,
+                task.name,
                 f"{1e6 * fused:.0f}",
                 f"{1e6 * plain:.0f}",
                 f"{ratio:.2f}",
-                f"{timing.task.floor / 1e6:.0f}",
-                f"{timing.task.floor / fused / copy_bandwidth:.0%}",
-                f"{timing.difference:.0e}",
+                f"{task.floor / 1e6:.0f}",
+                f"{task.floor / fused / rates.copy:.0%}",
+                "-" if task.macs is None else f"{task.macs / fused / rates.matmul:.1%}",
+                *(f"{error:.0e}" for error in timing.errors),
             ]
         )
     return text_table(HEADER, rows).splitlines()
 
 
 def measure_kernels(
-    batch_size: int, dtype: torch.dtype, rounds: int, progress: Progress | None = None
+    batch_size: int,
+    dtype: torch.dtype,
+    rounds: int,
+    stages: Sequence[int] = ALL_STAGES,
+    progress: Progress | None = None,
 ) -> Iterator[str]:
-    """Times the fused operators at the four stages of conv2former_t, 224 pixels, on the current GPU.
+    """Times the fused operators at stages of conv2former_t, 224 pixels, on the current GPU.
 
     An operator that fails is a row with the reason.
 
@@ -207,6 +250,7 @@ def measure_kernels(
         batch_size: images.
         dtype: float32, bfloat16 or float16, of maps and parameters.
         rounds: timings of each.
+        stages: 1 to 4.
         progress: told how far it is.
 
     Yields:
@@ -215,34 +259,28 @@ def measure_kernels(
     Raises:
         UserError: there is no GPU, or none that the kernels run on, or nothing could be measured.
     """
-    if not torch.cuda.is_available():
-        raise UserError(
-            "benchmark kernels: the fused operators need an NVIDIA GPU, and torch finds none here; "
-            "run this on a machine with one"
-        )
-    device = torch.device("cuda", torch.cuda.current_device())
-    probe = torch.empty(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    name = torch.cuda.get_device_name(device)
-    if not supports_operators(probe, KERNEL_SIZE):
-        raise UserError(
-            f"benchmark kernels: {name} runs no fused operators for {dtype}; they need an NVIDIA GPU of capability 8.0 "
-            f"or more, Triton {MIN_TRITON} or newer, and float32, bfloat16 or float16"
-        )
+    device = _device(dtype)
     if progress is not None:
         progress.say(
-            f"timing two operators, forward and backward, at {len(STAGES)} stages beside the plain formula, "
+            f"timing two operators, forward and backward, at {counted(len(stages), 'stage')} beside the plain formula, "
             f"{counted(rounds, 'round')} each; each is compiled before, one to five seconds"
         )
-    copy, copied = copy_probe(device)
-    bandwidth = copied / statistics.median([cuda_seconds(copy) for _ in range(rounds + 1)][1:])
+    clock = DeviceClock(matmul_probe(device, torch.bfloat16)[0])
+    (copy, copied), (multiply, macs) = copy_probe(device), matmul_probe(device, dtype)
+    bandwidth, products = (
+        work / statistics.median([clock.read(action) for _ in range(rounds + 1)][1:])
+        for action, work in ((copy, copied), (multiply, macs))
+    )
     yield (
-        f"{name}, batch {batch_size}, {str(dtype).removeprefix('torch.')}, medians of {rounds} rounds; "
-        f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written together"
+        f"{torch.cuda.get_device_name(device)}, batch {batch_size}, {str(dtype).removeprefix('torch.')}, medians of "
+        f"{rounds} rounds; a copy moves {bandwidth / 1e9:.0f} GB/s, read and written together, and a matrix product "
+        f"has {products / 1e12:.0f} T multiply-adds/s; errors are relative to float64, of {CHECKED_IMAGES} images"
     )
     yield text_table(HEADER, [])
     measured = 0
-    for number, (channels, side) in enumerate(STAGES):
-        where = f"stage {number + 1} of {len(STAGES)}, {channels} x {side} x {side}"
+    for number in stages:
+        channels, side = STAGES[number - 1]
+        where = f"stage {number}, {channels} x {side} x {side}"
         if progress is not None:
             progress.at(f"{where}: making the maps")
         try:
@@ -254,11 +292,32 @@ def measure_kernels(
             if progress is not None:
                 progress.at(f"{where}: {task.name}; compiled at the first use, which takes some seconds")
             try:
-                copies, timings = time_tasks([task], copy, rounds, cuda_seconds)
+                copies, timings = time_tasks([task], copy, rounds, clock)
             except Exception as e:  # whatever a kernel, its compiler or the formula raises
                 yield f"{task.name}: not measured: {reason(e)}"
                 continue
             measured += 1
-            yield describe(timings, copied / statistics.median(copies))[-1]
+            yield describe(timings, Rates(copied / statistics.median(copies), products))[-1]
     if not measured:
         raise UserError("benchmark kernels: nothing could be measured; the reasons are above")
+
+
+def _device(dtype: torch.dtype) -> torch.device:
+    """Returns the current GPU.
+
+    Raises:
+        UserError: there is none, or it has no kernels for that type.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(
+            "benchmark kernels: the fused operators need an NVIDIA GPU, and torch finds none here; "
+            "run this on a machine with one"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    probe = torch.empty(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    if not supports_operators(probe, KERNEL_SIZE):
+        raise UserError(
+            f"benchmark kernels: {torch.cuda.get_device_name(device)} runs no fused operators for {dtype}; they need "
+            f"an NVIDIA GPU of capability 8.0 or more, Triton {MIN_TRITON} or newer, and float32, bfloat16 or float16"
+        )
+    return device
