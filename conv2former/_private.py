@@ -30,10 +30,13 @@ __all__ = [
     "Name",
     "add_all",
     "allow_recompiling",
+    "can_fake_gpu",
     "convolution_pointwise",
     "convolution_pointwise_",
     "copy_all",
     "divide_all",
+    "expected_gradient",
+    "fake_gpu",
     "features_of_stream",
     "has_global_hooks",
     "has_pointwise",
@@ -47,6 +50,7 @@ __all__ = [
     "multiplies",
     "note_model_args",
     "sees_operators",
+    "stands_for_gpu",
     "write_hub_config",
 ]
 
@@ -119,6 +123,42 @@ def is_transforming() -> bool:
 def is_legacy_batched(gradient: Tensor) -> bool:
     """Returns whether a gradient stands for many; True where that cannot be told."""
     return LEGACY_BATCHED.value is None or LEGACY_BATCHED.value(gradient)
+
+
+# Tensors without memory, which have a device in name only; since torch 1.13. Of a GPU that is not there: since 2.7
+FAKE_TENSOR = Name("torch._subclasses:FakeTensor", "launches are not counted where there is no GPU")
+FAKE_MODE = Name("torch._subclasses:FakeTensorMode", "launches are not counted where there is no GPU")
+# Shapes and types of the gradients that a node of the graph takes; since torch 2.4
+NODE_INPUTS = Name("torch.autograd.graph:Node._input_metadata", "launches are not counted where there is no GPU")
+
+
+def stands_for_gpu(x: Any) -> bool:
+    """Returns whether `x` is a tensor of `fake_gpu`, for which all is to run as on a GPU."""
+    if FAKE_TENSOR.value is None or type(x) is not FAKE_TENSOR.value:
+        return False
+    return x.is_cuda and getattr(x.fake_mode, "allows_fused", False)
+
+
+def can_fake_gpu() -> bool:
+    """Returns whether `fake_gpu` works: since torch 2.7."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 7) and not any(name.value is None for name in (FAKE_TENSOR, FAKE_MODE, NODE_INPUTS))
+
+
+def fake_gpu() -> Any:
+    """Returns a mode in which tensors have shapes, types and a device, even one that is not there, and no memory.
+
+    Those on a GPU are computed with as they would be there (`stands_for_gpu`). `can_fake_gpu` must hold.
+    """
+    mode = FAKE_MODE.value()
+    mode.allows_fused = True
+    return mode
+
+
+def expected_gradient(node: Any, index: int) -> tuple[torch.Size, torch.dtype]:
+    """Returns shape and type of the gradient that a node of the autograd graph takes at a place."""
+    expected = node._input_metadata[index]
+    return torch.Size(expected.shape), expected.dtype
 
 
 def modes_at_work() -> list[Any] | None:

@@ -9,12 +9,14 @@ python scripts/benchmark.py growth --chart docs/growth.png
 python scripts/benchmark.py loop --config FILE [key=value ...]
 python scripts/benchmark.py input
 python scripts/benchmark.py kernels --dtype bf16 --stage 1 3
+python scripts/benchmark.py launches conv2former_t conv2former_t:fused=false convnext_tiny
 
 models:  networks of timm's and birder's: images/s, memory, shares of what the machine can do.
 growth:  time and memory of one image from 224 to 1024 pixels.
 loop:    the training loop against a bare loop of forward, backward and step on the same synthetic batches.
 input:   reading and augmenting JPEGs against timm's loader.
 kernels: the fused operators against plain PyTorch, on a GPU.
+launches: how many operators and kernels a step launches; without a GPU the kernels are an estimate.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="1 to 4 (default: all)",
     )
     kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    add_launches(commands.add_parser("launches", help="operators and kernels of a step, with a GPU or without"))
     args, overrides = parser.parse_known_args()
     if overrides and args.what != "loop":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -127,6 +130,19 @@ def add_growth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-format", choices=["nchw", "channels_last"], default="nchw")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="timings of each (default: 3)")
     add_machine(parser)
+
+
+def add_launches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("networks", nargs="+", metavar="NAME[:option=value,...]", help="as for models")
+    parser.add_argument("--train", action="store_true", help="training steps alone (default: both)")
+    parser.add_argument("--inference", action="store_true", help="inference alone (default: both)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="bf16, fp16: autocast (default: bf16)")
+    parser.add_argument("--size", type=size, default=(224, 224), metavar="N|WxH", help="(default: 224)")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--top", type=positive, default=15, metavar="N", help="names in each list (default: 15)")
+    parser.add_argument(
+        "--device", choices=["none", "cuda"], help="none: an estimate (default: cuda where there is a GPU)"
+    )
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +256,25 @@ def run_kernels(args: argparse.Namespace) -> None:
         )
 
 
+def run_launches(args: argparse.Namespace) -> None:
+    from ..tools.benchmark import launches
+    from ..tools.benchmark.networks import parse_networks
+    from ..tools.benchmark.progress import Progress
+
+    modes = ["training"] * args.train + ["inference"] * args.inference
+    plan = launches.LaunchPlan(
+        networks=parse_networks(args.networks),
+        modes=modes or list(launches.MODES),
+        precision=args.precision,
+        batch_size=args.batch_size,
+        size=args.size,
+        estimate=args.device == "none" or (args.device is None and not torch.cuda.is_available()),
+    )
+    plan.check()
+    with Progress() as progress:
+        launches.show_launches(plan, args.top, progress)
+
+
 def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:
     from ..config import load_config
     from ..tools.benchmark.loop import compare_loop
@@ -264,6 +299,8 @@ def main() -> None:
         run_input(args)
     elif args.what == "kernels":
         run_kernels(args)
+    elif args.what == "launches":
+        run_launches(args)
     else:
         run_loop(args, overrides)
 

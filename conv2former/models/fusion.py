@@ -20,7 +20,7 @@ from .. import _private
 from ..ops.autograd import residual_branches
 from ..ops.backends import compute_dtype, supports_operators
 from ..ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
-from ..ops.tensors import as_type, autocast_dtype, is_transformed
+from ..ops.tensors import as_type, autocast_dtype, is_ordinary, is_transformed
 
 __all__ = [
     "draw_together",
@@ -33,6 +33,7 @@ __all__ = [
     "is_fusable_mixing",
     "is_fusable_row",
     "is_plain",
+    "is_weight",
     "weight_dtype",
     "weights",
 ]
@@ -87,11 +88,12 @@ def has_hooks(layer: Any) -> bool:
 def is_plain(layer: Any, dtype: torch.dtype | None) -> bool:
     """Returns whether a layer has ordinary weights of that type, none with an arithmetic of its own, and no hooks."""
     own = layer._parameters
-    return _is_weight(own.get("weight"), dtype) and _is_weight(own.get("bias"), dtype) and not has_hooks(layer)
+    return is_weight(own.get("weight"), dtype) and is_weight(own.get("bias"), dtype) and not has_hooks(layer)
 
 
-def _is_weight(weight: Any, dtype: torch.dtype | None) -> bool:
-    return (type(weight) is nn.Parameter or type(weight) is Tensor) and weight.dtype is dtype
+def is_weight(weight: Any, dtype: torch.dtype | None) -> bool:
+    """Returns whether something is an ordinary weight of that type."""
+    return (type(weight) is nn.Parameter or is_ordinary(weight)) and weight.dtype is dtype
 
 
 def is_fusable(block: Any, x: Tensor) -> bool:
@@ -122,7 +124,7 @@ def is_fusable_mixing(branch: Any, x: Tensor) -> bool:
 
     That is what torch.compile is given, because it does better what `forward` does besides.
     """
-    if type(branch) not in _mixings or type(x) is not Tensor:
+    if type(branch) not in _mixings or not is_ordinary(x):
         return False
     if not supports_operators(x, branch.conv_dw.kernel_size[0], branch.conv_dw.dilation[0]):
         return False
@@ -314,7 +316,7 @@ def _is_exact_gelu(layer: Any) -> bool:
 
 
 def _is_scale_or_identity(layer: Any, dtype: torch.dtype | None) -> bool:
-    is_scale = type(layer) is LayerScale2d and _is_weight(layer._parameters.get("gamma"), dtype)
+    is_scale = type(layer) is LayerScale2d and is_weight(layer._parameters.get("gamma"), dtype)
     return (is_scale or type(layer) is nn.Identity) and not has_hooks(layer)
 
 

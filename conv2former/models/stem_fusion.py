@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..ops import stem as ops
 from ..ops.backends import compute_dtype, is_exporting, supports_operators
 from ..ops.cpu import native
-from ..ops.tensors import autocast_dtype, is_transformed, nhwc, without_autocast
-from .fusion import has_global_hooks, has_hooks, is_plain, weight_dtype
+from ..ops.tensors import autocast_dtype, is_ordinary, is_transformed, nhwc, without_autocast
+from .fusion import has_global_hooks, has_hooks, is_plain, is_weight, weight_dtype
 
 __all__ = ["channels_last", "convolve", "forward_norm", "forward_stem", "is_fusable_norm", "is_fusable_stem"]
 
@@ -25,7 +25,7 @@ __all__ = ["channels_last", "convolve", "forward_norm", "forward_stem", "is_fusa
 def channels_last(x: Tensor) -> Tensor:
     """Returns images in the memory format that `ops` is for, or as they are where it will not be used."""
     compiling = torch.compiler.is_compiling()
-    if type(x) is not Tensor or x.dim() != 4 or is_exporting() or (not compiling and is_transformed(x)):
+    if not is_ordinary(x) or x.dim() != 4 or is_exporting() or (not compiling and is_transformed(x)):
         return x
     y = x.contiguous(memory_format=torch.channels_last)
     return y if (x.is_cpu and not compiling) or supports_operators(y, 3) else x
@@ -49,9 +49,9 @@ def is_fusable_stem(stem: Any, x: Tensor) -> bool:
     dtype = weight_dtype(x)
     convs, norms, acts = (stem.conv1, stem.conv2, stem.conv3), (stem.norm1, stem.norm2), (stem.act1, stem.act2)
     return (
-        all(type(layer) is nn.Conv2d and layer.bias is None and layer.weight.dtype == dtype for layer in convs)
+        all(type(layer) is nn.Conv2d and layer.bias is None and is_weight(layer.weight, dtype) for layer in convs)
         and all(layer.padding_mode == "zeros" and isinstance(layer.padding, tuple) for layer in convs)
-        and all(layer.groups == 1 and type(layer.weight) in (nn.Parameter, Tensor) for layer in convs)
+        and all(layer.groups == 1 for layer in convs)
         and all(
             type(layer) is nn.BatchNorm2d and is_plain(layer, dtype) and layer.training == trains for layer in norms
         )

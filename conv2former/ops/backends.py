@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from .branch import Backend, BranchCall
 from .cpu import native, native_branch, onednn, operator_branch
 from .operators import MAX_KERNEL_SIZE
 
-__all__ = ["MIN_TRITON", "choose_backend", "compute_dtype", "is_exporting", "prepare", "supports_operators"]
+__all__ = [
+    "MIN_TRITON",
+    "assume_device",
+    "choose_backend",
+    "compute_dtype",
+    "is_exporting",
+    "prepare",
+    "supports_operators",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton kernels
 CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
@@ -105,6 +114,18 @@ def _runs_triton(device: int) -> bool:
     if device not in _devices:
         _devices[device] = torch.cuda.get_device_capability(device) >= CAPABILITY and _has_triton()
     return _devices[device]
+
+
+@contextmanager
+def assume_device(device: int) -> Iterator[bool]:
+    """Takes a CUDA device, without asking it, for one that runs the kernels if Triton is installed; yields whether."""
+    before = dict(_devices)
+    _devices[device] = _has_triton()
+    try:
+        yield _devices[device]
+    finally:
+        _devices.clear()
+        _devices.update(before)
 
 
 def _has_triton() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "autocast_dtype",
     "cast",
     "is_batched",
+    "is_ordinary",
     "is_transformed",
     "matmul",
     "matmul_sum",
@@ -44,9 +46,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
+def is_ordinary(x: Any) -> bool:
+    """Returns whether `x` is a tensor and no more, or stands for one on a GPU and may be taken for it.
+
+    The latter is what counts launches where there is no GPU, see `_private.stands_for_gpu`.
+    """
+    return type(x) is Tensor or (not torch.compiler.is_compiling() and _private.stands_for_gpu(x))
+
+
 def is_transformed(x: Tensor) -> bool:
     """Returns whether torch.func or forward-mode differentiation is at work, or `x` is more than a tensor."""
-    return _private.is_transforming() or type(x) is not Tensor
+    return _private.is_transforming() or not is_ordinary(x)
 
 
 def is_batched(gradient: Tensor) -> bool:

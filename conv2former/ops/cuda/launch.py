@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRAMS", "launch", "pitch_of", "with_pitch"]
+__all__ = ["PROGRAMS", "counting", "launch", "pitch_of", "with_pitch"]
 
 PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
+
+_counter: Callable[[str], None] | None = None
+
+
+@contextmanager
+def counting(count: Callable[[str], None]) -> Iterator[None]:
+    """Calls `count` with a kernel's name wherever one would be run."""
+    global _counter
+    _counter = count
+    try:
+        yield
+    finally:
+        _counter = None
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
     """Runs a kernel on the device of its first argument. Every kernel of this package is started here."""
+    if _counter is not None:
+        _counter(kernel.fn.__name__)
+        return
     device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():

@@ -6,7 +6,7 @@ import copy
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import conv2former  # noqa: F401 - registers the variants with timm
 
 from ...errors import ConfigError, bullets, first_line
 
-__all__ = ["Network", "count_macs", "parse_networks"]
+__all__ = ["Network", "count_macs", "parse_networks", "with_tensors"]
 
 CLASSES = 1000
 
@@ -103,17 +103,20 @@ def count_macs(model: nn.Module, height: int, width: int) -> int:
         model: any network of (N, 3, H, W) images; it is not changed.
         height, width: of the image, pixels.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy takes these for copies that it has made already, so no weight is copied
-    copies = {id(t): nn.Parameter(_meta(t), False) if isinstance(t, nn.Parameter) else _meta(t) for t in tensors}
-    bare = copy.deepcopy(model, copies).eval()
+    bare = with_tensors(model, lambda tensor: torch.empty_like(tensor, device="meta")).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare(torch.empty(1, 3, height, width, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="meta")
+def with_tensors(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Returns a copy of a network with other parameters and buffers, each what `make` returns for the network's own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy takes these for copies that it has made already, so no weight is copied
+    copies = {
+        id(t): nn.Parameter(make(t), t.requires_grad) if isinstance(t, nn.Parameter) else make(t) for t in tensors
+    }
+    return copy.deepcopy(model, copies)
 
 
 def _parse(label: str) -> Network:
