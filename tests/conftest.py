@@ -42,6 +42,9 @@ _cache = tempfile.TemporaryDirectory(prefix="conv2former-tests-")  # removed at 
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # the networks are tiny, and threads that wait for each other on a busy machine crawl
+if not torch.cuda.is_available():
+    # If a process's first backward pass is in a program of torch.compile, those of its forks raise an error.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:
