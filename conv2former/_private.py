@@ -31,6 +31,7 @@ __all__ = [
     "add_all",
     "allow_recompiling",
     "can_fake_gpu",
+    "compiler_errors",
     "convolution_pointwise",
     "convolution_pointwise_",
     "copy_all",
@@ -40,9 +41,11 @@ __all__ = [
     "features_of_stream",
     "has_global_hooks",
     "has_pointwise",
+    "hush_about_checkpoints",
     "imagenet_file",
     "is_legacy_batched",
     "is_transforming",
+    "keep_programs_whole",
     "leaves_out_steps",
     "linear_pointwise",
     "model_card",
@@ -248,6 +251,10 @@ DISPATCH_MODE = Name("torch.utils._python_dispatch:TorchDispatchMode", "bytes mo
 # How often torch.compile compiles the same code; torch 2.6 has the second name only
 RECOMPILE_LIMIT = Name("torch._dynamo:config.recompile_limit", "an older name is tried")
 CACHE_SIZE_LIMIT = Name("torch._dynamo:config.cache_size_limit", "torch.compile gives up after a few networks")
+# Whether programs are cut where DDP's buckets end; since torch 2.0
+OPTIMIZE_DDP = Name("torch._dynamo:config.optimize_ddp", "with DDP a block may be compiled in several pieces")
+# The base of all errors of programs that cannot be compiled; since torch 2.0
+COMPILER_ERROR = Name("torch._dynamo.exc:TorchDynamoException", "torch.compile's errors are printed in full")
 
 
 class _NoMode:
@@ -275,6 +282,33 @@ def allow_recompiling(times: int) -> None:
         if name.value is not None:
             setattr(importlib.import_module("torch._dynamo").config, name.path.rpartition(".")[2], times)
             return
+
+
+def keep_programs_whole() -> None:
+    """Keeps torch.compile from cutting programs where DDP's buckets end, so that gradients can be exchanged meanwhile.
+
+    That is for a network in one piece. Blocks that are compiled one by one are exchanged one by one anyway.
+    """
+    if OPTIMIZE_DDP.value is not None:
+        importlib.import_module("torch._dynamo").config.optimize_ddp = False
+
+
+def hush_about_checkpoints() -> None:
+    """Silences torch.compile's advice on checkpoints, which everybody gets who says what is to be saved.
+
+    It is to look for operations in place, of which the program here has none. The logger's name is that of a module of
+    torch, so elsewhere nothing is silenced.
+    """
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_about_checkpoints)
+
+
+def _is_not_about_checkpoints(record: logging.LogRecord) -> bool:
+    return "context_fn" not in record.getMessage()
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of torch.compile, for an `except`."""
+    return () if COMPILER_ERROR.value is None else (COMPILER_ERROR.value,)
 
 
 def leaves_out_steps(optimizer: torch.optim.Optimizer) -> bool:

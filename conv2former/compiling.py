@@ -34,7 +34,7 @@ import torch
 from ._store import store_folder, to_disk
 from .text import printable
 
-__all__ = ["describe", "library", "remove_temporary_folder"]
+__all__ = ["describe", "library", "private_folder", "remove_temporary_folder"]
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
@@ -69,6 +69,15 @@ def describe(source: Path, *flags: str) -> str | None:
     return (
         f"{source.name} compiled for {torch.backends.cpu.get_cpu_capability()} (SHA-256 {vars(found)['sha256'][:12]})"
     )
+
+
+def private_folder(name: str) -> Path:
+    """Returns a folder for what other compilers keep, in the store: the user's, closed to others, and writable.
+
+    Where that cannot be had it is one for this process alone, which is logged as a warning.
+    """
+    folder = _cache_folder(store_folder() / name)
+    return folder if _is_writable(folder) else _temporary_folder()
 
 
 @functools.cache

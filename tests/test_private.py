@@ -235,6 +235,27 @@ def test_compiling_anew(without):
         config.cache_size_limit = before
 
 
+def test_programs_beside_ddp(without):
+    config = importlib.import_module("torch._dynamo").config
+    before = config.optimize_ddp
+    try:
+        config.optimize_ddp = True
+        _private.keep_programs_whole()
+        assert not config.optimize_ddp
+        config.optimize_ddp = True
+        without(_private.OPTIMIZE_DDP)
+        _private.keep_programs_whole()
+        assert config.optimize_ddp
+    finally:
+        config.optimize_ddp = before
+
+
+def test_errors_of_the_compiler(without):
+    assert _private.compiler_errors() == (_private.COMPILER_ERROR.value,)
+    without(_private.COMPILER_ERROR)
+    assert _private.compiler_errors() == ()
+
+
 def test_operators_are_seen(without):
     with OperatorTraffic() as traffic:
         torch.ones(4) + torch.ones(4)

@@ -225,7 +225,7 @@ class TrainConfig(Section):
     # epoch; or all of them by all their images (GPUs only)
     batchnorm: Literal["average", "sync"] = "average"
     channels_last: bool = True
-    compile: bool = False  # torch.compile
+    compile: bool = False  # train with torch.compile, block by block
     # on a GPU, start all kernels of a forward and backward pass, or of an evaluation's batch, at once: the same results
     # in less time. auto: where that is possible; on: an error where it is not. docs/training.md
     cuda_graph: Switch = "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,10 +18,13 @@ from torch import nn
 
 from .. import graphs
 from .._yaml import cut
+from ..compiling import private_folder
 from ..config import Config, Plan
 from ..data import train_transforms
 from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes
 from ..models import Conv2Former
+from ..models.backbone import Stage
+from ..models.compiled import compile_blocks
 from .cuda_graph import StepGraphs, plan_graphs
 from .distributed import World, wrap
 from .loss import build_criterion, build_mixup
@@ -37,7 +42,7 @@ class Run:
 
     Attributes:
         model: the raw network; what is saved, averaged and evaluated.
-        forward: the network to train through: compiled and wrapped for several processes, where that is asked for.
+        forward: the network to train through, wrapped where there are several processes.
         parameters: of the network, those that are trained.
         ema: the average, or None.
         mixup: mixes a batch of images and labels, or None.
@@ -101,12 +106,13 @@ def build_run(
     freeze(model, config.model.freeze)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = build_optimizer(config, plan, model)
-    forward: nn.Module = cast(nn.Module, torch.compile(model)) if config.train.compile else model
+    if config.train.compile:
+        _compile(model)
     step_graphs, about_graphs = plan_graphs(config, world, model)
     if step_graphs and world.size > 1:  # the wrapper keeps nodes of autograd, which belong to a stream
-        forward = step_graphs.recorder.warm_up(partial(wrap, forward, world))
+        forward = step_graphs.recorder.warm_up(partial(wrap, model, world))
     else:
-        forward = wrap(forward, world)
+        forward = wrap(model, world)
     return Run(
         config=config,
         plan=plan,
@@ -124,6 +130,18 @@ def build_run(
         graphs=step_graphs,
         about_graphs=about_graphs,
     )
+
+
+def _compile(model: Conv2Former) -> None:
+    """Lets the blocks train with torch.compile, whose code is kept in the store; what the environment says goes first.
+
+    In its default, a folder below /tmp, it is gone at the next start of a machine, and anybody could have made that
+    folder first. Some imports of torch's put the default into the environment.
+    """
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder("inductor"))
+    compile_blocks(block for stage in model.stages for block in cast(Stage, stage).blocks)
 
 
 def check_names(config: Config, device: torch.device) -> None:

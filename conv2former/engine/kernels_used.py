@@ -22,7 +22,7 @@ def kernels_used(config: Config, device: torch.device) -> dict[str, str]:
     """
     backend = _network(device) if config.model.fused else "PyTorch, module by module"
     return {
-        "network": f"{backend}, through torch.compile" if config.train.compile else backend,
+        "network": f"{backend}, blocks through torch.compile" if config.train.compile else backend,
         "images": compiling.describe(pixels.SOURCE, *pixels.FLAGS) or "Pillow",
         "torch": str(torch.__version__),
     }

@@ -15,7 +15,7 @@ from torch import nn
 from ..ops import operators
 from ..ops.branch import SpatialMixing
 from ..weights.layouts import rename_keys_in_place
-from . import fusion
+from . import compiled, fusion
 
 __all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
 
@@ -169,6 +169,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
 
     fused: bool = True  # for pickles that have no such attributes
     recompute: bool = True
+    compiled: Any = None  # torch.compile's backend, once `compiled.compile_blocks` was called
 
     def __init__(
         self,
@@ -197,7 +198,9 @@ class Conv2FormerBlock(RenamesForeignKeys):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
-        if not torch.jit.is_scripting():  # noqa: SIM102
+        if not torch.jit.is_scripting():
+            if self.compiled is not None and fusion.runs_compiled(self, x):
+                return compiled.forward(self, x)
             if self.fused and fusion.is_fusable(self, x):
                 return fusion.forward([self], x)
         x = x + self.drop_path(self.ls1(self.attn(x)))

@@ -23,7 +23,9 @@ from ..ops.branch import BranchCall, BranchParams, BranchSpec, SpatialMixing
 from ..ops.tensors import as_type, autocast_dtype, is_ordinary, is_transformed
 
 __all__ = [
+    "calls_of",
     "draw_together",
+    "drop_masks",
     "forward",
     "fusable_block",
     "fusable_mixing",
@@ -34,6 +36,7 @@ __all__ = [
     "is_fusable_row",
     "is_plain",
     "is_weight",
+    "runs_compiled",
     "weight_dtype",
     "weights",
 ]
@@ -115,8 +118,20 @@ def is_fusable_row(blocks: Any, x: Tensor) -> bool:
         return False
     row = blocks._modules.values()
     return len(row) > 0 and all(
-        type(block) in _blocks and block.fused and not has_hooks(block) and is_fusable(block, x) for block in row
+        type(block) in _blocks
+        and block.fused
+        and not has_hooks(block)
+        and not (block.compiled is not None and runs_compiled(block, x))
+        and is_fusable(block, x)
+        for block in row
     )
+
+
+def runs_compiled(block: Any, x: Tensor) -> bool:
+    """Returns whether a block for which `compiled.compile_blocks` was called computes `x` so: in training alone."""
+    if not block.training or not torch.is_grad_enabled():
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(x))
 
 
 def is_fusable_mixing(branch: Any, x: Tensor) -> bool:
@@ -143,8 +158,19 @@ def forward(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
     `is_fusable` must have returned True for each, just before.
     """
-    dtype = autocast_dtype(x) or x.dtype
-    inner, came_in, calls, drop_paths = compute_dtype(x, dtype), x.dtype, [], []
+    inner = compute_dtype(x, autocast_dtype(x) or x.dtype)
+    return residual_branches(calls_of(blocks, x, inner), x)
+
+
+def calls_of(blocks: Iterable[nn.Module], x: Tensor, inner: torch.dtype) -> list[BranchCall]:
+    """Returns the branches of blocks, one after the other, with drop path's draws.
+
+    Args:
+        blocks: `is_fusable` must have returned True for each, just before.
+        x: the first block's map.
+        inner: the type to compute with.
+    """
+    dtype, came_in, calls, drop_paths = autocast_dtype(x) or x.dtype, x.dtype, [], []
     for block in blocks:
         drop_path, plan = block._modules["drop_path"], _plans[block]
         for mixing, eps, params in plan.branches:
@@ -153,11 +179,11 @@ def forward(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
             spec = BranchSpec(mixing, eps, block.recompute, inner, dtype, came_in)  # type: ignore[arg-type]
             calls.append(BranchCall(spec, params, None))
             drop_paths.append(drop_path)
-    masks = _drop_masks(drop_paths, x, [call.spec.out_dtype for call in calls])
-    return residual_branches([call._replace(mask=mask) for call, mask in zip(calls, masks, strict=True)], x)
+    masks = drop_masks(drop_paths, x, [call.spec.out_dtype for call in calls])
+    return [call._replace(mask=mask) for call, mask in zip(calls, masks, strict=True)]
 
 
-def _drop_masks(drop_paths: list[Any], x: Tensor, dtypes: list[torch.dtype]) -> list[Tensor | None]:
+def drop_masks(drop_paths: list[Any], x: Tensor, dtypes: list[torch.dtype]) -> list[Tensor | None]:
     """Draws what each `DropPath` multiplies each image with, (N, 1, 1, 1); None for nothing.
 
     On a CPU the numbers are those that the modules draw. On a GPU, where one launch takes longer than all numbers, they

@@ -6,6 +6,8 @@ order, from autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +34,13 @@ def mlp_mix(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return g + F.gelu(conv_dw(g, weight, bias))
 
 
-def residual_branch(spec: BranchSpec, params: BranchParams, x: Tensor, mask: Tensor | None) -> Tensor:
+def residual_branch(
+    spec: BranchSpec,
+    params: BranchParams,
+    x: Tensor,
+    mask: Tensor | None,
+    mix: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """A residual branch with its sum: ``x + mask * gamma * out(mix(in(norm(x))))``.
 
     Args:
@@ -40,6 +48,7 @@ def residual_branch(spec: BranchSpec, params: BranchParams, x: Tensor, mask: Ten
         params: its parameters.
         x: (N, C, H, W).
         mask: what drop path multiplies each image with, (N, 1, 1, 1), or None.
+        mix: what computes the spatial mixing in the place of `modulate` or `mlp_mix` above, with the same arguments.
 
     Returns:
         (N, C, H, W) of the type `spec.out_dtype`.
@@ -47,7 +56,7 @@ def residual_branch(spec: BranchSpec, params: BranchParams, x: Tensor, mask: Ten
     h = as_type(nhwc(x), params.norm_weight.dtype)
     h = F.layer_norm(h, params.norm_weight.shape, params.norm_weight, params.norm_bias, spec.eps).to(spec.dtype)
     pre_acts = [F.linear(h, *linear) for linear in params.in_linears(spec.dtype)]
-    mix = modulate if spec.mixing is SpatialMixing.MODULATION else mlp_mix
+    mix = mix or (modulate if spec.mixing is SpatialMixing.MODULATION else mlp_mix)
     mixed = mix(*pre_acts, *cast(spec.dtype, params.conv_weight, params.conv_bias))
     y = F.linear(mixed, *params.out_linear(spec.dtype))
     y = nchw(y if params.gamma is None else y * params.gamma)

@@ -136,7 +136,7 @@ def test_not_a_number_stops_before_the_weights_change(raw_config, mixup):
         assert torch.equal(value, before[key]), key
 
 
-def test_bf16_and_compile_and_checkpointing_train(raw_config):
+def test_bf16_and_checkpointing_train(raw_config):
     run = make_run(raw_config, **PLAIN)
     expected = step_of(run, [batch(4)], step=5)
     for changes in ({"train__precision": "bf16"}, {"model__grad_checkpointing": True}):
@@ -305,18 +305,6 @@ def test_every_optimizer_of_timm_steps_or_says_why_not(raw_config):
         after = run.model.stem.conv1.weight
         assert torch.isfinite(after).all(), name
         assert not torch.equal(after, before), name
-
-
-@pytest.mark.slow
-def test_compiled(raw_config, monkeypatch):
-    """Through torch.compile's tracing; the code generation behind it is torch's affair."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
-    expected = step_of(make_run(raw_config, **PLAIN), [batch(4)], step=5)
-    run = make_run(raw_config, **PLAIN, train__compile=True)
-    result = step_of(run, [batch(4)], step=5)
-    assert result.loss == pytest.approx(expected.loss.item(), rel=1e-5)
-    assert not any("_orig_mod" in key for key in run.model.state_dict())
 
 
 def test_names_of_optimizers(raw_config):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from conv2former.models.backbone import Conv2Former
+from conv2former.models.compiled import compile_blocks
 from conv2former.ops import autograd
 
 from .interpreter import INTERPRETS
@@ -20,23 +21,39 @@ from .interpreter import INTERPRETS
 SIDE = 32  # pixels; the interpreter takes its time
 
 
-def gradients(is_fused: bool, compiled: bool = False, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def gradients(is_fused: bool, compiled: str = "", dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(0)
     options = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "kernel_size": 5, "head_hidden_size": 16}
     network = Conv2Former(num_classes=3, ls_init_value=0.1, fused=is_fused, dtype=torch.float64, **options)
     network.to(dtype)
     module = DistributedDataParallel(network)
+    if compiled == "blocks":
+        compile_blocks((block for stage in network.stages for block in stage.blocks), _count)
+        # buckets that end inside of a block, where torch.compile would cut a program
+        module = DistributedDataParallel(network, bucket_cap_mb=0.001)
     images = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(3, 3, SIDE, SIDE, dtype=torch.float64, generator=images).to(dtype)
-    F.cross_entropy((torch.compile(module, backend="aot_eager") if compiled else module)(x), torch.arange(3)).backward()
+    forward = torch.compile(module, backend="aot_eager") if compiled == "whole" else module
+    F.cross_entropy(forward(x), torch.arange(3)).backward()
     return [p.grad for p in network.parameters()]
+
+
+programs = []
+
+
+def _count(program, inputs):
+    programs.append(program)
+    return torch._dynamo.lookup_backend("aot_eager")(program, inputs)
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     exact = gradients(False)
-    grads_of = {"eager": gradients(True), "compiled": gradients(True, compiled=True)}
+    grads_of = {"eager": gradients(True), "compiled": gradients(True, "whole")}
+    for fused in (True, False):  # by their parameters, by their modules
+        grads_of[f"blocks, fused: {fused}"] = gradients(fused, "blocks")
+    assert len(programs) == 8, len(programs)
     if INTERPRETS:
         from conv2former.ops.cuda import branch, mixing  # Triton is optional
 
