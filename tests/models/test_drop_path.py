@@ -44,7 +44,7 @@ def test_who_draws():
     layers = [nn.Identity(), DropPath(0.0), DropPath(0.5), DropPath(0.5).eval(), DropPath(0.3)]
     dtypes = [torch.float32] * 4 + [torch.bfloat16]
     x = SimpleNamespace(shape=(6, 8, 4, 4), is_cpu=False, device=CPU)
-    masks = fusion._drop_masks(layers, x, dtypes)
+    masks = fusion.drop_masks(layers, x, dtypes)
     assert [mask is None for mask in masks] == [True, True, False, True, False]
     assert [mask.dtype for mask in masks if mask is not None] == [torch.float32, torch.bfloat16]
-    assert fusion._drop_masks(layers[:2], x, dtypes[:2]) == [None, None]
+    assert fusion.drop_masks(layers[:2], x, dtypes[:2]) == [None, None]
