@@ -19,7 +19,7 @@ announce = echo "Installing PyTorch, timm and the packages for training, export 
 	echo "Linux with PyTorch for CUDA, less elsewhere; minutes, most of them for the download. Only the first time."
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-oldest test-gpu lint format bench growth clean
+.PHONY: help quickstart test test-fast test-oldest test-gpu lint format bench bench-gpu growth clean
 
 help: ## print this list
 	@echo "make TARGET, where TARGET is one of:"
@@ -57,6 +57,15 @@ bench: $(READY) ## compare networks on this CPU, about five minutes on two cores
 		convnext_tiny $(PEERS) conv2former_n convnext_nano \
 		--train --inference --precision native --memory-format nchw channels_last --batch-size 8 --rounds 4 \
 		--baseline convnext_tiny --markdown docs/benchmarks.md --chart docs/benchmarks.png
+
+bench-gpu: $(READY) ## compare networks on an NVIDIA GPU, six minutes at most, and write docs/benchmarks-gpu.md
+	$(BIN)/python scripts/benchmark.py models conv2former_t convnext_tiny conv2former_t:fused=false \
+		swin_tiny_patch4_window7_224 $(PEERS) --device cuda --train --inference --precision bf16 \
+		--memory-format channels_last --batch-size 128 1 --execution eager cudagraph compile --by-execution \
+		--rounds 5 --minutes 4 --baseline convnext_tiny --markdown docs/benchmarks-gpu.md \
+		--chart docs/benchmarks-gpu.png --json docs/benchmarks-gpu.json
+	$(BIN)/python scripts/benchmark.py loop --config configs/imagenet1k/conv2former_t.yaml --rounds 10 --steps 10 \
+		--markdown docs/benchmarks-gpu.md data.root=none data.img_size=224 train.batch_size=128 train.precision=bf16
 
 growth: $(READY) ## measure time and memory from 224 to 1024 pixels, minutes, and write them to docs/benchmarks.md
 	$(BIN)/python scripts/benchmark.py growth --markdown docs/benchmarks.md --chart docs/growth.png

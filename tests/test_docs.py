@@ -30,6 +30,7 @@ SOURCES = {name_of(page): [page] for page in PAGES} | {"configs": sorted((ROOT /
 FOLDERS = ("configs", "conv2former", "docs", "scripts", "tests")
 # Files that a reader has or gets, whose names look like those of this project.
 PLACEHOLDERS = {
+    "docs/benchmarks-gpu.md",  # which make bench-gpu writes
     "TRAINING.md",  # ConvNeXt's
     "classify.py",  # docs/export.md shows the whole file
     "config.yaml",  # in a run folder

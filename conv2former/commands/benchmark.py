@@ -54,6 +54,14 @@ def size(text: str) -> tuple[int, int]:
     return positive(height or width), positive(width)
 
 
+def positive_number(text: str) -> float:
+    """Reads a number above 0 from the command line."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return number
+
+
 def unique(values: Iterable[T]) -> list[T]:
     """Returns values without those that were given before."""
     return list(dict.fromkeys(values))
@@ -69,6 +77,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     loop.add_argument("--config", type=Path, metavar="FILE", help="network and training (default: t, small images)")
     loop.add_argument("--steps", type=positive, default=1, metavar="N", help="of one timing (default: 1)")
     loop.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    loop.add_argument("--markdown", type=Path, metavar="FILE", help="a page; its section of the same name is replaced")
     images = commands.add_parser("input", help="reading and augmenting images")
     images.add_argument("--images", type=positive, default=128, metavar="N", help="in one timing (default: 128)")
     images.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
@@ -114,8 +123,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--held-batch-size", type=positive, default=2, metavar="N",
         help="images of the batch whose kept bytes are counted (default: 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "--by-execution", action="store_true",
+        help="time networks only beside others of the same execution: fewer are in memory at a time",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
     parser.add_argument("--steps", type=positive, metavar="N", help="in one timing (default: as many as take 0.2 s)")
+    parser.add_argument("--minutes", type=positive_number, metavar="N", help="begin nothing new after so many")
     parser.add_argument(
         "--baseline", metavar="NAME[@FORMAT][@EXECUTION]",
         help="what speeds are relative to (default: the first network, in each row's own format and execution)",
@@ -196,6 +210,8 @@ def run_models(args: argparse.Namespace) -> None:
         threads=args.threads,
         compile_mode=args.compile_mode,
         compile_backend=args.compile_backend,
+        by_execution=args.by_execution,
+        minutes=args.minutes,
     )
     baseline = Baseline.parse(args.baseline or args.networks[0], plan)
     plan.check()
@@ -279,12 +295,20 @@ def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:
     from ..config import load_config
     from ..tools.benchmark.loop import compare_loop
     from ..tools.benchmark.progress import Progress
+    from ..tools.benchmark.report import check_outputs, loop_markdown, put_section
 
     overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
     config = load_config(args.config or CONFIG, overrides)
+    if args.markdown:
+        check_outputs(None, None, args.markdown)
+    lines: list[str] = []
     with Progress() as progress:
         progress.say(f"timing {counted(args.steps, 'step')} of both loops in turns, {counted(args.rounds, 'round')}")
-        show(compare_loop(config, args.steps, args.rounds, progress), progress)
+        for line in compare_loop(config, args.steps, args.rounds, progress):
+            lines.append(line)
+            progress.print(line)
+    if args.markdown:
+        put_section("loop", loop_markdown(lines), args.markdown)
 
 
 def main() -> None:

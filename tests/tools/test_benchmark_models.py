@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from conv2former import graphs
 from conv2former.errors import ConfigError, OutputError
 from conv2former.ops.cpu import native, onednn
 from conv2former.tools.benchmark import machine as benchmark_machine
@@ -32,6 +33,7 @@ from conv2former.tools.benchmark.report import (
 from conv2former.tools.benchmark.results import Baseline, Group, Plan, Probe, Report, Result, Setting, Spread, spread
 
 from ..conftest import ROOT
+from ..graphs_on_cpu import CpuRecorder
 
 pytestmark = pytest.mark.slow
 
@@ -304,6 +306,93 @@ def test_compiled():
     assert compiled.bytes_moved is None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_training_step_is_the_step(monkeypatch, precision):
+    """In a recorder that stands for CUDA's: the same weights after some steps, and a new capture in none of them."""
+    weights, recorders = [], []
+
+    def make(device):
+        recorders.append(CpuRecorder(model))
+        return recorders[-1]
+
+    monkeypatch.setattr(graphs, "recorder_for", make)
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = parse_networks([OURS])[0].create(32, 32).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = benchmark_steps._TrainingStep(model, optimizer, torch.randn(2, 3, 32, 32), precision)
+        for _ in range(2):
+            step()
+        if captured:
+            step.capture()  # a step more, before it
+        for _ in range(2 + (not captured)):
+            step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    (recorder,) = recorders
+    assert recorder.events == ["warm-up", "capture", "replay", "replay"]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_captured_inference_is_the_inference(monkeypatch):
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: CpuRecorder())
+    step = benchmark_steps._Step(parse_networks([OURS])[0].create(32, 32).eval(), torch.randn(2, 3, 32, 32), "fp32")
+    expected = step()
+    with torch.inference_mode():  # the recorder changes results in place
+        step.capture()
+        assert torch.equal(step(), expected)
+
+
+def test_what_a_gpu_did_has_columns(monkeypatch):
+    """And only there."""
+
+    class Work:
+        launches, busy = 917, 0.03
+
+    monkeypatch.setattr(benchmark_steps, "profile_device", lambda step, steps: Work)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    report = run(OURS)
+    result = report.groups[0].results[0]
+    assert "launches" not in models_text(report)
+    benchmark_steps._profile_step(lambda: None, result)
+    result.seconds = [0.04, 0.05, 0.06]
+    assert result.host_seconds < 0.01
+    header, row = [line.split() for line in models_group(report, report.groups[0]).splitlines()[1:3]]
+    assert "launches" in header
+    assert "917" in row
+    assert "30.00" in row  # GPU ms
+    assert result.busy_share == pytest.approx(0.6)
+
+
+def test_executions_apart():
+    """Fewer networks in memory at a time; ratios are of the same execution."""
+    plan = small_plan(OURS, "test_vit", executions=["eager", "compile"], modes=["training", "inference"])
+    assert [len(group) for group in plan.groups()] == [4, 4]
+    plan.by_execution = True
+    groups = [[(network.name, s.mode, s.execution) for network, s in group] for group in plan.groups()]
+    assert [len(group) for group in groups] == [2] * 4
+    assert [group[0][1:] for group in groups] == [
+        ("training", "eager"), ("inference", "eager"), ("training", "compile"), ("inference", "compile"),
+    ]  # fmt: skip
+
+
+def test_a_limit_of_time_leaves_rows_that_say_so(monkeypatch):
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(benchmark_models.time, "monotonic", clock)
+    report = run(OURS, "test_vit", modes=["training", "inference"], rounds=50, minutes=0.1)
+    first, second = report.groups
+    assert 0 < len(first.results[0].seconds) < 50
+    assert all(result.error == "0.1 minutes were over" for result in second.results)
+    assert "not measured: test_vit, NCHW, eager: 0.1 minutes were over" in models_text(report)
+    assert report.complete
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "models", "test_vit", "--minutes", "0")
+
+
 def test_what_fails_is_a_row_and_the_others_go_on():
     report = run(FIXED, OURS)
     failed, measured = report.groups[0].results
@@ -378,7 +467,7 @@ def test_the_script_writes_everything(monkeypatch, tmp_path, capsys):
     ("words", "message"),
     [
         (["models", "test_vlt"], "error: these networks cannot be measured"),
-        (["models", "test_vit", "--execution", "cudagraph"], "error: --execution cudagraph: for inference on a GPU"),
+        (["models", "test_vit", "--execution", "cudagraph"], "error: --execution cudagraph: for a GPU only"),
         (["models", "test_vit", "--size", "0"], "argument --size: invalid"),
         (["models", "test_vit", "--sizes", "1"], "unrecognized arguments: --sizes 1"),
         (["models", "test_vit", "--chart", "a.txt"], "error: a.txt: a chart's name ends with .png"),

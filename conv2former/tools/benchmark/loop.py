@@ -115,7 +115,8 @@ def _tell(progress: Progress, what: str, number: int, rounds: int, times: list[t
 def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | None = None) -> Iterator[str]:
     """Compares the training loop with a bare one on the same synthetic batches.
 
-    The bare loop does no more than forward, loss, backward and optimizer step. The training loop is the trainer's own,
+    The bare loop does no more than forward, loss, backward and optimizer step, through a CUDA graph where the training
+    loop has one. The training loop is the trainer's own,
     with its seeding, gradient norm, checks, agreement on signals and logs, but without loader, averaging and mixup,
     which are work of their own and not the loop's.
 
@@ -152,14 +153,22 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
             run = trainer.run
             memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
 
+            def compute(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                with run.autocast():
+                    logits = run.forward(images)
+                loss = run.criterion(logits.float(), labels)
+                run.scaler.scale(loss).backward()
+                return loss.detach()
+
             def bare() -> None:
                 run.model.train()
                 for images, labels in [(batch.images, batch.labels)] * steps:
                     images = images.to(world.device, memory_format=memory_format, non_blocking=True)
                     labels = labels.to(world.device, non_blocking=True)
-                    with run.autocast():
-                        logits = run.forward(images)
-                    run.criterion(logits.float(), labels).backward()
+                    if run.graphs:
+                        run.graphs(compute, images, labels, 1)
+                    else:
+                        compute(images, labels)
                     run.optimizer.step()
                     run.optimizer.zero_grad(set_to_none=True)
 
@@ -169,6 +178,7 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
 
             result = compare(bare, whole, rounds, world.device, progress, "bare loop and training loop")
             trainer.log.close()
+            run.release()
     yield from result.describe("bare loop", "training loop", steps, "step")
     if result.interrupted:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
+        "commit": _commit(),
         "compiled_functions": native.usable(torch.float32) if device.type == "cpu" else None,
         "bf16_arithmetic": onednn.multiplies(torch.bfloat16) if device.type == "cpu" else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -158,6 +160,8 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     cpu = f"{machine['cpu']} ({machine['cpu_capability']}), {cores}"
     load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f} at the start"
     lines = [f"{cpu}, {machine['threads']} threads{load}", f"Python {machine['python']}, {versions}"]
+    if machine.get("commit"):
+        lines.append(f"conv2former as of commit {machine['commit']}")
     if (compiled_functions := machine.get("compiled_functions")) is not None:
         lines.append(f"conv2former's compiled functions: {'yes' if compiled_functions else 'no'}")
     if machine.get("bf16_arithmetic") is False:
@@ -171,6 +175,22 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
             f"'{machine['float32_matmul_precision']}'",
         )
     return lines
+
+
+def _commit() -> str | None:
+    """Returns the commit of this project's working tree, with a mark if files differ from it; None outside of one."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=9", "HEAD") + (", and changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or a tree of somebody else's
+        return None
 
 
 def _cpu_name() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import TypeAlias
@@ -74,13 +75,14 @@ def measure(plan: Plan, baseline: Baseline, refuse: Refusal | None = None, watch
     watcher = watcher or Watcher()
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
+    deadline = math.inf if plan.minutes is None else time.monotonic() + 60 * plan.minutes
     report = Report(command_line(), describe_machine(plan.device), baseline, plan.rounds, plan.held_batch_size)
     try:
         watcher.started(report)
         known = _describe_networks(plan, watcher)
         watcher.counted(known)
         for members in plan.groups():
-            _measure_group(plan, report, members, known, refuse, watcher)
+            _measure_group(plan, report, members, known, refuse, watcher, deadline)
         report.complete = True
     except KeyboardInterrupt:
         report.interrupted = True
@@ -121,8 +123,13 @@ def _measure_group(
     known: Known,
     refuse: Refusal | None,
     watcher: Watcher,
+    deadline: float,
 ) -> None:
-    """Prepares the networks of a group, then times them in rounds. The group is in the report from the start."""
+    """Prepares the networks of a group, then times them in rounds. The group is in the report from the start.
+
+    Args:
+        deadline: of `time.monotonic`; after it no network is prepared, and no round but the first is begun.
+    """
     earlier = list(report.groups)
     group = Group([Result(network.label, setting) for network, setting in members])
     report.groups.append(group)
@@ -130,12 +137,14 @@ def _measure_group(
     for (network, _), result in zip(members, group.results, strict=True):
         watcher.preparing(group, result)
         since = time.perf_counter()
-        clock = _try_to_prepare(plan, network, result, earlier, known, refuse)
+        late = time.monotonic() > deadline
+        result.error = f"{plan.minutes:g} minutes were over" if late else None
+        clock = None if late else _try_to_prepare(plan, network, result, earlier, known, refuse)
         clocks += [clock] if clock else []
         watcher.prepared(group, result, time.perf_counter() - since)
     if plan.details:
         clocks += _probe_clocks(plan, group, DTYPES[group.setting.precision] or torch.float32)
-    _time_in_rounds(clocks, plan.rounds, group, watcher)
+    _time_in_rounds(clocks, plan.rounds, group, watcher, deadline)
     clocks.clear()
     if "compile" in plan.executions:
         torch.compiler.reset()  # forgets this group's compiled code
@@ -164,9 +173,11 @@ def _try_to_prepare(
     return None
 
 
-def _time_in_rounds(clocks: list[Clock], rounds: int, group: Group, watcher: Watcher) -> None:
+def _time_in_rounds(clocks: list[Clock], rounds: int, group: Group, watcher: Watcher, deadline: float) -> None:
     """Reads every clock once a round, in turns; what fails is left out from then on."""
     for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            return
         for i in _order(len(clocks), number):
             clock = clocks[i]
             if clock.result is not None and clock.result.error:

@@ -10,9 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...engine.distributed import World
 from ...errors import OutputError, counted
 from ..output import check_writable, replacing, save_figure, text_table
-from .machine import machine_lines
+from .machine import command_line, describe_machine, machine_lines
 from .results import Group, Report, Result, Spread
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_outputs",
     "group_title",
     "incomplete",
+    "loop_markdown",
     "markdown_table",
     "models_figure",
     "models_foot",
@@ -46,6 +48,9 @@ COLUMNS = """\
   less releases from the profiler's records, of a batch of {held}. Autocast's copies of the weights are in it, once per
   batch; the images are in it where the graph keeps them; weights, gradients and optimizer state are not.
 - **peak**: MB of weights, buffers, optimizer state and the most that a step allocates at one time, for the whole batch.
+- **GPU ms**, **GPU busy**: for how long the GPU works in a step, by the profiler, and which part of the step that is.
+- **host ms**: until Python has queued a step; where that is the longer, the GPU waits for it.
+- **launches**: kernels, and fills and copies of memory, of a step, by the profiler.
 - **of matmul**: multiply-accumulates per second as a share of those of one large matrix product of the same type on
   this machine in the same rounds. A backward pass is counted as two forward passes.
 - **of copy**: bytes that the operators of the step read and write, each tensor once per operator, per second, as a
@@ -162,6 +167,14 @@ def models_markdown(report: Report, chart: Path | None) -> str:
     return "\n".join([*lines, "", "The columns:", "", COLUMNS.format(held=held)])
 
 
+def loop_markdown(lines: Sequence[str]) -> str:
+    """Returns what `benchmark.py loop` has printed as a section of a page."""
+    world = World.from_environment()
+    machine = [f"{line}.  " for line in machine_lines(describe_machine(world.device))]
+    head = ["## The training loop beside a bare one", "", "```sh", command_line(), "```", "", *machine]
+    return "\n".join([*head, "", "```", *lines, "```"])
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a Markdown table, the first column aligned to the left and the others to the right."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
@@ -235,6 +248,10 @@ def _cells(report: Report, group: Group) -> tuple[list[str], list[list[str]]]:
         ("at equal MACs", lambda result: _at_equal_macs(report, group, result)),
         ("held MB/image", lambda result: _number(result.bytes_held_per_image, 1e6, 1)),
         ("peak MB", lambda result: _number(result.peak_bytes, 1e6, 0)),
+        ("GPU ms", lambda result: _number(result.busy_seconds, 1e-3, 2)),
+        ("GPU busy", lambda result: _percent(result.busy_share)),
+        ("host ms", lambda result: _number(result.host_seconds, 1e-3, 2)),
+        ("launches", lambda result: _number(result.launches, 1, 0)),
         ("of matmul", lambda result: _percent(result.share_of(result.step_macs, group.probes.get("matmul")))),
         ("of copy", lambda result: _percent(result.share_of(result.bytes_moved, group.probes.get("copy")))),
         ("GMACs", lambda result: _number(result.macs, 1e9, 2)),

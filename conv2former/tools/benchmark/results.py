@@ -47,7 +47,8 @@ class Setting:
         height, width: of the images, pixels.
         batch_size: images in a step.
         memory_format: `nchw` or `channels_last`, of the images that the network is given and of its weights.
-        execution: `eager`, `compile` (torch.compile) or `cudagraph` (a captured inference).
+        execution: `eager`, `compile` (torch.compile; this project's blocks by themselves, as `train.compile` does), or
+            `cudagraph` (inference, or a step's forward and backward pass, captured; the optimizer outside).
     """
 
     mode: str
@@ -101,6 +102,9 @@ class Plan:
         threads: of the CPU; None leaves torch's number.
         compile_mode, compile_backend: torch.compile's.
         details: whether to count peak memory and bytes moved, and to time the machine's own products and copies.
+        by_execution: whether networks are timed in the same rounds only with others of the same execution. Then fewer
+            are in memory at a time, and the first results come sooner.
+        minutes: after so many nothing new is begun; None for no limit.
     """
 
     networks: list[Network]
@@ -118,6 +122,8 @@ class Plan:
     compile_mode: str | None = None
     compile_backend: str = "inductor"
     details: bool = True
+    by_execution: bool = False
+    minutes: float | None = None
 
     def check(self) -> None:
         """Checks what can be checked before anything runs.
@@ -127,8 +133,8 @@ class Plan:
         """
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no GPU here; leave --device out, or install torch for CUDA")
-        if "cudagraph" in self.executions and (self.device.type != "cuda" or self.modes != ["inference"]):
-            raise ConfigError("--execution cudagraph: for inference on a GPU only; take --device cuda without --train")
+        if "cudagraph" in self.executions and self.device.type != "cuda":
+            raise ConfigError("--execution cudagraph: for a GPU only; take --device cuda")
 
     def describe(self) -> str:
         """Returns what will be measured, in one sentence."""
@@ -150,10 +156,11 @@ class Plan:
 
     def groups(self) -> Iterator[list[tuple[Network, Setting]]]:
         """Yields what is compared in the same rounds: all networks, formats and executions of one setting."""
-        variants = list(itertools.product(self.networks, self.memory_formats, self.executions))
-        grid = itertools.product(self.modes, self.precisions, self.sizes, self.batch_sizes)
-        for mode, precision, (height, width), batch_size in grid:
+        together = [[how] for how in self.executions] if self.by_execution else [self.executions]
+        grid = itertools.product(together, self.modes, self.precisions, self.sizes, self.batch_sizes)
+        for executions, mode, precision, (height, width), batch_size in grid:
             shared = (mode, precision, height, width, batch_size)
+            variants = itertools.product(self.networks, self.memory_formats, executions)
             yield [(network, Setting(*shared, format_, how)) for network, format_, how in variants]
 
 
@@ -167,6 +174,9 @@ class Result:
         bytes_held_per_image: see `bytes_held`; training only.
         peak_bytes: weights, buffers, optimizer state and the most that a step allocates at one time.
         bytes_moved: by the operators of one eager step, see `OperatorTraffic`.
+        launches: kernels, fills and copies of a step on a GPU.
+        busy_seconds: in which at least one of them runs.
+        host_seconds: until Python has queued a step on a GPU.
         first_seconds: of a step before the rounds: what to expect, no result.
         steps: in one timing.
         seconds: of one step, one for each round.
@@ -180,6 +190,9 @@ class Result:
     bytes_held_per_image: float | None = None
     peak_bytes: int | None = None
     bytes_moved: int | None = None
+    launches: int | None = None
+    busy_seconds: float | None = None
+    host_seconds: float | None = None
     first_seconds: float | None = None
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
@@ -194,6 +207,13 @@ class Result:
         """How many times as fast as another result of the same group, per round."""
         pairs = zip(self.seconds, other.seconds, strict=False)  # one has fewer if it failed or was interrupted
         return spread([theirs / own for own, theirs in pairs])
+
+    @property
+    def busy_share(self) -> float | None:
+        """The part of a step in which the GPU works, by the median step."""
+        if self.busy_seconds is None or not self.seconds:
+            return None
+        return self.busy_seconds / statistics.median(self.seconds)
 
     def share_of(self, work: float | None, probe: Probe | None) -> float | None:
         """The rate at which work of this step is done as a share of the machine's own rate for it, in the median."""

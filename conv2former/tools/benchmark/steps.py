@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import _private
+from ... import _private, graphs
+from ...errors import ConfigError
+from ...graphs import Graph
+from ...models import Conv2Former
+from ...models.backbone import Stage
+from ...models.compiled import compile_blocks
+from .device import profile_device
 from .machine import OperatorTraffic
 from .memory import bytes_held, peak_bytes
 from .networks import CLASSES, Network
@@ -67,27 +73,39 @@ def prepare(plan: Plan, network: Network, result: Result) -> Clock:
     model.train(setting.mode == "training")
     runnable: nn.Module = model
     if setting.execution == "compile":
-        _private.allow_recompiling(64)  # networks of one class share their code, each compiled anew
-        runnable = torch.compile(model, mode=plan.compile_mode, backend=plan.compile_backend, dynamic=False)  # type: ignore[assignment]
+        runnable = _compiled(plan, model)
     optimizer: torch.optim.Optimizer | None = None
+    step: _Step
     if setting.mode == "training":
         held = bytes_held(runnable, images(plan.held_batch_size), DTYPES[setting.precision])
         result.bytes_held_per_image = held / plan.held_batch_size
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
-        step = _training_step(runnable, optimizer, images(setting.batch_size), setting.precision)
+        fused = True if device.type == "cuda" else None  # as in training
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
+        step = _TrainingStep(runnable, optimizer, images(setting.batch_size), setting.precision)
     else:
-        step = _inference_step(runnable, images(setting.batch_size), setting.precision)
+        step = _Step(runnable, images(setting.batch_size), setting.precision)
     since = time.perf_counter()
     warm_up(step, optimizer)
     result.first_seconds = time.perf_counter() - since
     if plan.details:
         _count_step(step, model, optimizer, device, result)
     if setting.execution == "cudagraph":
-        step = _captured(step)
+        step.capture()
+    if plan.details and device.type == "cuda":
+        _profile_step(step, result)
     if plan.steps is None or setting.execution != "eager":  # else the first step tells enough of what is to come
         result.first_seconds = Clock(step, 1, device, None, []).read()
     result.steps = plan.steps or max(1, math.ceil(MIN_SECONDS / max(result.first_seconds, 1e-6)))
     return Clock(step, result.steps, device, result, result.seconds)
+
+
+def _compiled(plan: Plan, model: nn.Module) -> nn.Module:
+    """Returns a network as it is compiled for training or inference: this project's block by block for the former."""
+    if model.training and isinstance(model, Conv2Former) and plan.compile_mode is None:
+        compile_blocks((block for stage in model.stages for block in cast(Stage, stage).blocks), plan.compile_backend)
+        return model
+    _private.allow_recompiling(64)  # networks of one class share their code, each compiled anew
+    return cast(nn.Module, torch.compile(model, mode=plan.compile_mode, backend=plan.compile_backend, dynamic=False))
 
 
 def warm_up(step: Callable[[], object], optimizer: torch.optim.Optimizer | None, attempts: int = 20) -> None:
@@ -99,51 +117,70 @@ def warm_up(step: Callable[[], object], optimizer: torch.optim.Optimizer | None,
         step()
 
 
-def _inference_step(model: nn.Module, images: Tensor, precision: str) -> Callable[[], object]:
-    def step() -> Tensor:
-        with torch.inference_mode(), _autocast(images.device, precision):
-            return model(images)
+class _Step:
+    """An inference; a CUDA graph repeats it once it is captured."""
 
-    return step
+    def __init__(self, model: nn.Module, images: Tensor, precision: str) -> None:
+        self._model, self._images, self._precision = model, images, precision
+        self._graph: Graph | None = None
+
+    def __call__(self) -> object:
+        return self._graph(self._images) if self._graph else self.compute(self._images)
+
+    def compute(self, images: Tensor) -> Tensor:
+        """What is captured."""
+        with torch.inference_mode(), _autocast(images.device, self._precision):
+            return self._model(images)
+
+    def capture(self) -> None:
+        """Captures the step, which has run before."""
+        recorder = graphs.recorder_for(self._images.device)
+        if recorder is None:
+            raise ConfigError("there are no CUDA graphs here")
+        recorder.warm_up(self)
+        self._graph = Graph(recorder, self.compute, self._images)
 
 
-def _training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, precision: str
-) -> Callable[[], object]:
-    labels = torch.randint(CLASSES, (len(images),), device=images.device)
-    scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
+class _TrainingStep(_Step):
+    """Forward pass, cross-entropy and backward pass, which can be captured, then the optimizer."""
 
-    def step() -> None:
-        with _autocast(images.device, precision):
-            logits = model(images)
-        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, precision: str) -> None:
+        super().__init__(model, images, precision)
+        self._optimizer = optimizer
+        self._labels = torch.randint(CLASSES, (len(images),), device=images.device)
+        self._scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
 
-    return step
+    def __call__(self) -> object:
+        loss = super().__call__()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if not self._graph:  # which writes the same gradients again
+            self._optimizer.zero_grad()
+        return loss
+
+    def compute(self, images: Tensor) -> Tensor:
+        """See `_Step`."""
+        with _autocast(images.device, self._precision):
+            logits = self._model(images)
+        loss = F.cross_entropy(logits.float(), self._labels)
+        self._scaler.scale(loss).backward()
+        return loss.detach()
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=DTYPES[precision] is not None)
 
 
-def _captured(step: Callable[[], object]) -> Callable[[], object]:
-    """Returns a CUDA graph of a step that has run before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+def _profile_step(step: Callable[[], object], result: Result, steps: int = 3) -> None:
+    """Counts the launches of a step, how long the GPU works, and how long Python needs to queue it."""
+    step()  # after a capture: what a step of its own allocates is there
+    torch.cuda.synchronize()
+    since = time.perf_counter()
+    for _ in range(steps):
         step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
+    result.host_seconds = (time.perf_counter() - since) / steps
+    work = profile_device(step, steps)
+    result.launches, result.busy_seconds = work.launches, work.busy
 
 
 def _count_step(
