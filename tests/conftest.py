@@ -95,6 +95,7 @@ def on_a_gpu(monkeypatch):
 
     mend()
     monkeypatch.setattr(mixing, "choose_strip", lambda width, choices: 2)
+    monkeypatch.setattr(mixing, "MLP_STRIP", 2)
     monkeypatch.setattr(autograd, "choose_backend", lambda *args, **options: branch)
     monkeypatch.setattr(autograd, "prepare", lambda calls, x: branch.prepare(calls))
     return branch

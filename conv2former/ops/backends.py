@@ -53,7 +53,13 @@ def prepare(calls: Sequence[BranchCall], x: Tensor) -> Sequence[BranchCall]:
     Returns:
         The calls, perhaps with prepared weights.
     """
-    return calls if x.is_cpu else _cuda_branch().prepare(calls)
+    if x.is_cpu:
+        return calls
+    if type(x) is Tensor and x.is_cuda:  # what only stands for a map on a GPU runs no kernels
+        from .cuda import ahead
+
+        ahead.compile_ahead(calls, x, torch.is_grad_enabled())
+    return _cuda_branch().prepare(calls)
 
 
 def _cuda_branch() -> Any:

@@ -100,6 +100,8 @@ def test_the_script_with_code_generation(raw_config, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw_config))
     environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
     environment["CONV2FORMER_HOME"] = str(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "compiled").symlink_to(os.environ["CONV2FORMER_TESTS_COMPILED"], target_is_directory=True)
     command = [sys.executable, "scripts/train.py", "--config", tmp_path / "config.yaml", "--output", tmp_path / "run"]
     done = subprocess.run([*command, "train.compile=true"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

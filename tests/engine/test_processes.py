@@ -80,7 +80,8 @@ def test_killed_at_random(raw_config, tmp_path, count, kills, start):
     Accumulation, mixup, drop path, dropout, averaging and BatchNorm are on; the number of loader workers changes from
     start to start.
     """
-    config = configure(raw_config, checkpoint__every_steps=2, log__every_steps=1)
+    short = {"schedule__epochs": 1, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0} if kills < 8 else {}
+    config = configure(raw_config, checkpoint__every_steps=2, log__every_steps=1, **short)
     lines: list[str] = []
     different = kill_and_compare(config, tmp_path / "runs", kills, count, [0, 2], count, lines.append, start)
     print("\n".join(lines))

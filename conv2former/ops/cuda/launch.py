@@ -9,34 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRAMS", "counting", "launch", "pitch_of", "with_pitch"]
+__all__ = ["PROGRAMS", "intercepting", "launch", "pitch_of", "with_pitch"]
 
 PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
 
-_counter: Callable[[str], None] | None = None
+Interceptor = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_interceptor: Interceptor | None = None
 
 
 @contextmanager
-def counting(count: Callable[[str], None]) -> Iterator[None]:
-    """Calls `count` with a kernel's name wherever one would be run."""
-    global _counter
-    _counter = count
+def intercepting(call: Interceptor) -> Iterator[None]:
+    """Calls something with a kernel, its arguments and its options wherever one would be run, which then is not."""
+    global _interceptor
+    before, _interceptor = _interceptor, call
     try:
         yield
     finally:
-        _counter = None
+        _interceptor = before
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
     """Runs a kernel on the device of its first argument. Every kernel of this package is started here."""
-    if _counter is not None:
-        _counter(kernel.fn.__name__)
+    # The kernels write a * b + c where they mean one instruction, which Triton's default may or may not allow.
+    options = constants | {"num_warps": warps, "enable_fp_fusion": True}
+    if _interceptor is not None:
+        _interceptor(kernel, args, options)
         return
     device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        # The kernels write a * b + c where they mean one instruction, which Triton's default may or may not allow.
-        kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+        kernel[(programs,)](*args, **options)
 
 
 def pitch_of(x: Tensor) -> int | None:

@@ -31,6 +31,8 @@ __all__ = ["mlp_mix", "mlp_mix_backward", "mlp_mix_grads", "modulate", "modulate
 
 BAND_CHANNELS = 8  # 16 bytes of each pixel; one channel for each warp
 MIN_BAND_PROGRAMS = 128  # about one for each multiprocessor
+# Wider ones compute GELU again less often, and take up to twice the registers and four times as long to compile.
+MLP_STRIP = 4
 
 
 class Blocking(NamedTuple):
@@ -238,12 +240,11 @@ def choose_mlp_blocking(shape: torch.Size) -> MlpBlocking:
     """Cuts columns into as few pieces as fill the device: a piece computes the rows above and below it again."""
     n, c, h, w = shape
     block = 128 * (1 if c % 2 else 2)
-    strip = choose_strip(w, (7, 8))
-    strips = triton.cdiv(w, strip)
+    strips = triton.cdiv(w, MLP_STRIP)
     lane_blocks = triton.cdiv(n * strips * c, block)
     block_rows = max(min(h, 4), triton.cdiv(h * lane_blocks, max(lane_blocks, PROGRAMS)))
     row_blocks = triton.cdiv(h, block_rows)
-    return MlpBlocking(strip, strips, row_blocks, block_rows, block, lane_blocks * row_blocks)
+    return MlpBlocking(MLP_STRIP, strips, row_blocks, block_rows, block, lane_blocks * row_blocks)
 
 
 def mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

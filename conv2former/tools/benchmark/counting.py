@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ... import _private
-from ...ops.cuda.launch import counting
+from ...ops.cuda.launch import intercepting
 
 __all__ = ["OperatorCount"]
 
@@ -67,7 +67,7 @@ class OperatorCount(_private.DispatchMode):
             with self:
                 yield self
             return
-        with counting(lambda name: self.kernels.update([name])), self:
+        with intercepting(lambda kernel, args, options: self.kernels.update([kernel.fn.__name__])), self:
             yield self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,88 @@
+"""Compiles the kernels of a stage together, on all cores, before the first of them is run.
+
+Triton compiles a kernel where it is first run, which takes up to some seconds, and a stage has eighteen in a training
+step. Its compiler lets other threads run. What is compiled is kept on disk, so that later processes only read it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..branch import BranchCall, BranchParams
+from . import branch
+from .launch import intercepting
+
+__all__ = ["compile_ahead", "kernels_of"]
+
+_seen: set[Hashable] = set()
+
+
+def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
+    """Compiles what a row of branches launches for maps of such a shape, unless that was done before.
+
+    Args:
+        calls: the branches.
+        x: the map of the first one, on a GPU.
+        trains: whether there is a backward pass.
+    """
+    # not all that kernels depend on, but cheap: what it misses is compiled where it is run
+    first, last = calls[0], calls[-1]
+    key = (x.shape, x.dtype, x.device, trains, first.spec, first.params.conv_weight.shape, first.mask is last.mask)
+    if key in _seen:
+        return
+    _seen.add(key)
+    jobs = kernels_of(list({_kind(call): call for call in calls}.values()), x, trains)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(jobs), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(partial(_compile, x.device), jobs))
+
+
+def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Callable[[], object]]:
+    """Returns what compiles each kernel that branches launch, one after the other, found by a run without data.
+
+    Args:
+        calls, x, trains: as for `compile_ahead`.
+    """
+    found: dict[Hashable, Callable[[], object]] = {}
+
+    def note(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        types = [arg.dtype if isinstance(arg, Tensor) else arg for arg in args]
+        signature = (kernel, *(t if isinstance(t, torch.dtype) else "number" for t in types), *options.items())
+        found.setdefault(signature, partial(kernel.warmup, *types, grid=(1,), **options))
+
+    x = torch.empty_like(x, device="meta")
+    with torch.no_grad(), intercepting(note):
+        for call in calls:
+            params = BranchParams.from_tensors([_bare(tensor) for tensor in call.params.tensors()])
+            bare = BranchCall(call.spec, params, _bare(call.mask))
+            saved: list[Tensor] | None = [] if trains else None
+            y = branch.forward([bare], x, saved)
+            if saved is not None:
+                branch.backward(bare, x, saved, y, True)
+            x = y
+    return list(found.values())
+
+
+def _kind(call: BranchCall) -> Hashable:
+    """Returns all of a branch that kernels depend on."""
+    tensors = (*call.params.tensors(), call.mask)
+    return call.spec, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
+
+
+def _bare(tensor: Any) -> Any:
+    return None if tensor is None else torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
+def _compile(device: torch.device, job: Callable[[], object]) -> None:
+    with torch.cuda.device(device), suppress(Exception):  # the launch says what is wrong
+        job()

@@ -1,0 +1,99 @@
+"""Which kernels are compiled before they are run, and that it is done once."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from conv2former.ops.branch import BranchCall, SpatialMixing
+
+from .interpreter import INTERPRETS
+from .test_cuda_branch import TYPES, image_maps, make_call
+
+if not INTERPRETS:
+    pytest.skip("needs Triton, and its interpreter chosen", allow_module_level=True)
+
+from conv2former.ops.cuda import ahead, branch, mixing
+from conv2former.ops.cuda.launch import intercepting
+
+
+def signature(kernel, args, options) -> tuple:
+    types = tuple(arg.dtype if isinstance(arg, Tensor) else "number" for arg in args)
+    return kernel.fn.__name__, types, tuple(options.items())
+
+
+def launched(calls: list[BranchCall], x: Tensor, trains: bool) -> set[tuple]:
+    """Returns what a run with data launches."""
+    found = set()
+    with intercepting(lambda *launch: found.add(signature(*launch))):
+        for call in calls:
+            saved: list[Tensor] | None = [] if trains else None
+            y = branch.forward([call], x, saved)
+            if saved is not None:
+                branch.backward(call, x, saved, torch.empty_like(y), True)
+            x = y
+    return found
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("programs", [1, 10**9])  # on tensor cores and not
+@pytest.mark.parametrize("types", TYPES[:2], ids=str)
+def test_what_is_compiled_is_what_is_run(monkeypatch, types, programs, trains):
+    monkeypatch.setattr(mixing, "MIN_BAND_PROGRAMS", programs)
+    calls = [make_call(kind, types, channels=8, mask=mask) for mask in (False, True) for kind in SpatialMixing]
+    x = image_maps(0, 2, 8, 5, 6, dtype=types[1])
+    compiled = []
+    for name in {name for name, *_ in launched(calls, x, trains)}:
+        for module in (mixing, ahead.branch.mixing.sum_partials.__globals__["kernels"]):
+            if hasattr(module, name):
+                kernel = getattr(module, name)
+                monkeypatch.setattr(
+                    type(kernel), "warmup",
+                    lambda self, *args, grid, **options: compiled.append((self, args, options)), raising=False,
+                )  # fmt: skip
+    for job in ahead.kernels_of(calls, x, trains):
+        job()
+    found = {
+        (kernel.fn.__name__, tuple(a if isinstance(a, torch.dtype) else "number" for a in args), tuple(options.items()))
+        for kernel, args, options in compiled
+    }
+    assert found == launched(calls, x, trains)
+    assert len(compiled) == len(found), "each once"
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+    monkeypatch.setattr(ahead, "_seen", set())
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: range(4))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+def test_once_for_a_shape_on_all_cores(four_cores, monkeypatch):
+    jobs, together = [], threading.Barrier(2, timeout=60)
+
+    def job() -> None:
+        jobs.append(threading.current_thread().name)
+        together.wait()  # ends when two are at work
+
+    monkeypatch.setattr(ahead, "kernels_of", lambda calls, x, trains: [job, job])
+    calls, x = [make_call(SpatialMixing.MLP, TYPES[0])], image_maps(0, 2, 8, 3, 3, dtype=torch.float32)
+    for trains in (True, True, False):
+        ahead.compile_ahead(calls, x, trains)
+    assert len(jobs) == 4
+    ahead.compile_ahead(calls, x[:1], True)
+    assert len(jobs) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # where each process has a core, Triton compiles at the first run
+    ahead.compile_ahead(calls, x[:, :, :1], True)
+    assert len(jobs) == 6
+
+
+def test_what_cannot_be_compiled_is_told_by_the_launch(four_cores, monkeypatch):
+    def fails() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(ahead, "kernels_of", lambda *_: [fails, fails])
+    ahead.compile_ahead([make_call(SpatialMixing.MLP, TYPES[0])], image_maps(0, 1, 8, 2, 2, dtype=torch.float32), True)
