@@ -1,5 +1,6 @@
-"""The spatial mixing of both branches as single operators, with hand-written gradients.
+"""The spatial mixing of both branches as single operators, and the convolution in it, with hand-written gradients.
 
+    depthwise_conv2d(x, weight, bias) = conv_dw(x) + bias
     modulate(a, weight, bias, v) = (conv_dw(gelu(a)) + bias) * v
     mlp_mix(f, weight, bias)     = h + gelu(conv_dw(h) + bias)  with  h = gelu(f)
 
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from .cpu import operators as cpu_operators
 
-__all__ = ["MAX_KERNEL_SIZE", "mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward"]
+__all__ = [
+    "MAX_KERNEL_SIZE",
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "mlp_mix",
+    "mlp_mix_backward",
+    "modulate",
+    "modulate_backward",
+]
 
 MAX_KERNEL_SIZE = 31
 
@@ -29,6 +38,37 @@ def _triton() -> ModuleType:
     from .cuda import mixing  # Triton is optional, and takes a second to import
 
     return mixing
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A depthwise convolution of stride 1: ``conv_dw(x) + bias``.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, k, k), k odd, padding k // 2, dilation 1; float32 or x's type.
+        bias: (C,) likewise.
+
+    Returns:
+        (N, C, H, W) in x's type and channels_last memory. It has a gradient, and no second one.
+
+    Raises:
+        ValueError: shapes or types do not fit together.
+    """
+    _check("depthwise_conv2d", weight, bias, x=x)
+    return _depthwise_conv2d(x, weight, bias)
+
+
+def depthwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `depthwise_conv2d`, from its arguments and the gradient of its result.
+
+    Returns:
+        Gradients of x, weight and bias, in their shapes and types. They cannot be differentiated.
+
+    Raises:
+        ValueError: shapes or types do not fit together.
+    """
+    _check("depthwise_conv2d_backward", weight, bias, x=x, grad=grad)
+    return _depthwise_conv2d_backward(grad, x, weight, bias)
 
 
 def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
@@ -118,6 +158,16 @@ def _check(name: str, weight: Tensor, bias: Tensor, kernel_size: int | None = No
 # The operators. A function below is the operator's on the CPU.
 
 
+@torch.library.custom_op("conv2former::depthwise_conv2d", mutates_args=(), device_types="cpu")
+def _depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return cpu_operators.depthwise_conv2d(x, weight, bias)
+
+
+@torch.library.custom_op("conv2former::depthwise_conv2d_backward", mutates_args=(), device_types="cpu")
+def _depthwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu_operators.depthwise_conv2d_backward(grad, x, weight, bias)
+
+
 @torch.library.custom_op("conv2former::modulate", mutates_args=(), device_types="cpu")
 def _modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
     return cpu_operators.modulate(a, weight, bias, v)
@@ -138,6 +188,16 @@ def _mlp_mix(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("conv2former::mlp_mix_backward", mutates_args=(), device_types="cpu")
 def _mlp_mix_backward(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cpu_operators.mlp_mix_backward(ds, f, weight, bias)
+
+
+@_depthwise_conv2d.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _triton().depthwise_conv2d(x, weight, bias)
+
+
+@_depthwise_conv2d_backward.register_kernel("cuda")
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton().depthwise_conv2d_backward(grad, x, weight, bias)
 
 
 @_modulate.register_kernel("cuda")
@@ -162,6 +222,16 @@ def _(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
 
 def _map_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_depthwise_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _map_like(x)
+
+
+@_depthwise_conv2d_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _map_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @_modulate.register_fake
@@ -191,13 +261,17 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"{name} has no second derivative: create the model with fused=False, whose plain formula has one"
+            f"{name} has no second derivative: take the plain formula, in a model fused=False, which has one"
         )
 
     return backward
 
 
+_depthwise_conv2d.register_autograd(
+    lambda ctx, grad: _depthwise_conv2d_backward(grad, *ctx.saved_tensors), setup_context=_keep_inputs
+)
 _modulate.register_autograd(lambda ctx, dm: _modulate_backward(dm, *ctx.saved_tensors), setup_context=_keep_inputs)
 _mlp_mix.register_autograd(lambda ctx, ds: _mlp_mix_backward(ds, *ctx.saved_tensors), setup_context=_keep_inputs)
+_depthwise_conv2d_backward.register_autograd(_no_second_derivative("depthwise_conv2d"))
 _modulate_backward.register_autograd(_no_second_derivative("modulate"))
 _mlp_mix_backward.register_autograd(_no_second_derivative("mlp_mix"))

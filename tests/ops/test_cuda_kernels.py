@@ -56,6 +56,11 @@ CASES = [
     Case("modulate", (1, 8, 2, 19), 11, torch.bfloat16, band=True),
     Case("modulate", (2, 8, 3, 20), 7, torch.float16, band=True),
     Case("modulate", (1, 8, 2, 17), 13, torch.bfloat16, band=True),
+    Case("depthwise_conv2d", (2, 6, 5, 9), 3, torch.float32),
+    Case("depthwise_conv2d", (1, 5, 4, 7), 11, torch.bfloat16),
+    Case("depthwise_conv2d", (1, 2, 2, 9), 31, torch.float32),
+    Case("depthwise_conv2d", (1, 8, 2, 17), 7, torch.float16, band=True),
+    Case("depthwise_conv2d", (17, 8, 1, 5), 13, torch.bfloat16, band=True),
     Case("mlp_mix", (2, 6, 5, 9), 3, torch.float32),
     Case("mlp_mix", (2, 3, 1, 1), 3, torch.float32),
     Case("mlp_mix", (2, 5, 6, 2), 3, torch.bfloat16),
@@ -66,10 +71,10 @@ CASES = [
 def reference(name: str, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     """Returns result and gradients of the formula, in float64, in the operators' order."""
     a, weight, bias, v = (x.detach().double().requires_grad_() for x in (a, weight, bias, v))
-    h = F.gelu(a)
+    h = a if name == "depthwise_conv2d" else F.gelu(a)
     c = F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2, groups=a.shape[1])
     inputs = (a, weight, bias, v) if name == "modulate" else (a, weight, bias)
-    out = c * v if name == "modulate" else h + F.gelu(c)
+    out = {"modulate": c * v, "mlp_mix": h + F.gelu(c), "depthwise_conv2d": c}[name]
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.double())]
 
 
@@ -89,7 +94,8 @@ def test_the_kernels_compute_the_formula_and_its_gradients(case, monkeypatch):
     if name == "modulate":
         results = [mixing.modulate(a, weight, bias, v), *mixing.modulate_backward(grad, a, weight, bias, v)]
     else:
-        results = [mixing.mlp_mix(a, weight, bias), *mixing.mlp_mix_backward(grad, a, weight, bias)]
+        forward, backward = getattr(mixing, name), getattr(mixing, f"{name}_backward")
+        results = [forward(a, weight, bias), *backward(grad, a, weight, bias)]
     expected = reference(name, a, weight, bias, v, grad)
     for ours, truth in zip(results, expected, strict=True):
         assert (ours.double() - truth).norm() / truth.norm() < TOLERANCES[dtype]
@@ -103,7 +109,8 @@ def test_the_kernels_compute_the_formula_and_its_gradients(case, monkeypatch):
 @pytest.fixture
 def operators_of_a_gpu(monkeypatch):
     """Puts the implementations that run on a GPU behind the operators, for maps on the CPU."""
-    for name in ("modulate", "modulate_backward", "mlp_mix", "mlp_mix_backward"):
+    for name in ("depthwise_conv2d", "modulate", "mlp_mix"):
+        monkeypatch.setattr(operators.cpu_operators, f"{name}_backward", getattr(mixing, f"{name}_backward"))
         monkeypatch.setattr(operators.cpu_operators, name, getattr(mixing, name))
     monkeypatch.setattr(mixing, "choose_strip", lambda width, choices: 2)  # less to interpret
 
@@ -137,11 +144,13 @@ def test_torch_accepts_what_runs_on_a_gpu(operators_of_a_gpu, dtype, parameter_d
     a, weight, bias, v = operands(shape, dtype, parameter_dtype)
     torch.library.opcheck(ops.modulate.default, (a, weight, bias, v), test_utils=checks)
     torch.library.opcheck(ops.mlp_mix.default, (a, weight, bias), test_utils=checks)
+    torch.library.opcheck(ops.depthwise_conv2d.default, (a, weight, bias), test_utils=checks)
     a, v, weight, bias = (x.detach() for x in (a, v, weight, bias))  # the gradients' operators have no gradient
     for x in (a, a.contiguous()):
         grad = torch.randn_like(x)
         torch.library.opcheck(ops.modulate_backward.default, (grad, x, weight, bias, v), test_utils=checks)
         torch.library.opcheck(ops.mlp_mix_backward.default, (grad, x, weight, bias), test_utils=checks)
+        torch.library.opcheck(ops.depthwise_conv2d_backward.default, (grad, x, weight, bias), test_utils=checks)
 
 
 @needs_interpreter

@@ -12,9 +12,25 @@ from torch import Tensor
 from ..tensors import nchw, nhwc
 from . import native
 
-__all__ = ["mlp_mix", "mlp_mix_backward", "modulate", "modulate_backward"]
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "mlp_mix",
+    "mlp_mix_backward",
+    "modulate",
+    "modulate_backward",
+]
 
 aten = torch.ops.aten
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _channels_last(_conv_dw(x, weight, bias))
+
+
+def depthwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _conv_dw_backward(grad, x, weight, bias)
+    return _channels_last(dx), dweight, dbias
 
 
 def modulate(a: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from torch import Tensor
 from .launch import PROGRAMS, launch, pitch_of, with_pitch
 from .mlp_kernels import mlp_backward_kernel, mlp_input_grad_kernel, mlp_kernel
 from .modulation_kernels import (
-    TIMES,
-    TIMES_SLOPE,
     band_kernel,
     depthwise_kernel,
     depthwise_weight_kernel,
@@ -27,7 +25,16 @@ from .modulation_kernels import (
 )
 from .rows import Partials, sum_partials
 
-__all__ = ["mlp_mix", "mlp_mix_backward", "mlp_mix_grads", "modulate", "modulate_backward", "modulate_grads"]
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "mlp_mix",
+    "mlp_mix_backward",
+    "mlp_mix_grads",
+    "modulate",
+    "modulate_backward",
+    "modulate_grads",
+]
 
 BAND_CHANNELS = 8  # 16 bytes of each pixel; one channel for each warp
 MIN_BAND_PROGRAMS = 128  # about one for each multiprocessor
@@ -109,23 +116,25 @@ def pack_taps(weight: Tensor, flip: bool, rows: int) -> Tensor:
     return taps
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Tensor) -> None:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor | None, out: Tensor) -> None:
     """Convolves x, (N, C, H, W), and writes what is made of it and of p to `out`.
 
     With a bias that is ``(sum + bias) * p``. Without it is a gradient: the weight is flipped, and ``sum * gelu'(p)``.
+    Without p there is no second factor.
     """
     n, c, h, w = x.shape
     k = weight.shape[-1]
     strip, rows, block = choose_blocking(c, w, k)
     strips, row_blocks = triton.cdiv(w, strip), triton.cdiv(h, rows)
     taps = pack_taps(weight, bias is None, rows)
-    p, p_pitch = with_pitch(p)
-    epilogue = TIMES_SLOPE if bias is None else TIMES
+    what = {"FLIP": bias is None, "FACTOR": p is not None}
+    x = _dense(x)
+    p, p_pitch = with_pitch(x if p is None else p)
     launch(
         depthwise_kernel, triton.cdiv(n * strips * c, block) * row_blocks,
-        _dense(x), taps, taps if bias is None else bias.contiguous(), p, out,
+        x, taps, taps if bias is None else bias.contiguous(), p, out,
         n, h, w, strips, row_blocks, C=c, P_PITCH=p_pitch, OUT_PITCH=pitch_of(out), K=k, S=strip, R=rows,
-        EPILOGUE=epilogue.value, BLOCK=block,
+        **what, BLOCK=block,
     )  # fmt: skip
 
 
@@ -147,18 +156,18 @@ def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) 
     return Partials(partial, weight, bias)
 
 
-def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out: Tensor, band: Band) -> None:
-    """Convolves gelu(x) with a bias or x without, and goes on as `depthwise`, on the tensor cores."""
+def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor | None, out: Tensor, band: Band) -> None:
+    """As `depthwise`, on the tensor cores; of gelu(x) where there are a bias and p."""
     n, c, h, w = x.shape
     strips, image_blocks = triton.cdiv(w, band.strip), triton.cdiv(n, 16)
-    (x, x_pitch), (p, p_pitch) = with_pitch(x), with_pitch(p)
+    what = {"FLIP": bias is None, "FACTOR": p is not None}
+    (x, x_pitch), (p, p_pitch) = with_pitch(x), with_pitch(x if p is None else p)
     weight = weight.contiguous()
-    epilogue = TIMES_SLOPE if bias is None else TIMES
     launch(
         band_kernel, image_blocks * strips * (c // BAND_CHANNELS),
         x, weight, weight if bias is None else bias.contiguous(), p, out, n, h, w, strips, image_blocks,
         C=c, X_PITCH=x_pitch, P_PITCH=p_pitch, OUT_PITCH=pitch_of(out), K=weight.shape[-1],
-        S=band.strip, COLUMNS=band.columns, WINDOW=band.window, LEFT=band.left, EPILOGUE=epilogue.value,
+        S=band.strip, COLUMNS=band.columns, WINDOW=band.window, LEFT=band.left, **what,
         CHANNELS=BAND_CHANNELS, warps=BAND_CHANNELS, maxnreg=128,
     )  # fmt: skip
 
@@ -166,6 +175,29 @@ def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, out
 def new_map(x: Tensor) -> Tensor:
     """Returns a map like x, (N, C, H, W), in channels_last memory, with nothing in it yet."""
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `operators.depthwise_conv2d`."""
+    out = new_map(x)
+    _convolve(x, weight, bias, out)
+    return out
+
+
+def depthwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `operators.depthwise_conv2d_backward`."""
+    grad, dx = _dense(grad), new_map(x)
+    _convolve(grad, weight, None, dx)
+    (dweight, dbias), _ = sum_partials(depthwise_weight(_dense(x), grad, weight, bias))
+    return dx, dweight, dbias
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    band = choose_band(x.shape, x.dtype, weight.shape[-1])
+    if band:
+        convolve_band(x, weight, bias, None, out, band)
+    else:
+        depthwise(x, weight, bias, None, out)
 
 
 def context(a: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, out: Tensor, gelu_a: Tensor | None = None) -> None:

@@ -16,18 +16,12 @@ import triton.language as tl
 from .device_functions import find_lane, find_row, gelu, gelu_slope, load_column, load_columns, width_of, zeros
 
 __all__ = [
-    "TIMES",
-    "TIMES_SLOPE",
     "band_kernel",
     "depthwise_kernel",
     "depthwise_weight_kernel",
     "gelu_product_kernel",
     "pack_taps_kernel",
 ]
-
-# What a convolution's kernel does with a finished sum.
-TIMES = tl.constexpr(0)  # (sum + bias) * p
-TIMES_SLOPE = tl.constexpr(1)  # sum * gelu'(p)
 
 # A map of another size and another batch run the kernels that are compiled; other channels and types compile new ones.
 SIZES = ["N", "H", "W", "strips", "row_blocks", "image_blocks", "chunks", "chunk_rows", "pixels"]
@@ -67,9 +61,11 @@ def gelu_product_kernel(
 def depthwise_kernel(
     x_ptr, taps_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, row_blocks,
     C: tl.constexpr, P_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
-    EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
+    FLIP: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A K x K depthwise convolution of x, for R rows of BLOCK lanes, and what is left to do with the sums.
+
+    That is ``(sum + bias) * p``, or for a gradient (FLIP) ``sum * gelu'(p)``; without a FACTOR there is no p.
 
     The weight is (K + 2 R - 2, K, C), with R - 1 rows of zeros on either side: row i of x meets the R rows of the
     result with R different rows of the weight, of which the first and the last may be none.
@@ -96,7 +92,7 @@ def depthwise_kernel(
             sums = added
 
     bias = tl.zeros((BLOCK,), tl.float32)
-    if EPILOGUE == TIMES:
+    if not FLIP:
         bias = tl.load(bias_ptr + channel).to(tl.float32)
     p_ptr += find_row(image, channel, column, H, W, P_PITCH)
     out_ptr += find_row(image, channel, column, H, W, OUT_PITCH)
@@ -104,12 +100,10 @@ def depthwise_kernel(
         pixels_before = (first + r) * W.to(tl.int64)
         width = width_of(first + r, H, W)
         for s in tl.static_range(S):
-            p = load_column(p_ptr + pixels_before * P_PITCH, mask, column, width, s, P_PITCH)
-            out = sums[r * S + s]
-            if EPILOGUE == TIMES:
-                out = (out + bias) * p
-            else:
-                out = out * gelu_slope(p)
+            out = sums[r * S + s] + bias
+            if FACTOR:
+                p = load_column(p_ptr + pixels_before * P_PITCH, mask, column, width, s, P_PITCH)
+                out = out * gelu_slope(p) if FLIP else out * p
             tl.store(out_ptr + (pixels_before + s) * OUT_PITCH, out, mask=mask & (column + s < width))
 
 
@@ -117,15 +111,15 @@ def depthwise_kernel(
 def band_kernel(
     x_ptr, weight_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, image_blocks,
     C: tl.constexpr, X_PITCH: tl.constexpr, P_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, K: tl.constexpr,
-    S: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, EPILOGUE: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    S: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, FLIP: tl.constexpr,
+    FACTOR: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A K x K depthwise convolution of gelu(x) or x for 16-bit types, as matrix products, and its epilogue.
 
     For one channel, a row of the weight takes the WINDOW columns of a row of x to COLUMNS columns of the result, S of
     which count: a matrix with a band of K diagonals. A warp has a channel of 16 images. It goes down the rows of x and
     multiplies each, (16, WINDOW), by K bands, to K rows of the result at once, of which one is then complete.
-    The weight is rounded to x's type; for TIMES_SLOPE, a gradient, it is flipped.
+    The weight is rounded to x's type; for a gradient, FLIP, it is flipped. GELU is for `(sum + bias) * p` alone.
     """
     P: tl.constexpr = K // 2
     row_size = W.to(tl.int64)  # in pixels
@@ -140,12 +134,12 @@ def band_kernel(
     bands = ()
     for dy in tl.static_range(K):
         tap = dy * K + dx
-        if EPILOGUE == TIMES_SLOPE:
+        if FLIP:
             tap = K * K - 1 - tap
         band = tl.load(weight_ptr + channel * (K * K) + tap, mask=in_band, other=0.0)
         bands += (band.to(x_ptr.dtype.element_ty),)
     bias = tl.zeros((CHANNELS, 1, 1), tl.float32)
-    if EPILOGUE == TIMES:
+    if not FLIP:
         bias = tl.load(bias_ptr + channel).to(tl.float32)
 
     column = first - LEFT + at[None, None, :]
@@ -160,16 +154,14 @@ def band_kernel(
     for i in range(0, H + P):
         x = ahead  # read a step before it is used: the products hide the waiting
         ahead = tl.load(x_ptr + (i + 1) * row_size * X_PITCH, mask=x_mask & (column < width_of(i + 1, H, W)), other=0.0)
-        if EPILOGUE == TIMES:
+        if FACTOR and not FLIP:
             x = gelu(x.to(tl.float32)).to(x.dtype)
         row = (i - P) * row_size
         mask = to_mask & (to_column < width_of(i - P, H, W))
-        p = tl.load(p_ptr + row * P_PITCH, mask=mask, other=0.0).to(tl.float32)
-        out = tl.dot(x, bands[K - 1], sums[0])
-        if EPILOGUE == TIMES:
-            out = (out + bias) * p
-        else:
-            out = out * gelu_slope(p)
+        out = tl.dot(x, bands[K - 1], sums[0]) + bias
+        if FACTOR:
+            p = tl.load(p_ptr + row * P_PITCH, mask=mask, other=0.0).to(tl.float32)
+            out = out * gelu_slope(p) if FLIP else out * p
         tl.store(out_ptr + row * OUT_PITCH, out.to(x.dtype), mask=mask)
         added = ()
         for j in tl.static_range(1, K):
