@@ -10,6 +10,7 @@ python scripts/benchmark.py loop --config FILE [key=value ...]
 python scripts/benchmark.py input
 python scripts/benchmark.py kernels --dtype bf16 --stage 1 3
 python scripts/benchmark.py launches conv2former_t conv2former_t:fused=false convnext_tiny
+python scripts/benchmark.py tune
 
 models:  networks of timm's and birder's: images/s, memory, shares of what the machine can do.
 growth:  time and memory of one image from 224 to 1024 pixels.
@@ -17,6 +18,7 @@ loop:    the training loop against a bare loop of forward, backward and step on 
 input:   reading and augmenting JPEGs against timm's loader.
 kernels: the fused operators against plain PyTorch, on a GPU.
 launches: how many operators and kernels a step launches; without a GPU the kernels are an estimate.
+tune:    other values of the constants by which the GPU's kernels are cut, and which to set; about two minutes.
 """
 
 from __future__ import annotations
@@ -94,6 +96,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="1 to 4 (default: all)",
     )
     kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    tune = commands.add_parser("tune", help="the constants of the GPU's kernels")
+    tune.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
+    tune.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="(default: bf16)")
+    tune.add_argument("--rounds", type=positive, default=5, metavar="N", help="timings of each (default: 5)")
     add_launches(commands.add_parser("launches", help="operators and kernels of a step, with a GPU or without"))
     args, overrides = parser.parse_known_args()
     if overrides and args.what != "loop":
@@ -272,6 +278,14 @@ def run_kernels(args: argparse.Namespace) -> None:
         )
 
 
+def run_tune(args: argparse.Namespace) -> None:
+    from ..tools.benchmark.progress import Progress
+    from ..tools.benchmark.tune import measure_variants
+
+    with Progress() as progress:
+        show(measure_variants(args.batch_size, PRECISIONS[args.dtype], args.rounds, progress), progress)
+
+
 def run_launches(args: argparse.Namespace) -> None:
     from ..tools.benchmark import launches
     from ..tools.benchmark.networks import parse_networks
@@ -323,6 +337,8 @@ def main() -> None:
         run_input(args)
     elif args.what == "kernels":
         run_kernels(args)
+    elif args.what == "tune":
+        run_tune(args)
     elif args.what == "launches":
         run_launches(args)
     else:

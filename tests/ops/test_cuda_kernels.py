@@ -39,6 +39,7 @@ class Case(NamedTuple):
     kernel_size: int
     dtype: torch.dtype
     band: bool = False  # matrix products
+    parts: int = 1  # of the height, in which these are cut
 
 
 # Odd sizes, maps smaller than the kernel, one and several strips, channels that are odd or no power of two.
@@ -56,6 +57,8 @@ CASES = [
     Case("modulate", (1, 8, 2, 19), 11, torch.bfloat16, band=True),
     Case("modulate", (2, 8, 3, 20), 7, torch.float16, band=True),
     Case("modulate", (1, 8, 2, 17), 13, torch.bfloat16, band=True),
+    Case("modulate", (1, 8, 7, 5), 5, torch.bfloat16, band=True, parts=3),
+    Case("modulate", (2, 8, 2, 3), 7, torch.float16, band=True, parts=4),
     Case("depthwise_conv2d", (2, 6, 5, 9), 3, torch.float32),
     Case("depthwise_conv2d", (1, 5, 4, 7), 11, torch.bfloat16),
     Case("depthwise_conv2d", (1, 2, 2, 9), 31, torch.float32),
@@ -82,7 +85,8 @@ def reference(name: str, a: Tensor, weight: Tensor, bias: Tensor, v: Tensor, gra
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
 def test_the_kernels_compute_the_formula_and_its_gradients(case, monkeypatch):
     """To the rounding of the maps' type; gradients of weight and bias come in their own, float32."""
-    name, shape, kernel_size, dtype, band = case
+    name, shape, kernel_size, dtype, band, parts = case
+    monkeypatch.setattr(mixing, "BAND_PARTS", parts)
     monkeypatch.setattr(mixing, "MIN_BAND_PROGRAMS", 1 if band else 10**9)
     assert (mixing.choose_band(torch.Size(shape), dtype, kernel_size) is not None) == band
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from ..branch import BranchCall, BranchParams
 from . import branch
 from .launch import intercepting
 
-__all__ = ["compile_ahead", "kernels_of"]
+__all__ = ["compile_ahead", "compile_together", "kernels_of", "launched_by"]
 
 _seen: set[Hashable] = set()
 
@@ -39,29 +39,31 @@ def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
     if key in _seen:
         return
     _seen.add(key)
-    jobs = kernels_of(list({_kind(call): call for call in calls}.values()), x, trains)
+    compile_together(kernels_of(list({_kind(call): call for call in calls}.values()), x, trains), x.device)
+
+
+def compile_together(jobs: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Compiles kernels at the same time, if this process has cores for it; else each is compiled where it is run.
+
+    Args:
+        jobs: from `launched_by`.
+        device: the GPU.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(partial(_compile, x.device), jobs))
+            list(pool.map(partial(_compile, device), jobs))
 
 
 def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Callable[[], object]]:
-    """Returns what compiles each kernel that branches launch, one after the other, found by a run without data.
+    """Returns what compiles each kernel that branches launch, one after the other.
 
     Args:
         calls, x, trains: as for `compile_ahead`.
     """
-    found: dict[Hashable, Callable[[], object]] = {}
 
-    def note(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        types = [arg.dtype if isinstance(arg, Tensor) else arg for arg in args]
-        signature = (kernel, *(t if isinstance(t, torch.dtype) else "number" for t in types), *options.items())
-        found.setdefault(signature, partial(kernel.warmup, *types, grid=(1,), **options))
-
-    x = torch.empty_like(x, device="meta")
-    with torch.no_grad(), intercepting(note):
+    def run(x: Tensor) -> None:
         for call in calls:
             params = BranchParams.from_tensors([_bare(tensor) for tensor in call.params.tensors()])
             bare = BranchCall(call.spec, params, _bare(call.mask))
@@ -70,6 +72,21 @@ def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Cal
             if saved is not None:
                 branch.backward(bare, x, saved, y, True)
             x = y
+
+    return launched_by(partial(run, torch.empty_like(x, device="meta")))
+
+
+def launched_by(run: Callable[[], object]) -> list[Callable[[], object]]:
+    """Returns what compiles each kernel that a function launches, for tensors without data; nothing is run."""
+    found: dict[Hashable, Callable[[], object]] = {}
+
+    def note(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        types = [arg.dtype if isinstance(arg, Tensor) else arg for arg in args]
+        signature = (kernel, *(t if isinstance(t, torch.dtype) else "number" for t in types), *options.items())
+        found.setdefault(signature, partial(kernel.warmup, *types, grid=(1,), **options))
+
+    with torch.no_grad(), intercepting(note):
+        run()
     return list(found.values())
 
 

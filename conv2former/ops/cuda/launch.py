@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROGRAMS", "intercepting", "launch", "pitch_of", "with_pitch"]
-
-PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
+__all__ = ["intercepting", "launch", "pitch_of", "with_pitch"]
 
 Interceptor = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _interceptor: Interceptor | None = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .launch import PROGRAMS, launch, pitch_of, with_pitch
+from .launch import launch, pitch_of, with_pitch
 from .mlp_kernels import mlp_backward_kernel, mlp_input_grad_kernel, mlp_kernel
 from .modulation_kernels import (
     band_kernel,
@@ -38,6 +38,10 @@ __all__ = [
 
 BAND_CHANNELS = 8  # 16 bytes of each pixel; one channel for each warp
 MIN_BAND_PROGRAMS = 128  # about one for each multiprocessor
+# `benchmark.py tune` times other values of the following. None was chosen by time yet.
+BAND_PARTS = 1  # of a map's height: more programs, which compute with the K - 1 rows between two of them twice
+BAND_REGISTERS = 128  # of a thread: two programs share a multiprocessor
+PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
 # Wider ones compute GELU again less often, and take up to twice the registers and four times as long to compile.
 MLP_STRIP = 4
 
@@ -159,16 +163,16 @@ def depthwise_weight(x: Tensor, out_grad: Tensor, weight: Tensor, bias: Tensor) 
 def convolve_band(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor | None, out: Tensor, band: Band) -> None:
     """As `depthwise`, on the tensor cores; of gelu(x) where there are a bias and p."""
     n, c, h, w = x.shape
-    strips, image_blocks = triton.cdiv(w, band.strip), triton.cdiv(n, 16)
+    strips, image_blocks, block_rows = triton.cdiv(w, band.strip), triton.cdiv(n, 16), triton.cdiv(h, BAND_PARTS)
     what = {"FLIP": bias is None, "FACTOR": p is not None}
     (x, x_pitch), (p, p_pitch) = with_pitch(x), with_pitch(x if p is None else p)
     weight = weight.contiguous()
     launch(
-        band_kernel, image_blocks * strips * (c // BAND_CHANNELS),
-        x, weight, weight if bias is None else bias.contiguous(), p, out, n, h, w, strips, image_blocks,
+        band_kernel, image_blocks * strips * (c // BAND_CHANNELS) * triton.cdiv(h, block_rows),
+        x, weight, weight if bias is None else bias.contiguous(), p, out, n, h, w, strips, image_blocks, block_rows,
         C=c, X_PITCH=x_pitch, P_PITCH=p_pitch, OUT_PITCH=pitch_of(out), K=weight.shape[-1],
         S=band.strip, COLUMNS=band.columns, WINDOW=band.window, LEFT=band.left, **what,
-        CHANNELS=BAND_CHANNELS, warps=BAND_CHANNELS, maxnreg=128,
+        CHANNELS=BAND_CHANNELS, warps=BAND_CHANNELS, maxnreg=BAND_REGISTERS,
     )  # fmt: skip
 
 

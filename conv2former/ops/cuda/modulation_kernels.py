@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # A map of another size and another batch run the kernels that are compiled; other channels and types compile new ones.
-SIZES = ["N", "H", "W", "strips", "row_blocks", "image_blocks", "chunks", "chunk_rows", "pixels"]
+SIZES = ["N", "H", "W", "strips", "row_blocks", "image_blocks", "chunks", "chunk_rows", "block_rows", "pixels"]
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def depthwise_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def band_kernel(
-    x_ptr, weight_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, image_blocks,
+    x_ptr, weight_ptr, bias_ptr, p_ptr, out_ptr, N, H, W, strips, image_blocks, block_rows,
     C: tl.constexpr, X_PITCH: tl.constexpr, P_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, K: tl.constexpr,
     S: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, FLIP: tl.constexpr,
     FACTOR: tl.constexpr, CHANNELS: tl.constexpr,
@@ -117,8 +117,16 @@ def band_kernel(
     """A K x K depthwise convolution of gelu(x) or x for 16-bit types, as matrix products, and its epilogue.
 
     For one channel, a row of the weight takes the WINDOW columns of a row of x to COLUMNS columns of the result, S of
-    which count: a matrix with a band of K diagonals. A warp has a channel of 16 images. It goes down the rows of x and
-    multiplies each, (16, WINDOW), by K bands, to K rows of the result at once, of which one is then complete.
+    which count: a matrix with a band of K diagonals. A warp has a channel of 16 images. It goes down the rows of x that
+    `block_rows` rows of the result need and multiplies each, (16, WINDOW), by K bands, to K rows of the result at once,
+    of which one is then complete.
+
+        row i of x                            rows of the result, in registers
+        16 images x WINDOW columns  x band 0        -> row i - P   complete: epilogue, written
+                                    x band 1        -> row i - P + 1
+                                    ...
+                                    x band K - 1    -> row i + P   begins
+
     The weight is rounded to x's type; for a gradient, FLIP, it is flipped. GELU is for `(sum + bias) * p` alone.
     """
     P: tl.constexpr = K // 2
@@ -126,7 +134,9 @@ def band_kernel(
     block = tl.program_id(0)  # neighbours share cache lines: the channels of the same pixels
     channel = block % (C // CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
     image = block // (C // CHANNELS) % image_blocks * 16 + tl.arange(0, 16)[None, :, None]
-    first = block // (C // CHANNELS) // image_blocks * S
+    piece = block // (C // CHANNELS) // image_blocks
+    first = piece % strips * S
+    first_row = piece // strips * block_rows
     at = tl.arange(0, WINDOW)
     to = tl.arange(0, COLUMNS)
     dx = at[None, :, None] - to[None, None, :] + (P - LEFT)
@@ -150,14 +160,15 @@ def band_kernel(
     out_ptr += find_row(image, channel, to_column, H, W, OUT_PITCH)
     to_mask = (image < N) & (to < S)[None, None, :]
     sums = zeros(K, (CHANNELS, 16, COLUMNS))  # of rows i - P to i + P
-    ahead = tl.load(x_ptr, mask=x_mask & (column < width_of(0, H, W)), other=0.0)
-    for i in range(0, H + P):
+    begin = tl.maximum(first_row - P, 0)
+    ahead = tl.load(x_ptr + begin * row_size * X_PITCH, mask=x_mask & (column < width_of(begin, H, W)), other=0.0)
+    for i in range(begin, tl.minimum(first_row + block_rows, H) + P):
         x = ahead  # read a step before it is used: the products hide the waiting
         ahead = tl.load(x_ptr + (i + 1) * row_size * X_PITCH, mask=x_mask & (column < width_of(i + 1, H, W)), other=0.0)
         if FACTOR and not FLIP:
             x = gelu(x.to(tl.float32)).to(x.dtype)
         row = (i - P) * row_size
-        mask = to_mask & (to_column < width_of(i - P, H, W))
+        mask = to_mask & (to_column < tl.where(i - P >= first_row, width_of(i - P, H, W), 0))
         out = tl.dot(x, bands[K - 1], sums[0]) + bias
         if FACTOR:
             p = tl.load(p_ptr + row * P_PITCH, mask=mask, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from . import row_kernels as kernels
-from .launch import PROGRAMS, launch
+from .launch import launch
 
 __all__ = [
     "Partials",
@@ -24,6 +24,7 @@ __all__ = [
     "sum_partials",
 ]
 
+PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
 TILE = 2048  # numbers of a map that a program has in its registers, 16 for each thread
 LOOP_TILE = 1024  # where a thread keeps two sums for each of them besides
 

@@ -20,7 +20,7 @@ from .machine import copy_probe, matmul_probe
 from .models import reason
 from .progress import Progress
 
-__all__ = ["ALL_STAGES", "measure_kernels"]
+__all__ = ["ALL_STAGES", "KERNEL_SIZE", "MLP_RATIO", "STAGES", "Clock", "gpu_for", "measure_kernels"]
 
 STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels and side of conv2former_t's maps at 224 pixels
 ALL_STAGES = (1, 2, 3, 4)
@@ -259,7 +259,7 @@ def measure_kernels(
     Raises:
         UserError: there is no GPU, or none that the kernels run on, or nothing could be measured.
     """
-    device = _device(dtype)
+    device = gpu_for("kernels", dtype)
     if progress is not None:
         progress.say(
             f"timing two operators, forward and backward, at {counted(len(stages), 'stage')} beside the plain formula, "
@@ -302,22 +302,26 @@ def measure_kernels(
         raise UserError("benchmark kernels: nothing could be measured; the reasons are above")
 
 
-def _device(dtype: torch.dtype) -> torch.device:
+def gpu_for(command: str, dtype: torch.dtype) -> torch.device:
     """Returns the current GPU.
+
+    Args:
+        command: of `benchmark.py`, for its errors.
+        dtype: of the maps.
 
     Raises:
         UserError: there is none, or it has no kernels for that type.
     """
     if not torch.cuda.is_available():
         raise UserError(
-            "benchmark kernels: the fused operators need an NVIDIA GPU, and torch finds none here; "
+            f"benchmark {command}: the fused operators need an NVIDIA GPU, and torch finds none here; "
             "run this on a machine with one"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     probe = torch.empty(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     if not supports_operators(probe, KERNEL_SIZE):
         raise UserError(
-            f"benchmark kernels: {torch.cuda.get_device_name(device)} runs no fused operators for {dtype}; they need "
+            f"benchmark {command}: {torch.cuda.get_device_name(device)} runs no fused operators for {dtype}; they need "
             f"an NVIDIA GPU of capability 8.0 or more, Triton {MIN_TRITON} or newer, and float32, bfloat16 or float16"
         )
     return device
