@@ -96,6 +96,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="1 to 4 (default: all)",
     )
     kernels.add_argument("--rounds", type=positive, default=20, metavar="N", help="timings of each (default: 20)")
+    kernels.add_argument(
+        "--depthwise", action="store_true", help="the depthwise convolution alone, for kernels of 3 to 31"
+    )
     tune = commands.add_parser("tune", help="the constants of the GPU's kernels")
     tune.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
     tune.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="(default: bf16)")
@@ -273,7 +276,9 @@ def run_kernels(args: argparse.Namespace) -> None:
 
     with Progress() as progress:
         show(
-            measure_kernels(args.batch_size, PRECISIONS[args.dtype], args.rounds, unique(args.stage), progress),
+            measure_kernels(
+                args.batch_size, PRECISIONS[args.dtype], args.rounds, unique(args.stage), progress, args.depthwise
+            ),
             progress,
         )
 

@@ -246,6 +246,16 @@ def test_some_stages(cpu_as_gpu):
     ]  # fmt: skip
 
 
+def test_the_depthwise_convolution_alone(monkeypatch, cpu_as_gpu):
+    monkeypatch.setattr(benchmark_kernels, "DEPTHWISE", [(3, 5), (4, 7)])
+    lines = list(measure_kernels(2, torch.float32, 1, depthwise=True))[2:]
+    assert [line.split("  ")[0] for line in lines] == [
+        "5 x 5, 64 x 3 x 3 forward", "5 x 5, 64 x 3 x 3 backward",
+        "7 x 7, 64 x 4 x 4 forward", "7 x 7, 64 x 4 x 4 backward",
+    ]  # fmt: skip
+    assert all(float(line.split()[-2]) < 1e-5 for line in lines)  # it is the convolution, to float32's rounding
+
+
 def test_an_operator_that_fails_is_a_row_and_the_others_go_on(monkeypatch, cpu_as_gpu):
     def broken(*args):
         raise RuntimeError("The output of this custom operator may not alias any inputs\nmore")

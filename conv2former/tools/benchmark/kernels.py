@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,12 +21,14 @@ from .machine import copy_probe, matmul_probe
 from .models import reason
 from .progress import Progress
 
-__all__ = ["ALL_STAGES", "KERNEL_SIZE", "MLP_RATIO", "STAGES", "Clock", "gpu_for", "measure_kernels"]
+__all__ = ["ALL_STAGES", "DEPTHWISE", "KERNEL_SIZE", "MLP_RATIO", "STAGES", "Clock", "gpu_for", "measure_kernels"]
 
 STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels and side of conv2former_t's maps at 224 pixels
 ALL_STAGES = (1, 2, 3, 4)
 KERNEL_SIZE = 11
 MLP_RATIO = 4
+DEPTHWISE = [(side, k) for side in (7, 14, 28, 56, 112) for k in (3, 5, 7, 9, 11, 13, 21, 31)]  # sides, kernel sizes
+DEPTHWISE_CHANNELS = 64
 CHECKED_IMAGES = 2  # of a batch, in float64
 
 Results = Sequence[Tensor]
@@ -101,6 +104,27 @@ def make_tasks(batch_size: int, channels: int, side: int, dtype: torch.dtype, de
         macs = grad.numel() * kernel_size**2 if name == "modulate" else None
         tasks += operator_tasks(f"{name} {width} x {side} x {side}", fused, fused_backward, plain, inputs, grad, macs)
     return tasks
+
+
+def depthwise_tasks(
+    batch_size: int, side: int, kernel_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Task]:
+    """Returns the depthwise convolution alone, forward and backward, beside PyTorch's, which on a GPU is cuDNN's."""
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=kernel_size // 2, groups=DEPTHWISE_CHANNELS)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    shape = (batch_size, DEPTHWISE_CHANNELS, side, side)
+    x, grad = (randn(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight = randn(DEPTHWISE_CHANNELS, 1, kernel_size, kernel_size) / kernel_size
+    inputs = (x, weight, randn(DEPTHWISE_CHANNELS))
+    name = f"{kernel_size} x {kernel_size}, {DEPTHWISE_CHANNELS} x {side} x {side}"
+    operator, gradients = operators.depthwise_conv2d, operators.depthwise_conv2d_backward
+    tasks = operator_tasks(name, operator, gradients, plain, inputs, grad, grad.numel() * kernel_size**2)
+    return [tasks[0], replace(tasks[1], macs=2 * grad.numel() * kernel_size**2)]  # two sums, of x and of the weight
 
 
 def operator_tasks(
@@ -241,6 +265,7 @@ def measure_kernels(
     rounds: int,
     stages: Sequence[int] = ALL_STAGES,
     progress: Progress | None = None,
+    depthwise: bool = False,
 ) -> Iterator[str]:
     """Times the fused operators at stages of conv2former_t, 224 pixels, on the current GPU.
 
@@ -252,6 +277,7 @@ def measure_kernels(
         rounds: timings of each.
         stages: 1 to 4.
         progress: told how far it is.
+        depthwise: instead, the depthwise convolution alone for all of `DEPTHWISE`.
 
     Yields:
         Lines to print, as they come.
@@ -260,11 +286,21 @@ def measure_kernels(
         UserError: there is no GPU, or none that the kernels run on, or nothing could be measured.
     """
     device = gpu_for("kernels", dtype)
+    made = [partial(make_tasks, batch_size, *STAGES[number - 1], dtype, device) for number in stages]
+    cases = {f"stage {number}": make for number, make in zip(stages, made, strict=True)}
+    if depthwise:
+        cases = {
+            f"{k} x {k}, {side} x {side}": partial(depthwise_tasks, batch_size, side, k, dtype, device)
+            for side, k in DEPTHWISE
+        }
     if progress is not None:
-        progress.say(
-            f"timing two operators, forward and backward, at {counted(len(stages), 'stage')} beside the plain formula, "
-            f"{counted(rounds, 'round')} each; each is compiled before, one to five seconds"
+        what = f"two operators, forward and backward, at {counted(len(stages), 'stage')} beside the plain formula"
+        what = (
+            f"a depthwise convolution, forward and backward, in {len(cases)} sizes beside cuDNN's"
+            if depthwise
+            else what
         )
+        progress.say(f"timing {what}, {counted(rounds, 'round')} each; each is compiled before, up to five seconds")
     clock = DeviceClock(matmul_probe(device, torch.bfloat16)[0])
     (copy, copied), (multiply, macs) = copy_probe(device), matmul_probe(device, dtype)
     bandwidth, products = (
@@ -278,13 +314,11 @@ def measure_kernels(
     )
     yield text_table(HEADER, [])
     measured = 0
-    for number in stages:
-        channels, side = STAGES[number - 1]
-        where = f"stage {number}, {channels} x {side} x {side}"
+    for where, make in cases.items():
         if progress is not None:
             progress.at(f"{where}: making the maps")
         try:
-            tasks = make_tasks(batch_size, channels, side, dtype, device)
+            tasks = make()
         except Exception as e:  # of the formula, on this machine: mostly memory
             yield f"{where}: not measured: {reason(e)}"
             continue
