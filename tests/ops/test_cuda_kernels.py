@@ -188,3 +188,8 @@ def test_a_block_compiles_for_a_gpu(tmp_path):
     for report in reports:
         assert report["spilled_bytes"] <= (128 if report["kernel"] == "band_kernel" else 16), report
         assert report["shared_bytes"] <= 113 * 1024, report  # half of what a multiprocessor has
+        assert report["programs"] >= 2, report
+        counts = report["instructions"]
+        assert counts["all"] > counts["global"] > 0, report
+        assert (counts["matrix"] > 0) == (report["kernel"] == "band_kernel"), report
+        assert counts["local"] == 0 or report["spilled_bytes"] > 0, report

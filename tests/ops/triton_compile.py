@@ -1,6 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there: `python triton_compile.py CAPABILITY [--all]`.
 
-Writes a line of JSON for each kernel: registers of a thread, bytes that it spills to local memory, shared memory.
+Writes a line of JSON for each kernel: registers of a thread, bytes that it spills to local memory, shared memory of a
+program, how many programs a multiprocessor has room for, and how often the machine code has which kind of instruction:
+once for each place, however often a loop comes there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from conv2former.ops.branch import BranchCall, BranchParams, BranchSpec, Spatial
 from conv2former.ops.cuda import branch, mixing, rows
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Of a multiprocessor of all NVIDIA's data centre GPUs since 2020; 227 KB is what a program may have of Hopper's 228
+REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, {80: 163 * 1024}, 64, 32
+KINDS = {
+    "matrix": ("HMMA", "MMA", "UTCHMMA", "UTCMMA", "HGMMA"),
+    "special": ("MUFU",),
+    "global": ("LDG", "STG"),
+    "shared": ("LDS", "STS", "LDSM", "STSM"),
+    "local": ("LDL", "STL"),
+}
 
 
 def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **constants: Any) -> dict[str, Any]:
@@ -42,7 +53,8 @@ def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **c
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([TOOL, "-res-usage", path], capture_output=True, text=True, check=True)
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
     return {
         "kernel": kernel.fn.__name__,
@@ -50,7 +62,23 @@ def compile_kernel(kernel: Any, capability: int, *args: Any, warps: int = 4, **c
         "registers": int(registers),
         "spilled_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
+        "programs": programs_per_multiprocessor(int(registers), compiled.metadata.shared, warps, capability),
+        "instructions": instructions(code),
     }
+
+
+def programs_per_multiprocessor(registers: int, shared: int, warps: int, capability: int) -> int:
+    """Returns how many programs of a kernel a multiprocessor has room for at a time."""
+    of_a_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256
+    limits = [REGISTERS // (of_a_warp * warps), WARPS // warps, PROGRAMS]
+    return min(*limits, SHARED_BYTES.get(capability, 227 * 1024) // shared if shared else PROGRAMS)
+
+
+def instructions(code: str) -> dict[str, int]:
+    """Counts the instructions of machine code as nvdisasm prints it, all and by kind."""
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
+    names = [name for name in names if name != "NOP"]
+    return {"all": len(names)} | {kind: sum(name in of for name in names) for kind, of in KINDS.items()}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
