@@ -160,20 +160,25 @@ def band_kernel(
     out_ptr += find_row(image, channel, to_column, H, W, OUT_PITCH)
     to_mask = (image < N) & (to < S)[None, None, :]
     sums = zeros(K, (CHANNELS, 16, COLUMNS))  # of rows i - P to i + P
-    begin = tl.maximum(first_row - P, 0)
+    begin, end = tl.maximum(first_row - P, 0), tl.minimum(first_row + block_rows, H)
+    # Both maps are read a step before they are used: the products hide the waiting. The first row of p is for K > 1.
+    p_ahead = tl.zeros((CHANNELS, 16, COLUMNS), p_ptr.dtype.element_ty)
     ahead = tl.load(x_ptr + begin * row_size * X_PITCH, mask=x_mask & (column < width_of(begin, H, W)), other=0.0)
-    for i in range(begin, tl.minimum(first_row + block_rows, H) + P):
-        x = ahead  # read a step before it is used: the products hide the waiting
+    for i in range(begin, end + P):
+        x = ahead
         ahead = tl.load(x_ptr + (i + 1) * row_size * X_PITCH, mask=x_mask & (column < width_of(i + 1, H, W)), other=0.0)
         if FACTOR and not FLIP:
             x = gelu(x.to(tl.float32)).to(x.dtype)
-        row = (i - P) * row_size
-        mask = to_mask & (to_column < tl.where(i - P >= first_row, width_of(i - P, H, W), 0))
+        row = i - P
+        p = p_ahead.to(tl.float32)
+        if FACTOR:
+            p_mask = to_mask & (to_column < tl.where((row + 1 >= first_row) & (row + 1 < end), W, 0))
+            p_ahead = tl.load(p_ptr + (row + 1) * row_size * P_PITCH, mask=p_mask, other=0.0)
         out = tl.dot(x, bands[K - 1], sums[0]) + bias
         if FACTOR:
-            p = tl.load(p_ptr + row * P_PITCH, mask=mask, other=0.0).to(tl.float32)
             out = out * gelu_slope(p) if FLIP else out * p
-        tl.store(out_ptr + row * OUT_PITCH, out.to(x.dtype), mask=mask)
+        out_mask = to_mask & (to_column < tl.where(row >= first_row, W, 0))
+        tl.store(out_ptr + row * row_size * OUT_PITCH, out.to(x.dtype), mask=out_mask)
         added = ()
         for j in tl.static_range(1, K):
             added += (tl.dot(x, bands[K - 1 - j], sums[j]),)
