@@ -10,6 +10,7 @@ OLDEST := .venv-oldest
 # How many processes the quickstart has: there is one for each GPU, and it has work for two.
 GPUS = $(if $(shell command -v nvidia-smi),$(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))
 PROCESSES ?= $(if $(filter 1,$(GPUS)),1,2)
+LAUNCH = $(if $(filter 1,$(PROCESSES)),python,torchrun --standalone --nproc-per-node=$(PROCESSES))
 
 # What `make bench` compares; birder's network too where birder is installed: make bench PEERS=birder/conv2former_t
 PEERS ?=
@@ -27,8 +28,7 @@ help: ## print this list
 	@echo "Each sets up what it needs in .venv first: the first time takes minutes, and about 6 GB with PyTorch for CUDA."
 
 quickstart: $(READY) ## train on real digits with two processes, or on one GPU, then evaluate the result
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(PROCESSES) \
-		scripts/train.py --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/$(LAUNCH) scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/validate.py --checkpoint runs/quickstart/checkpoints/best.pt
 
 test: $(READY) ## run the tests, minutes on two cores

@@ -54,5 +54,6 @@ def test_the_quickstart_has_as_many_processes_as_gpus(tmp_path, monkeypatch, gpu
     result = subprocess.run(
         ["make", "-f", ROOT / "Makefile", "--dry-run", "quickstart"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert f"--nproc-per-node={processes} " in result.stdout
+    launcher = "python" if processes == 1 else f"torchrun --standalone --nproc-per-node={processes}"
+    assert f".venv/bin/{launcher} scripts/train.py --config configs/quickstart.yaml" in result.stdout
     assert "asked" not in result.stderr

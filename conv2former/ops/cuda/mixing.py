@@ -311,7 +311,9 @@ def mlp_mix_grads(ds: Tensor, f: Tensor, weight: Tensor, bias: Tensor) -> tuple[
     partial = torch.empty((n * strips * row_blocks, 11, 1, c), dtype=torch.float32, device=f.device)
     sizes = (n, h, w, strips, row_blocks, block_rows)
     blocking = {"C": c, "S": strip, "BLOCK": block}
-    launch(mlp_backward_kernel, programs, f, ds, weight, bias.contiguous(), dz, partial, *sizes, **blocking)
+    # with a few registers more than 128 a multiprocessor would have three programs instead of four
+    cap = {"maxnreg": 128} if strip <= 4 else {}
+    launch(mlp_backward_kernel, programs, f, ds, weight, bias.contiguous(), dz, partial, *sizes, **blocking, **cap)
     launch(mlp_input_grad_kernel, programs, dz, ds, f, weight, df, partial, *sizes, **blocking)
     return df, Partials(partial, weight, bias)
 
