@@ -97,6 +97,7 @@ def build_run(
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.deterministic = True  # else a run that is repeated or resumed may have other bits
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     with memory_for(f"the network on {world.device}", SMALLER):
         model.to(world.device)

@@ -17,7 +17,7 @@ from ..conftest import ROOT
 
 HERE = Path(__file__).parent
 REHEARSES = os.environ.get("CONV2FORMER_TESTS_GPU") == "cpu"
-DEVICE = torch.device("cpu" if REHEARSES else "cuda")
+DEVICE = torch.device("cpu") if REHEARSES else torch.device("cuda", 0)
 
 # In a run of a few seconds everything is on that draws random numbers or keeps state.
 EVERYTHING_ON = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from typing import NamedTuple
@@ -66,6 +67,27 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def compiled_together():
+    """All kernels of the operators, compiled on all cores: one by one they take minutes."""
+    if REHEARSES:
+        return
+    from conv2former.ops.cuda import mixing
+    from conv2former.ops.cuda.ahead import compile_together, launched_by
+
+    def run() -> None:
+        for (n, c, h, w, k), dtype in itertools.product(SHAPES, TYPES):
+            x = torch.empty(n, c, h, w, device="meta", dtype=dtype).contiguous(memory_format=torch.channels_last)
+            weight, weight3 = (torch.empty(c, 1, side, side, device="meta") for side in (k, 3))
+            bias = torch.empty(c, device="meta")
+            mixing.modulate_backward(mixing.modulate(x, weight, bias, x), x, weight, bias, x)
+            mixing.mlp_mix_backward(mixing.mlp_mix(x, weight3, bias), x, weight3, bias)
+            mixing.depthwise_conv2d_backward(mixing.depthwise_conv2d(x, weight, bias), x, weight, bias)
+
+    compile_together(launched_by(run), DEVICE)
+
+
+@pytest.mark.usefixtures("compiled_together")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_operators(shape, dtype):
@@ -88,6 +110,9 @@ def test_operators(shape, dtype):
     def modulate(a, weight, bias, v):
         return F.conv2d(F.gelu(a), weight, bias, padding=k // 2, groups=c) * v
 
+    def depthwise_conv2d(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=k // 2, groups=c)
+
     def mlp_mix(f, weight, bias):
         g = F.gelu(f)
         return g + F.gelu(F.conv2d(g, weight, bias, padding=1, groups=c))
@@ -95,6 +120,7 @@ def test_operators(shape, dtype):
     for ours, formula, inputs in (
         (operators.modulate, modulate, (a, weight, bias, v)),
         (operators.mlp_mix, mlp_mix, (a, weight3, bias)),
+        (operators.depthwise_conv2d, depthwise_conv2d, (a, weight, bias)),
     ):
         results, truth = gradients(ours, *inputs), exact(formula, *inputs)
         theirs = gradients(formula, *(x.to(dtype) for x in inputs))
@@ -169,7 +195,7 @@ def test_networks(case):
     exact = step(plain(model).double(), images.double(), labels, torch.float64)
     theirs = step(plain(model), images, labels, case.dtype)
     modes = {"eager": model}
-    if case.name == "conv2former_n":
+    if case.name == "conv2former_n" and case.dtype == torch.bfloat16:
         modes["compile"] = copy.deepcopy(model)
         compile_blocks(block for stage in modes["compile"].stages for block in stage.blocks)
     for mode, candidate in modes.items():
