@@ -23,6 +23,7 @@ __all__ = [
     "BranchGradTensors",
     "BranchParams",
     "BranchSpec",
+    "NormAhead",
     "ProductWeights",
     "SpatialMixing",
 ]
@@ -104,18 +105,46 @@ class BranchParams:
         return cls(*norm, *conv, *out, gamma, tuple(ins[:count]), tuple(ins[count:]))
 
 
+@dataclass
+class NormAhead:
+    """A branch's layer norm, for the branch before it to compute: there the map is at hand already.
+
+    Attributes:
+        weight, bias, eps: of the norm.
+        dtype: of its result.
+        stats: whether each pixel's mean and reciprocal deviation are wanted, for the backward pass.
+        result: the norm's result (N, H, W, C) and the statistics, (N, H, W) float32 each, once it is computed.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    dtype: torch.dtype
+    stats: bool
+    result: tuple[Tensor, ...] | None = None
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """Returns the result, and forgets it."""
+        result, self.result = self.result, None
+        return result
+
+
 class ProductWeights(NamedTuple):
-    """What the matrix products of a branch need, in the type that they are computed in.
+    """What the matrix products of a branch need, in the type that they are computed in, and its links with others.
 
     Attributes:
         in_weight, in_bias: of all first 1x1 convolutions one after the other, (all D, C) and (all D,).
         out_weight, out_bias: of the last one, (C, D) and (C,).
+        norm: the branch's norm, where the branch before it may have computed that; else None.
+        next_norm: that of the branch after it, which has the same object; None for no such.
     """
 
     in_weight: Tensor
     in_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
+    norm: NormAhead | None = None
+    next_norm: NormAhead | None = None
 
 
 class BranchCall(NamedTuple):

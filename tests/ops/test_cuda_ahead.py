@@ -29,7 +29,9 @@ def signature(kernel, args, options) -> tuple:
 def launched(calls: list[BranchCall], x: Tensor, trains: bool) -> set[tuple]:
     """Returns what a run with data launches."""
     found = set()
-    with intercepting(lambda *launch: found.add(signature(*launch))):
+    with torch.set_grad_enabled(trains):
+        calls = branch.prepare(calls)
+    with torch.no_grad(), intercepting(lambda *launch: found.add(signature(*launch))):
         for call in calls:
             saved: list[Tensor] | None = [] if trains else None
             y = branch.forward([call], x, saved)

@@ -14,7 +14,7 @@ from .interpreter import INTERPRETS
 if not INTERPRETS:
     pytest.skip("needs Triton, and its interpreter chosen", allow_module_level=True)
 
-from conv2former.ops.cuda import branch, mixing
+from conv2former.ops.cuda import branch, mixing, rows
 
 # What is computed in, and of what type the parameters are.
 TYPES = [
@@ -100,13 +100,52 @@ def test_branches_of_a_stage_are_prepared_together():
         for call in calls:
             products, params = call.products, call.params
             assert products is not None
-            assert {t.dtype for t in products} == {types[0]}
+            assert {t.dtype for t in products[:4]} == {types[0]}
             expected = torch.cat([weight.flatten(1) for weight in params.in_weights]).to(types[0])
             assert torch.equal(products.in_weight, expected)
             assert torch.equal(products.in_bias, torch.cat(params.in_biases).to(types[0]))
             assert torch.equal(products.out_weight, params.out_weight.flatten(1).to(types[0]))
             if types[0] == types[1]:
                 assert products.out_weight.data_ptr() == params.out_weight.data_ptr()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_a_branch_computes_the_norm_of_the_next(monkeypatch, types, trains):
+    """With its residual sum, in one pass: the same bits, and two kernels less for each two branches."""
+    calls = [make_call(kind, types, channels=5, mask=i < 2) for i, kind in enumerate([*SpatialMixing] * 2)]
+    x = image_maps(0, 2, 5, 3, 4, dtype=types[1])
+    launches: list[str] = []
+    real = rows.launch
+
+    def launch(kernel, *args, **options) -> None:
+        launches.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
+    monkeypatch.setattr(rows, "launch", launch)
+    with torch.set_grad_enabled(trains):
+        linked = branch.prepare(calls)
+    apart = [branch.prepare([call])[0] for call in calls]
+    results = []
+    for row in (linked, apart):
+        y, saved = x, []
+        for call in row:
+            kept: list[Tensor] | None = [] if trains else None
+            y = branch.forward([call], y, kept)
+            saved += kept or []
+        results.append([y, *saved])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert launches.count("residual_norm_kernel") == 3
+    assert launches.count("layer_norm_kernel") == 1 + 4
+    assert all(call.products.norm is None or call.products.norm.result is None for call in linked), "nothing is kept"
+
+
+def test_a_norm_that_was_not_computed_is_computed():
+    """Where the branch before it is another backend's."""
+    first, second = branch.prepare([make_call(kind, TYPES[0]) for kind in SpatialMixing])
+    x = image_maps(0, 1, 8, 2, 3, dtype=torch.float32)
+    assert torch.equal(branch.forward([second], x, None), branch.forward([second._replace(products=None)], x, None))
+    assert first.products.next_norm is second.products.norm
 
 
 @pytest.mark.slow

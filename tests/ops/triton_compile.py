@@ -114,9 +114,8 @@ def compile_stage(capability: int, n: int, channels: int, size: int, kernel_size
             print(json.dumps(compile_kernel(kernel, capability, *args, **constants)), flush=True)
 
     with mock.patch.object(mixing, "launch", launch), mock.patch.object(rows, "launch", launch):
-        for kind in SpatialMixing:
-            x = empty(n, channels, size, size).contiguous(memory_format=torch.channels_last)
-            call, saved = make_call(kind, n, channels, kernel_size, dtype), []
+        for call in branch.prepare([make_call(kind, n, channels, kernel_size, dtype) for kind in SpatialMixing]):
+            x, saved = empty(n, channels, size, size).contiguous(memory_format=torch.channels_last), []
             branch.backward(call, x, saved, branch.forward([call], x, saved), True)
 
 

@@ -64,13 +64,17 @@ def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Cal
     """
 
     def run(x: Tensor) -> None:
-        for call in calls:
-            params = BranchParams.from_tensors([_bare(tensor) for tensor in call.params.tensors()])
-            bare = BranchCall(call.spec, params, _bare(call.mask))
+        bare = [
+            BranchCall(call.spec, BranchParams.from_tensors(list(map(_bare, call.params.tensors()))), _bare(call.mask))
+            for call in calls
+        ]
+        with torch.set_grad_enabled(trains):  # norms' statistics
+            prepared = branch.prepare(bare)
+        for call in prepared:
             saved: list[Tensor] | None = [] if trains else None
-            y = branch.forward([bare], x, saved)
+            y = branch.forward([call], x, saved)
             if saved is not None:
-                branch.backward(bare, x, saved, y, True)
+                branch.backward(call, x, saved, y, True)
             x = y
 
     return launched_by(partial(run, torch.empty_like(x, device="meta")))

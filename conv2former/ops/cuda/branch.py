@@ -11,16 +11,34 @@ are; what is summed over pixels comes out of passes that read the map anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _private
-from ..branch import BranchCall, BranchGradTensors, BranchParams, BranchSpec, ProductWeights, SpatialMixing
+from ..branch import (
+    BranchCall,
+    BranchGradTensors,
+    BranchParams,
+    BranchSpec,
+    NormAhead,
+    ProductWeights,
+    SpatialMixing,
+)
 from ..tensors import add_pixel_product, as_type, matmul, nchw, nhwc, rows
 from . import mixing
-from .rows import Partials, branch_grad, layer_norm, layer_norm_backward, out_grads, residual_sum, sum_partials
+from .rows import (
+    Partials,
+    branch_grad,
+    layer_norm,
+    layer_norm_backward,
+    out_grads,
+    residual_norm,
+    residual_sum,
+    sum_partials,
+)
 
 __all__ = ["backward", "forward", "prepare"]
 
@@ -31,7 +49,7 @@ WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
     """Returns branches with their `products`: all weights and biases are copied in one multi-tensor operation.
 
-    What has products already stays as it is.
+    All but the first have a `norm` that the one before is to compute. What has products already stays as it is.
     """
     copies: list[Tensor] = []
     originals: list[Tensor] = []
@@ -42,7 +60,21 @@ def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
     if copies:
         with torch.no_grad():
             _private.copy_all(copies, originals)
-    return prepared
+    return _linked(prepared) if all(call.products is None for call in calls) else prepared
+
+
+def _linked(calls: list[BranchCall]) -> list[BranchCall]:
+    """Returns branches each of which computes the norm of the one after it."""
+    stats = torch.is_grad_enabled()
+    norms = [
+        NormAhead(call.params.norm_weight, call.params.norm_bias, call.spec.eps, call.spec.dtype, stats)
+        for call in calls[1:]
+    ]
+    links = zip(calls, [None, *norms], [*norms, None], strict=True)
+    return [
+        call._replace(products=cast(ProductWeights, call.products)._replace(norm=norm, next_norm=next_norm))
+        for call, norm, next_norm in links
+    ]
 
 
 def _products(spec: BranchSpec, params: BranchParams, copies: list[Tensor], originals: list[Tensor]) -> ProductWeights:
@@ -73,11 +105,14 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
 
 
 def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
-    spec, params, mask, products = call
+    spec, params, products = call.spec, call.params, call.products
     assert products is not None
     xs = nhwc(x)
-    norm = (params.norm_weight, params.norm_bias)
-    h, *stats = layer_norm(xs, *norm, spec.eps, spec.dtype, stats=saved is not None)
+    normed = products.norm.take() if products.norm is not None else None
+    if normed is None:
+        norm = (params.norm_weight, params.norm_bias)
+        normed = layer_norm(xs, *norm, spec.eps, spec.dtype, stats=saved is not None)
+    h, *stats = normed
     pre_acts = F.linear(h, products.in_weight, products.in_bias)
     mixed = _mix(spec, params, pre_acts)
     y = F.linear(mixed, products.out_weight, products.out_bias)
@@ -88,7 +123,10 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
         if not spec.recompute:
             saved.append(h)
     out = torch.empty_like(xs, dtype=spec.out_dtype)
-    residual_sum(xs, y, params.gamma, mask, out)
+    if products.next_norm is None:
+        residual_sum(xs, y, params.gamma, call.mask, out)
+    else:
+        products.next_norm.result = residual_norm(xs, y, params.gamma, call.mask, out, products.next_norm)
     return nchw(out)
 
 
@@ -116,7 +154,7 @@ def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
 ) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask, _ = call
+    spec, params, mask = call.spec, call.params, call.mask
     xs, dout = nhwc(x), nhwc(grad).contiguous()
     # contiguous, which hooks on saved tensors may have changed
     mean, rstd, in_weight, pre_acts, *maps = [t.contiguous() for t in saved]

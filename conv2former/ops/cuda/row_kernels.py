@@ -20,6 +20,7 @@ __all__ = [
     "layer_norm_kernel",
     "out_grads_kernel",
     "residual_kernel",
+    "residual_norm_kernel",
     "sum_partials_kernel",
 ]
 
@@ -40,14 +41,12 @@ def load_channels(ptr, channel, C: tl.constexpr):
     return tl.load(ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixels,
-    EPS: tl.constexpr, SAVES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def store_norm(
+    x, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixel, channel, at, mask, pixels,
+    EPS: tl.constexpr, SAVES: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Layer norm over the channels; each pixel's mean and reciprocal deviation too where SAVES."""
-    pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    """Computes a layer norm over the channels, stores it, and where SAVES mean and reciprocal deviation."""
     mean = tl.sum(x, axis=1, keep_dims=True) / C
     centred = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + EPS)
@@ -56,6 +55,32 @@ def layer_norm_kernel(
     if SAVES:
         tl.store(mean_ptr + pixel, mean, mask=pixel < pixels)
         tl.store(rstd_ptr + pixel, rstd, mask=pixel < pixels)
+
+
+@triton.jit
+def add_branch(
+    x_ptr, y_ptr, gamma_ptr, mask_ptr, pixel, channel, at, mask, pixels, image_pixels,
+    HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Returns ``x + y * gamma * mask``, gamma (C,) and a number of the mask for each image, where there are such."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GAMMA:
+        y *= load_channels(gamma_ptr, channel, C)
+    if HAS_MASK:
+        y *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < pixels, other=0.0).to(tl.float32)
+    return x + y
+
+
+@triton.jit(do_not_specialize=SIZES)
+def layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixels,
+    EPS: tl.constexpr, SAVES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Layer norm over the channels; each pixel's mean and reciprocal deviation too where SAVES."""
+    pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    store_norm(x, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixel, channel, at, mask, pixels, EPS, SAVES, C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -111,15 +136,28 @@ def residual_kernel(
     x_ptr, y_ptr, gamma_ptr, mask_ptr, out_ptr, pixels, image_pixels,
     HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``x + y * gamma * mask``, gamma (C,) and a number of the mask for each image, where there are such."""
+    """A residual sum: see `add_branch`."""
     pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_GAMMA:
-        y *= load_channels(gamma_ptr, channel, C)
-    if HAS_MASK:
-        y *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < pixels, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, x + y, mask=mask)
+    out = add_branch(
+        x_ptr, y_ptr, gamma_ptr, mask_ptr, pixel, channel, at, mask, pixels, image_pixels, HAS_GAMMA, HAS_MASK, C
+    )
+    tl.store(out_ptr + at, out, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def residual_norm_kernel(
+    x_ptr, y_ptr, gamma_ptr, mask_ptr, out_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixels, image_pixels,
+    EPS: tl.constexpr, SAVES: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A residual sum, and the next branch's layer norm of it, as it is stored."""
+    pixel, channel, at, mask = find_rows(tl.program_id(0) * ROWS, pixels, ROWS, C, BLOCK)
+    out = add_branch(
+        x_ptr, y_ptr, gamma_ptr, mask_ptr, pixel, channel, at, mask, pixels, image_pixels, HAS_GAMMA, HAS_MASK, C
+    ).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=mask)
+    x = out.to(tl.float32)
+    store_norm(x, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixel, channel, at, mask, pixels, EPS, SAVES, C)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..branch import NormAhead
 from . import row_kernels as kernels
 from .launch import launch
 
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "out_grads",
+    "residual_norm",
     "residual_sum",
     "sum_partials",
 ]
@@ -111,6 +113,27 @@ def residual_sum(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None
         x, y, x if gamma is None else gamma, x if mask is None else mask, out, pixels, h * w,
         HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, **tile,
     )  # fmt: skip
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor, norm: NormAhead
+) -> tuple[Tensor, ...]:
+    """As `residual_sum`, and computes the next branch's layer norm of `out` while it is at hand.
+
+    Returns:
+        What `layer_norm` returns for `out`, the same bits.
+    """
+    n, h, w, c = x.shape
+    pixels, tile = n * h * w, _tile(c, TILE)
+    normed = out.new_empty(out.shape, dtype=norm.dtype)
+    found = tuple(out.new_empty(out.shape[:3], dtype=torch.float32) for _ in range(2)) if norm.stats else ()
+    launch(
+        kernels.residual_norm_kernel, triton.cdiv(pixels, tile["ROWS"]),
+        x, y, x if gamma is None else gamma, x if mask is None else mask, out,
+        norm.weight, norm.bias, normed, *(found or (normed, normed)), pixels, h * w,
+        EPS=norm.eps, SAVES=norm.stats, HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, **tile,
+    )  # fmt: skip
+    return normed, *found
 
 
 def branch_grad(
