@@ -184,15 +184,8 @@ def test_a_block_compiles_for_a_gpu(tmp_path):
     assert out.returncode == 0, out.stderr[-3000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
     kernels = {report["kernel"].removesuffix("_kernel") for report in reports}
-    assert {
-        "band",
-        "depthwise_weight",
-        "mlp",
-        "mlp_backward",
-        "layer_norm",
-        "layer_norm_backward",
-        "residual_norm",
-    } < kernels
+    assert {"band", "depthwise_weight", "mlp", "mlp_backward"} < kernels
+    assert {"layer_norm", "layer_norm_backward", "residual_norm"} < kernels
     for report in reports:
         assert report["spilled_bytes"] <= (128 if report["kernel"] == "band_kernel" else 16), report
         assert report["shared_bytes"] <= 113 * 1024, report  # half of what a multiprocessor has
@@ -200,4 +193,6 @@ def test_a_block_compiles_for_a_gpu(tmp_path):
         counts = report["instructions"]
         assert counts["all"] > counts["global"] > 0, report
         assert (counts["matrix"] > 0) == (report["kernel"] == "band_kernel"), report
+        # a thread has 16 numbers; several times as many instructions if each is given all pixels of its program
+        assert report["kernel"] != "residual_norm_kernel" or counts["all"] < 700, report
         assert counts["local"] == 0 or report["spilled_bytes"] > 0, report

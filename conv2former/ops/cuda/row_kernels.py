@@ -65,8 +65,8 @@ def add_branch(
     """Returns ``x + y * gamma * mask``, gamma (C,) and a number of the mask for each image, where there are such."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_GAMMA:
-        y *= load_channels(gamma_ptr, channel, C)
+    if HAS_GAMMA:  # for each pixel: with one row for all of them Triton 3.8 gives each thread all pixels of a program
+        y *= tl.load(gamma_ptr + channel + tl.zeros_like(pixel), mask=mask, other=0.0).to(tl.float32)
     if HAS_MASK:
         y *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < pixels, other=0.0).to(tl.float32)
     return x + y
