@@ -74,6 +74,18 @@ def four_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 
+def test_other_threads_run_their_kernels():
+    """While one looks for what it has to compile."""
+    call, x = make_call(SpatialMixing.MLP, TYPES[0]), image_maps(0, 1, 8, 2, 2, dtype=torch.float32)
+    expected, results = branch.forward([call], x, None), []
+    with intercepting(lambda *_: results.append(None)):
+        thread = threading.Thread(target=lambda: results.append(branch.forward([call], x, None)))
+        thread.start()
+        thread.join()
+    (result,) = results
+    assert torch.equal(result, expected)
+
+
 def test_once_for_a_shape_on_all_cores(four_cores, monkeypatch):
     jobs, together = [], threading.Barrier(2, timeout=60)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,26 +13,31 @@ from torch import Tensor
 __all__ = ["intercepting", "launch", "pitch_of", "with_pitch"]
 
 Interceptor = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-_interceptor: Interceptor | None = None
+
+
+class _Thread(threading.local):
+    interceptor: Interceptor | None = None  # of one thread: others may be running kernels
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def intercepting(call: Interceptor) -> Iterator[None]:
-    """Calls something with a kernel, its arguments and its options wherever one would be run, which then is not."""
-    global _interceptor
-    before, _interceptor = _interceptor, call
+    """Calls something with a kernel, its arguments and options where this thread would run one; it does not then."""
+    before, _thread.interceptor = _thread.interceptor, call
     try:
         yield
     finally:
-        _interceptor = before
+        _thread.interceptor = before
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
     """Runs a kernel on the device of its first argument. Every kernel of this package is started here."""
     # The kernels write a * b + c where they mean one instruction, which Triton's default may or may not allow.
     options = constants | {"num_warps": warps, "enable_fp_fusion": True}
-    if _interceptor is not None:
-        _interceptor(kernel, args, options)
+    if _thread.interceptor is not None:
+        _thread.interceptor(kernel, args, options)
         return
     device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
