@@ -128,6 +128,8 @@ def kill_and_compare(
     Raises:
         TrainingError: a run failed by itself.
     """
+    # Python clears up at the end what killed runs have left, and would warn of it.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     rng = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
