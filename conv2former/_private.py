@@ -218,30 +218,27 @@ DIVIDE_ALL = Name("torch:_foreach_div_", "drop path launches more kernels on a G
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies tensors into others of the same shapes, converting their types, with one kernel for many on a GPU."""
-    if COPY_ALL.value is not None:
-        COPY_ALL.value(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    """Copies tensors into others of the same shapes, converting their types."""
+    _for_all(COPY_ALL, Tensor.copy_, targets, sources)
 
 
 def add_all(totals: list[Tensor], more: Sequence[Tensor | float]) -> None:
-    """Adds to each tensor, in place, what is at its place in the other list, with one kernel for many on a GPU."""
-    if ADD_ALL.value is not None:
-        ADD_ALL.value(totals, more)
-        return
-    for total, addend in zip(totals, more, strict=True):
-        total.add_(addend)
+    """Adds to each tensor, in place, what is at its place in the other list."""
+    _for_all(ADD_ALL, Tensor.add_, totals, more)
 
 
 def divide_all(tensors: list[Tensor], numbers: list[float]) -> None:
-    """Divides each tensor, in place, by a number of its own, with one kernel for many on a GPU."""
-    if DIVIDE_ALL.value is not None:
-        DIVIDE_ALL.value(tensors, numbers)
+    """Divides each tensor, in place, by a number of its own."""
+    _for_all(DIVIDE_ALL, Tensor.div_, tensors, numbers)
+
+
+def _for_all(together: Name, one: Any, tensors: list[Tensor], others: Sequence[Tensor | float]) -> None:
+    """Changes tensors in place, with one kernel for many on a GPU, or each by the method `one` where there is none."""
+    if together.value is not None:
+        together.value(tensors, others)
         return
-    for tensor, number in zip(tensors, numbers, strict=True):
-        tensor.div_(number)
+    for tensor, other in zip(tensors, others, strict=True):
+        one(tensor, other)
 
 
 # ------------------------------------------------------------------------------------ torch: training and measuring

@@ -19,26 +19,11 @@ from conv2former.tools.arguments import Parser
 from conv2former.tools.cli import run_cli
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-EVERYTHING_ON = [
-    "model.drop_path_rate=0.2",
-    "model.drop_rate=0.1",
-    "augment.mixup=0.8",
-    "augment.cutmix=1.0",
-    "augment.re_prob=0.25",
-    "augment.auto_augment=rand-m9-mstd0.5-inc1",
-    "train.accum_steps=2",
-    "optim.clip_grad=5.0",
-    "schedule.epochs=3",
-    "schedule.warmup_epochs=1",
-    "checkpoint.every_steps=2",
-    "log.every_steps=1",
-    "ema.decay=0.9",
-]
 
 
 def main() -> None:
     from conv2former.config import load_config  # here, so that a missing package is one sentence
-    from conv2former.tools.runs.killing import kill_and_compare
+    from conv2former.tools.runs.killing import EVERYTHING_ON, kill_and_compare
 
     parser = Parser(text=__doc__, sections=())
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill (default: 20)")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conv2former.config import Config, load_config
+from conv2former.tools.runs.killing import EVERYTHING_ON
 
 from ..conftest import ROOT
 
@@ -19,23 +20,8 @@ HERE = Path(__file__).parent
 REHEARSES = os.environ.get("CONV2FORMER_TESTS_GPU") == "cpu"
 DEVICE = torch.device("cpu") if REHEARSES else torch.device("cuda", 0)
 
-# In a run of a few seconds everything is on that draws random numbers or keeps state.
-EVERYTHING_ON = [
-    "model.drop_path_rate=0.2",
-    "model.drop_rate=0.1",
-    "augment.mixup=0.8",
-    "augment.cutmix=1.0",
-    "augment.re_prob=0.25",
-    "train.accum_steps=2",
-    "train.batch_size=96",
-    "optim.clip_grad=5.0",
-    "schedule.epochs=3",
-    "schedule.warmup_epochs=1",
-    "checkpoint.every_steps=5",
-    "log.every_steps=1",
-    "log.tensorboard=false",
-    "ema.decay=0.9",
-]
+# In a run of a few seconds.
+SHORT = ["augment.auto_augment=null", "train.batch_size=96", "checkpoint.every_steps=5", "log.tensorboard=false"]
 
 
 def why_not() -> str:
@@ -65,7 +51,9 @@ def configure(digits):
     """Returns the quickstart's configuration with everything on, and changes such as `train.seed=1`."""
 
     def make(*changes: str) -> Config:
-        return load_config(ROOT / "configs" / "quickstart.yaml", [f"data.root={digits}", *EVERYTHING_ON, *changes])
+        return load_config(
+            ROOT / "configs" / "quickstart.yaml", [f"data.root={digits}", *EVERYTHING_ON, *SHORT, *changes]
+        )
 
     return make
 

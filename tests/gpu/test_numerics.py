@@ -18,6 +18,7 @@ import conv2former
 from conv2former.models.compiled import compile_blocks
 from conv2former.ops import operators
 
+from ..models.test_fusion import plain, relative
 from .conftest import DEVICE, REHEARSES, needs_gpu
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,10 +32,6 @@ def without_tensor_float_32():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def relative(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 def worst_error(ours: list[Tensor], exact: list[Tensor]) -> float:
@@ -161,14 +158,6 @@ def network(name: str, channels_last: bool) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, ls_init_value=0.1).to(DEVICE).train()
     return model.to(memory_format=torch.channels_last) if channels_last else model
-
-
-def plain(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "fused"):
-            module.fused = False
-    return model
 
 
 def batch_for(case: Case) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,24 @@ from ...engine.logging import read_metrics
 from ...errors import TrainingError
 from .comparing import differing_runs
 
-__all__ = ["RunProcesses", "kill_and_compare"]
+__all__ = ["EVERYTHING_ON", "RunProcesses", "kill_and_compare"]
+
+# Changes of the quickstart's configuration that let everything draw random numbers or keep state.
+EVERYTHING_ON = [
+    "model.drop_path_rate=0.2",
+    "model.drop_rate=0.1",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.re_prob=0.25",
+    "augment.auto_augment=rand-m9-mstd0.5-inc1",
+    "train.accum_steps=2",
+    "optim.clip_grad=5.0",
+    "schedule.epochs=3",
+    "schedule.warmup_epochs=1",
+    "checkpoint.every_steps=2",
+    "log.every_steps=1",
+    "ema.decay=0.9",
+]
 
 Start = Literal["forkserver", "fork"]
 
