@@ -13,6 +13,7 @@ from ._yaml import cut, read_yaml, show
 from .errors import ConfigError, closest, raise_mistakes
 
 __all__ = [
+    "MODEL_ARGS",
     "PretrainedTag",
     "Variant",
     "differences",
@@ -26,6 +27,18 @@ __all__ = [
 
 NUM_STAGES = 4
 MAX_WEIGHTS = 1e10  # 40 GB; Conv2Former-L has 2e8
+# of a variant's keys, those that are arguments of `Conv2Former` and define the network
+MODEL_ARGS = (
+    "dims",
+    "depths",
+    "kernel_size",
+    "mlp_ratio",
+    "ls_init_value",
+    "head_hidden_size",
+    "stem_stride",
+    "fusion",
+)
+STEM_STRIDES = (2, 4)
 FUSION_NAMES = ("product", "sum", "sigmoid", "l1", "unit")  # of `ablations.FUSIONS`, which needs torch
 
 
@@ -65,6 +78,7 @@ class Variant:
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's channels.
         ls_init_value: initial layer scale; None for no layer scale.
         head_hidden_size: channels between the last stage and the classifier.
+        stem_stride: stride of the stem, 4, or 2 for images of some 32 pixels; the last stage's is eight times that.
         fusion: how the modulation joins context and values; all but 'product' are ablations, see `ablations.py`.
         train_drop_path_rate: what the training script uses unless its config says otherwise. `timm.create_model` itself
             starts at 0, as it does for every timm model.
@@ -79,6 +93,7 @@ class Variant:
     mlp_ratio: float = 4.0
     ls_init_value: float | None = 1e-6
     head_hidden_size: int = 1280
+    stem_stride: int = 4
     fusion: str = "product"
     train_drop_path_rate: float = 0.0
     description: str = ""
@@ -86,8 +101,7 @@ class Variant:
 
     def model_args(self) -> dict[str, Any]:
         """Returns the arguments of `Conv2Former` that define the network."""
-        keys = ("dims", "depths", "kernel_size", "mlp_ratio", "ls_init_value", "head_hidden_size", "fusion")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in MODEL_ARGS}
 
     def num_weights(self) -> float:
         """Returns about how many weights the blocks have."""
@@ -140,6 +154,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number from 0 to 1e6, or null for no layer scale",
     ),
     "head_hidden_size": (lambda v: _is_int(v, 1, 65536), "a whole number from 1 to 65536"),
+    "stem_stride": (lambda v: _is_int(v, 2, 4) and v in STEM_STRIDES, "2 or 4"),
     "fusion": (lambda v: v in FUSION_NAMES, "one of " + ", ".join(FUSION_NAMES)),
     "train_drop_path_rate": (lambda v: _is_number(v, 0, 0.999), "a number in [0, 1)"),
     "description": (lambda v: isinstance(v, str), "text"),
@@ -260,9 +275,9 @@ def variant(name: str) -> Variant:
 def find_variant(**model_args: Any) -> str | None:
     """Returns the name of the first variant that has these values of `Variant.model_args`, or None.
 
-    Without `fusion` the ablations are left out: their shapes are those of the network itself.
+    Without `fusion` and `stem_stride` they are the usual ones: their shapes do not tell networks that differ in these.
     """
-    wanted = {"fusion": "product", **model_args}
+    wanted = {"fusion": "product", "stem_stride": 4, **model_args}
     for known in _variants.values():
         if wanted.items() <= known.model_args().items():
             return known.name

@@ -20,6 +20,7 @@ from timm.layers import (
 from timm.models import checkpoint_seq, named_apply, register_notrace_module
 from torch import nn
 
+from ..variants import STEM_STRIDES
 from ..weights.architecture import CLASSIFIER
 from ..weights.contents import native_state_dict
 from ..weights.fit import adapt_head, check_fit, lacking_head
@@ -51,14 +52,17 @@ def _take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None)
 # that round otherwise: so a trace computes bit for bit what the network does. Of a Stage the blocks are the leaves.
 @register_notrace_module
 class Stem(nn.Module):
-    """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / 4, W / 4). BatchNorm comes after GELU."""
+    """Three convolutions without bias, (N, in_chans, H, W) to (N, dim, H / stride, W / stride).
+
+    BatchNorm comes after GELU. The stride is 4, or 2 for small images: then the first convolution keeps the size.
+    """
 
     fused: bool = True  # for pickles that have no such attribute
 
-    def __init__(self, in_chans: int, dim: int, fused: bool = True, **dd: Any) -> None:
+    def __init__(self, in_chans: int, dim: int, stride: int = 4, fused: bool = True, **dd: Any) -> None:
         super().__init__()
         mid = dim // 2
-        self.conv1 = nn.Conv2d(in_chans, mid, 3, stride=2, padding=1, bias=False, **dd)
+        self.conv1 = nn.Conv2d(in_chans, mid, 3, stride=stride // 2, padding=1, bias=False, **dd)
         self.act1 = nn.GELU()
         self.norm1 = nn.BatchNorm2d(mid, **dd)
         self.conv2 = nn.Conv2d(mid, mid, 3, padding=1, bias=False, **dd)
@@ -175,12 +179,14 @@ class Conv2Former(RenamesForeignKeys):
         in_chans: channels of the input image.
         num_classes: size of the classifier, 0 for none.
         global_pool: timm's pooling name; '' for none, which makes the classifier a 1x1 convolution over the map.
-        output_stride: stride of the last stage, 8, 16 or 32; below 32 the last stages are dilated instead of strided.
+        output_stride: largest stride of the last stage, 8, 16 or 32; where four stages would have more, the last ones
+            are dilated instead of strided.
         dims: channels of the four stages, even.
         depths: blocks of the four stages.
         kernel_size: side of the modulation's depthwise kernels, odd; one for all stages or one for each.
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's channels.
         ls_init_value: initial layer scale; None for no layer scale.
+        stem_stride: pixels of an image from one pixel of the first stage to the next: 4, or 2 for small images.
         head_hidden_size: channels of the 1x1 convolution between the last stage and the pooling.
         fusion: how the modulation joins context and values: 'product', or an ablation in `FUSIONS`.
         head_init_scale: factor on the classifier's initial weights, below 1 for fine-tuning.
@@ -210,6 +216,7 @@ class Conv2Former(RenamesForeignKeys):
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = 1e-6,
         head_hidden_size: int = 1280,
+        stem_stride: int = 4,
         fusion: str = "product",
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
@@ -228,18 +235,21 @@ class Conv2Former(RenamesForeignKeys):
             raise ValueError(f"dims must be positive and even, depths positive: dims {dims}, depths {depths}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32: {output_stride}")
+        if stem_stride not in STEM_STRIDES:
+            raise ValueError(f"stem_stride must be 2 or 4: {stem_stride}")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}: {fusion!r}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.fusion = fusion
-        self.feature_info = []
+        self.stem_stride = stem_stride
+        self.feature_info: list[dict[str, Any]] = []
 
-        self.stem = Stem(in_chans, dims[0], fused, **dd)
+        self.stem = Stem(in_chans, dims[0], stem_stride, fused, **dd)
         # linear over all blocks of the network, then split by stage
         rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
-        stride, dilation = 4, 1
+        stride, dilation = stem_stride, 1
         for i in range(4):
             downsample: nn.Module = nn.Identity()
             if i > 0 and stride < output_stride:
@@ -354,8 +364,8 @@ class Conv2Former(RenamesForeignKeys):
             intermediates_only: leave out the final features.
 
         Returns:
-            The list of stage outputs, (N, dims[i], H / s, W / s) for strides s of 4, 8, 16, 32; unless
-            `intermediates_only`, a pair of the final features and that list.
+            The list of stage outputs, (N, dims[i], H / s, W / s) for strides s of 4, 8, 16, 32, or what `feature_info`
+            says; unless `intermediates_only`, a pair of the final features and that list.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take_indices, max_index = _take_indices(len(self.stages), indices)
@@ -390,7 +400,7 @@ class Conv2Former(RenamesForeignKeys):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps images, (N, in_chans, H, W), to the last stage's features, (N, dims[-1], H / 32, W / 32)."""
+        """Maps images, (N, in_chans, H, W), to the last stage's features, (N, dims[-1], H / s, W / s), s mostly 32."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, memory_for
 from ..text import printable
 from ..variants import differences, list_variants, read_variant, variant
 from ..weights.contents import native_state_dict
-from ..weights.description import CheckpointInfo, definition_in, describe_checkpoint
+from ..weights.description import CheckpointInfo, definition_in, describe_checkpoint, untold_args
 from ..weights.installed import say_if_unverified
 from ..weights.reading import read_checkpoint
 from .backbone import Conv2Former
@@ -64,13 +64,14 @@ def restore(
             model.reset_classifier(0, reset_other=True)
         load_content(model, content, path, use_ema)
     height, width = info.preprocessing.size
+    stride = model.feature_info[-1]["reduction"]
     cfg = {
         **make_cfg(None),
         "architecture": info.name or "conv2former",
         "num_classes": info.num_classes,
         **info.preprocessing.to_cfg(),
         "input_size": (info.in_chans, height, width),
-        "pool_size": (height // 32, width // 32),
+        "pool_size": (height // stride, width // stride),
     }
     model.pretrained_cfg, model.default_cfg = cfg, cfg
     return model.eval(), info
@@ -111,10 +112,10 @@ def load_weights(model: nn.Module, path: str | Path, use_ema: bool = True) -> No
 
 def load_content(model: nn.Module, content: Mapping[str, Any], path: object, use_ema: bool = True) -> None:
     """As `load_weights`, into a Conv2Former itself, of what `read_checkpoint` returned; `path` is named in errors."""
-    definition = definition_in(content)
-    fusion = definition.get("fusion", "product") if definition else model.fusion
-    if fusion != model.fusion:  # the tensors would fit
-        raise CheckpointError(f"{path} was trained with fusion '{fusion}', the network has '{model.fusion}'")
+    if definition := definition_in(content):
+        for key, trained in untold_args(definition, path).items():
+            if trained != (own := getattr(model, key)):  # the tensors would fit
+                raise CheckpointError(f"{path} was trained with {key} {trained!r}, the network has {own!r}")
     say_if_unverified(path)
     try:
         model.load_state_dict(native_state_dict(content, use_ema, path))

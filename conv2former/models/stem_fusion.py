@@ -62,7 +62,7 @@ def is_fusable_stem(stem: Any, x: Tensor) -> bool:
 
 
 def forward_stem(stem: Any, x: Tensor) -> Tensor:
-    """Computes the stem, (N, in_chans, H, W) to (N, C, H / 4, W / 4). `is_fusable_stem` must hold."""
+    """Computes the stem, (N, in_chans, H, W) to (N, C, H / stride, W / stride). `is_fusable_stem` must hold."""
     dtype = autocast_dtype(x) or x.dtype
     inner = compute_dtype(x, dtype)
     weights = [conv.weight for conv in (stem.conv1, stem.conv2, stem.conv3)]

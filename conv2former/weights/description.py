@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, shorten
 from ..text import printable
-from ..variants import FUSION_NAMES, is_builtin
+from ..variants import FUSION_NAMES, STEM_STRIDES, is_builtin
 from .architecture import Architecture, identify
 from .contents import EMA_NAMES, Taken, native_state_dict, take_network
 from .hub_config import HUB_CONFIG, SECTION
@@ -26,12 +26,15 @@ __all__ = [
     "describe_checkpoint",
     "inspect_checkpoint",
     "noted_kind",
+    "untold_args",
     "weights_text",
 ]
 
 HEAD_HIDDEN_SIZE = 1280  # of every published network; assumed where a file has no head
 MOST_MISSING = 10  # times as many weights as a file has, in the network that its names tell of
 NOT_NOTED = "not noted"
+# the arguments of a network that its tensors do not tell, as most networks have them
+UNTOLD_ARGS = {"fusion": "product", "stem_stride": 4}
 _KINDS = {"averaged": "average", "average": "average", "raw": "raw"}  # in converted files, and their canonical names
 
 
@@ -45,7 +48,8 @@ class CheckpointInfo(Architecture):
         layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
         has_ema: whether averaged weights are in the file beside raw ones; they are what loading takes.
         noted_weights: what the file says about the others: 'raw', 'average', 'soup of N' or 'not noted'.
-        fusion: as in the variants' YAML files; the tensors do not tell it, so it is 'product' where the file does not.
+        fusion, stem_stride: as in the variants' YAML files; the tensors do not tell them, so they are 'product' and 4
+            where the file does not.
         epoch, metric: as the training script saved them, None where it did not.
         recipe: the training arguments or configuration in the file; empty where there is none.
         class_names: names in index order, None where the file has none.
@@ -59,6 +63,7 @@ class CheckpointInfo(Architecture):
     has_ema: bool
     noted_weights: str = NOT_NOTED
     fusion: str = "product"
+    stem_stride: int = 4
     epoch: int | None = None
     metric: float | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +94,7 @@ class CheckpointInfo(Architecture):
             "mlp_ratio": self.mlp_ratio,
             "ls_init_value": 1e-6 if self.layer_scale else None,
             "head_hidden_size": self.head_hidden_size or HEAD_HIDDEN_SIZE,
+            "stem_stride": self.stem_stride,
             "fusion": self.fusion,
         }
 
@@ -158,10 +164,8 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     epoch, metric = notes.get("epoch"), notes.get("metric")
     names = content.get("class_names") or _hub_class_names(hub_config) or _birder_class_names(content)
     definition = definition_in(content)
-    fusion = definition.get("fusion", "product")
-    if fusion not in FUSION_NAMES:
-        raise CheckpointError(f"{path} has the fusion {fusion!r}; known: {', '.join(FUSION_NAMES)}")
-    known, noted = architecture.variant if fusion == "product" else None, definition.get("name")
+    untold = untold_args(definition, path)
+    known, noted = architecture.variant if untold == UNTOLD_ARGS else None, definition.get("name")
     noted = noted if isinstance(noted, str) else None
     name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
     note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config) or _birder_images(content)
@@ -174,7 +178,7 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     return CheckpointInfo(
         **vars(architecture),
         name=name,
-        fusion=fusion,
+        **untold,
         num_parameters=num_parameters,
         layout=layout_of_keys(taken.state_dict),
         has_ema=taken.is_average,
@@ -223,7 +227,7 @@ def _birder_images(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a checkpoint says about the network beyond its tensors: `name` and `fusion`, or nothing."""
+    """Returns what a checkpoint says about the network beyond its tensors, such as `name`, `fusion`, or nothing."""
     hub_config = _hub_config(content)
     own = hub_config.get(SECTION)
     places = (
@@ -232,6 +236,20 @@ def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:
         hub_config.get("model_args"),
     )
     return next((definition for definition in places if isinstance(definition, dict)), {})
+
+
+def untold_args(definition: Mapping[str, Any], path: object) -> dict[str, Any]:
+    """Returns the arguments of a network that its tensors do not tell, as its definition has them, or the usual ones.
+
+    Raises:
+        CheckpointError: there is no such value; `path` is named.
+    """
+    args = {key: definition.get(key, usual) for key, usual in UNTOLD_ARGS.items()}
+    if args["fusion"] not in FUSION_NAMES:
+        raise CheckpointError(f"{path} has the fusion {args['fusion']!r}; known: {', '.join(FUSION_NAMES)}")
+    if args["stem_stride"] not in STEM_STRIDES:
+        raise CheckpointError(f"{path} has the stem_stride {args['stem_stride']!r}; known: 2, 4")
+    return args
 
 
 def _hub_config(content: Mapping[str, Any]) -> dict[str, Any]:

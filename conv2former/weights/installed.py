@@ -19,7 +19,15 @@ from typing import Any
 
 from .._store import store_folder
 from ..errors import CheckpointError, ConfigError, shorten
-from ..variants import PretrainedTag, differences, list_variants, names_of_same_file, parse_variant, variant
+from ..variants import (
+    MODEL_ARGS,
+    PretrainedTag,
+    differences,
+    list_variants,
+    names_of_same_file,
+    parse_variant,
+    variant,
+)
 from .contents import announce
 from .hub_config import HUB_CONFIG, SECTION, read_hub_config
 
@@ -104,8 +112,7 @@ class InstalledModel:
     def definition(self) -> dict[str, Any]:
         """The network's definition, as `parse_variant` reads it."""
         own = self.config.get(SECTION, {}).get("variant", {})
-        names = ("dims", "depths", "kernel_size", "mlp_ratio", "ls_init_value", "head_hidden_size", "fusion")
-        built = {key: value for key, value in self.config.get("model_args", {}).items() if key in names}
+        built = {key: value for key, value in self.config.get("model_args", {}).items() if key in MODEL_ARGS}
         return {**own, **built, "name": self.variant}
 
     def model_args(self) -> dict[str, Any]:

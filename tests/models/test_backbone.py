@@ -184,6 +184,26 @@ def test_output_stride_computes_the_same_at_the_same_pixels(model, tiny):
         assert torch.allclose(dilated.forward_features(x)[..., ::step, ::step], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_stem_for_small_images(fused):
+    shape = {"dims": (4, 6, 8, 10), "depths": (1, 1, 1, 1), "kernel_size": 3, "fused": fused}
+    small = Conv2Former(stem_stride=2, **shape)
+    assert [info["reduction"] for info in small.feature_info] == [2, 4, 8, 16]
+    assert [y.shape[-1] for y in small.forward_intermediates(images(32), intermediates_only=True)] == [16, 8, 4, 2]
+    dilated = Conv2Former(stem_stride=2, output_stride=8, **shape)
+    assert dilated.forward_features(images(32)).shape[-1] == 4
+    # without a stride in its first convolution the stem sees every second pixel as the usual one does
+    usual, x = Conv2Former(**shape), images(32)
+    usual.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small.stem.conv1(x)[..., ::2, ::2], usual.stem.conv1(x))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_stem_stride_must_be_known(stride):
+    with pytest.raises(ValueError, match="stem_stride must be 2 or 4"):
+        Conv2Former(stem_stride=stride)
+
+
 def test_output_stride_must_be_known(tiny):
     with pytest.raises(ValueError, match="output_stride"):
         timm.create_model(tiny, output_stride=4)

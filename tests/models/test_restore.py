@@ -80,10 +80,9 @@ def test_what_a_checkpoint_of_this_project_notes(tmp_path):
     assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 64, 64), [0.5] * 3, 0.9)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_fusion_is_that_of_the_file(tmp_path, fusion):
-    """The tensors do not tell it."""
-    shape = {"dims": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "kernel_size": 3, "fusion": fusion}
+@pytest.mark.parametrize("untold", [{"stem_stride": 2}, *({"fusion": fusion} for fusion in FUSIONS)], ids=str)
+def test_what_the_tensors_do_not_tell_is_that_of_the_file(tmp_path, untold):
+    shape = {"dims": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "kernel_size": 3, **untold}
     model = Conv2Former(num_classes=2, **shape).eval()
     torch.save({"model": model.state_dict(), "variant": {"name": "x", **shape}}, tmp_path / "x.pt")
     images = torch.rand(1, 3, 64, 64)

@@ -228,7 +228,8 @@ def test_dense_convolutions_that_are_left_to_onednn(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize(("autocast", "bound"), [(False, 1e-5), (True, 2e-2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_stem(dtype, autocast, bound, monkeypatch):
+@pytest.mark.parametrize("stride", [2, 4])
+def test_the_stem(stride, dtype, autocast, bound, monkeypatch):
     if autocast and dtype == torch.float64:
         pytest.skip("autocast is not for float64")
     used = []
@@ -238,7 +239,7 @@ def test_the_stem(dtype, autocast, bound, monkeypatch):
         real = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, real=real, name=name, **k: (used.append(name), real(*a, **k))[1])
     torch.manual_seed(0)
-    stem, plain, exact = (Stem(3, 72, fused, dtype=dtype) for fused in (True, False, False))
+    stem, plain, exact = (Stem(3, 72, stride, fused, dtype=dtype) for fused in (True, False, False))
     exact.double()
     plain.load_state_dict(stem.state_dict())
     exact.load_state_dict(stem.state_dict())

@@ -225,6 +225,7 @@ def test_what_cannot_be_averaged(files, tmp_path):
     torch.save(wide.state_dict(), tmp_path / "four.pt")
     save(tmp_path / "names.pt", network(1), class_names=["a", "b", "c"])
     save(tmp_path / "sum.pt", network(1), variant={"name": "x", "fusion": "sum", **SHAPE})
+    save(tmp_path / "stem.pt", network(1), variant={"name": "x", "stem_stride": 2, **SHAPE})
     broken = network(1)
     broken.head.fc.bias.data[0] = float("inf")
     save(tmp_path / "inf.pt", broken)
@@ -234,6 +235,7 @@ def test_what_cannot_be_averaged(files, tmp_path):
         ("four.pt", r"four\.pt is not the network of .*: num_classes 4 for 3"),
         ("names.pt", "but not the same class names"),
         ("sum.pt", "fusion sum for product"),
+        ("stem.pt", "stem_stride 2 for 4"),
         ("inf.pt", r"inf\.pt: head\.fc\.bias holds values that are not finite"),
         ("none.pt", r"none\.pt: no such file"),
     ):

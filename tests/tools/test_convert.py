@@ -155,6 +155,7 @@ print(*sorted(conv2former.list_variants()))
 
 def test_a_network_of_ones_own_where_nobody_registered_it(tmp_path):
     shape = {"dims": [4, 6, 8, 10], "depths": [1, 2, 1, 1], "kernel_size": [3, 5, 7, 9], "fusion": "sigmoid"}
+    shape["stem_stride"] = 2
     model = Conv2Former(num_classes=2, ls_init_value=None, head_hidden_size=12, mlp_ratio=2, **shape).eval()
     definition = {"name": "my_net", "ls_init_value": None, "head_hidden_size": 12, "mlp_ratio": 2, **shape}
     content = {"model": model.state_dict(), "variant": {**definition, "train_drop_path_rate": 0.3}}

@@ -160,8 +160,10 @@ def test_strides_at_sizes_that_are_no_multiples(size):
 
 
 def test_default_stages():
-    assert [default_stage(size, 4) for size in (384, 224, 128, 127, 64, 32)] == [4, 4, 4, 3, 3, 2]
-    assert [default_stage(size, 3) for size in (384, 224, 64, 32)] == [3, 3, 3, 2]
+    strides = (4, 8, 16, 32)
+    assert [default_stage(size, strides) for size in (384, 224, 128, 127, 64, 32)] == [4, 4, 4, 3, 3, 2]
+    assert [default_stage(size, strides[:3]) for size in (384, 224, 64, 32)] == [3, 3, 3, 2]
+    assert default_stage(32, (2, 4, 8, 16)) == 3
 
 
 def test_figure_of_a_class_that_nothing_speaks_for():

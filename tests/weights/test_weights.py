@@ -440,7 +440,13 @@ def test_inspect_a_shape_that_nobody_registered(tmp_path):
 
 @pytest.mark.parametrize(
     ("definition", "error"),
-    [({"fusion": "nope"}, "has the fusion 'nope'"), ({"fusion": ["product"]}, "has the fusion"), ({"name": [1]}, "")],
+    [
+        ({"fusion": "nope"}, "has the fusion 'nope'"),
+        ({"fusion": ["product"]}, "has the fusion"),
+        ({"stem_stride": 3}, "has the stem_stride 3; known: 2, 4"),
+        ({"stem_stride": [2]}, "has the stem_stride"),
+        ({"name": [1]}, ""),
+    ],
 )
 def test_a_definition_of_nonsense(tmp_path, official_content, definition, error):
     path = tmp_path / "x.pth"

@@ -148,7 +148,7 @@ def _cfg(name: str, tag: PretrainedTag | None, info: CheckpointInfo, chosen: Pre
         "tag": name.partition(".")[2] or None,
         "num_classes": info.num_classes,
         "input_size": (info.in_chans, *chosen.size),
-        "pool_size": tuple(side // 32 for side in chosen.size),
+        "pool_size": tuple(side // (8 * info.stem_stride) for side in chosen.size),
         "license": "apache-2.0" if tag else None,  # that of the authors' repository; that of other files is not known
     }
 

@@ -110,6 +110,7 @@ def _card(export: Export, where: str) -> dict[str, Any]:
     source, assumed = section["source"], section["assumed"]
     images = f"assumed, since the file does not note them: {', '.join(assumed)}" if assumed else "as noted or given"
     shape = f"dims {list(info.dims)}, depths {list(info.depths)}, kernel size {info.kernel_size}, fusion {info.fusion}"
+    shape += "" if info.stem_stride == 4 else f", stem stride {info.stem_stride}"
     details: dict[str, Any] = {
         "Architecture": f"{printable(info.name or 'Conv2Former')}: {shape}",
         "Parameters": f"{info.num_parameters:,}",

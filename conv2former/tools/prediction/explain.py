@@ -49,19 +49,19 @@ class Heatmap:
         return f"{self.values.shape[0]} x {self.values.shape[1]}"
 
 
-def default_stage(img_size: int, deepest: int) -> int:
-    """Returns the deepest stage, at most `deepest`, whose map has at least 4 x 4 cells; the first if none has.
+def default_stage(img_size: int, strides: Sequence[int]) -> int:
+    """Returns the deepest stage whose map has at least 4 x 4 cells; the first if none has.
 
     Args:
         img_size: the shorter side of the input, pixels.
-        deepest: 1 to 4.
+        strides: of the stages that may be taken, from the first.
     """
-    fine_enough = [stage for stage in range(1, deepest + 1) if img_size // _stride(stage) >= COARSEST]
+    fine_enough = [stage for stage, stride in enumerate(strides, 1) if img_size // stride >= COARSEST]
     return max(fine_enough, default=1)
 
 
-def _stride(stage: int) -> int:
-    return 2 ** (stage + 1)
+def _strides(network: Conv2Former) -> list[int]:
+    return [info["reduction"] for info in network.feature_info]
 
 
 def _grad_cam() -> Any:
@@ -95,7 +95,7 @@ def activation_map(
     batch = image.detach().clone()[None].to(next(network.parameters()).device)
     with torch.enable_grad():
         cam = _grad_cam()(network, layer).attribute(batch, class_index, relu_attributions=not signed)
-    return Heatmap(stage, cam.detach().float().cpu()[0, 0], _stride(stage))
+    return Heatmap(stage, cam.detach().float().cpu()[0, 0], _strides(network)[stage - 1])
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def modulation_maps(model: nn.Module, image: torch.Tensor, stages: Sequence[int]
     with _recording([network.stages[stage - 1].blocks[-1].attn.conv_dw for stage in stages]) as outputs:
         network(image[None].to(next(network.parameters()).device))
     return [
-        Heatmap(stage, a[0].abs().float().mean(0).cpu(), _stride(stage))
+        Heatmap(stage, a[0].abs().float().mean(0).cpu(), _strides(network)[stage - 1])
         for stage, a in zip(stages, outputs, strict=True)
     ]
 
@@ -213,8 +213,9 @@ class Explainer:
         self.predictor = predictor
         self.class_index = None if class_name is None else predictor.class_index(class_name)
         size = min(predictor.settings.preprocessing.size)
-        self.cam_stage = cam_stage or default_stage(size, 4)
-        self.stages = sorted({*stages}) if stages else [default_stage(size, 3)]
+        strides = _strides(cast(Conv2Former, unwrap_model(predictor.model)))
+        self.cam_stage = cam_stage or default_stage(size, strides)
+        self.stages = sorted({*stages}) if stages else [default_stage(size, strides[:3])]
 
     def write(self, prediction: Prediction, folder: Path, total: int, number: int) -> str:
         """Writes the picture of one prediction, and returns its path below `folder`.

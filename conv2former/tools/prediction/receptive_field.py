@@ -158,6 +158,7 @@ def measure_fields(
         ConfigError: nothing contributes: the gradients are all zero or not numbers.
     """
     device = next(model.parameters()).device
+    strides = [info["reduction"] for info in model.feature_info]
     sums: dict[int, torch.Tensor] = {}
     cells: dict[int, tuple[int, int]] = {}
     with _saving_memory(model), torch.enable_grad():
@@ -176,7 +177,7 @@ def measure_fields(
             raise ConfigError(
                 f"{name}: no pixel moves the middle of stage {stage}: its gradients are zero or no numbers"
             )
-        stride = 2 ** (stage + 1)
+        stride = strides[stage - 1]
         h, w = cells[stage]
         centre = (h // 2 * stride + stride // 2, w // 2 * stride + stride // 2)
         fields.append(Field(name, stage, sums[stage] / total, centre, (h, w)))
