@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["store_folder", "to_disk"]
+__all__ = ["shipped_folder", "store_folder", "to_disk"]
 
 
 def store_folder() -> Path:
@@ -14,6 +14,11 @@ def store_folder() -> Path:
         return Path(os.path.expanduser(home)).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return Path(os.path.expanduser(cache)).absolute() / "conv2former"
+
+
+def shipped_folder() -> Path:
+    """Returns the folder of the weights that are part of the package, laid out as the store is."""
+    return Path(__file__).with_name("pretrained")
 
 
 def to_disk(path: Path) -> None:

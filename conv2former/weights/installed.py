@@ -3,11 +3,13 @@
 The store is the folder $CONV2FORMER_HOME, or else `conv2former` in the user's cache folder. In it is one folder per
 weight file, in timm's hub layout, named as timm names weights: `conv2former_t.hvision_in1k`. `scripts/convert.py
 --install` makes them. There is no index that could disagree with them, and what cannot be read is passed over until it
-is asked for.
+is asked for. The weights that the package brings are in a folder of the same kind, `conv2former/pretrained`; what is in
+the store goes before them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .._store import store_folder
+from .._store import shipped_folder, store_folder
 from ..errors import CheckpointError, ConfigError, shorten
 from ..variants import (
     MODEL_ARGS,
@@ -87,6 +89,11 @@ class InstalledModel:
     def is_unverified(self) -> bool:
         """Whether it bears the name of a published file, and its accuracy has not been measured to be that one's."""
         return self.published is not None and self.confirmation is None
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it is part of the package."""
+        return self.path.parent == shipped_folder()
 
     @property
     def variant(self) -> str:
@@ -182,12 +189,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def list_installed(verify: bool = False) -> list[InstalledModel]:
-    """Lists the installed weights, by name; those that cannot be used say why in `problem`.
+    """Lists the weights in the store, by name; those that cannot be used say why in `problem`.
 
     Args:
         verify: also read the weight files and compare their checksums.
     """
-    found = [_read(name) for name in _names()]
+    found = [_read(*item) for item in _names(store_folder()).items()]
     return [_verified(model) if verify and not model.problem else model for model in found]
 
 
@@ -200,7 +207,7 @@ def names_installed(own: str) -> list[str]:
 
 
 def find_installed(name: str) -> InstalledModel | None:
-    """Finds installed weights by name.
+    """Finds weights by name, in the store or in the package.
 
     Args:
         name: `variant.tag`, or `variant` alone: the first of its published files if that is installed, or else the only
@@ -224,12 +231,11 @@ def find_installed(name: str) -> InstalledModel | None:
     stored = next((same for same in names_of_same_file(names[0]) if same in installed), None)
     if stored is None:
         return None
-    found = _read(stored)
+    found = _read(stored, installed[stored])
     if found.problem:
-        raise CheckpointError(
-            f"{found.path} is damaged ({found.problem}): install it again with "
-            f"python scripts/convert.py FILE --install {stored} --force"
-        )
+        again = f"it again with python scripts/convert.py FILE --install {stored} --force"
+        again = "conv2former again" if found.is_shipped else again
+        raise CheckpointError(f"{found.path} is damaged ({found.problem}): install {again}")
     return replace(found, name=names[0])
 
 
@@ -238,17 +244,23 @@ def variants_installed() -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] for name in _names()))
 
 
-def _names() -> list[str]:
-    """Returns the names of what is in the store, sorted; those of unfinished copies begin with a dot."""
-    try:
-        return sorted(name for name in os.listdir(store_folder()) if NAME.fullmatch(name))
-    except OSError:  # there is none, or it is not to be read
-        return []
+def _names(*folders: Path) -> dict[str, Path]:
+    """Returns what is in folders, by name, sorted; the first that has a name counts.
+
+    Args:
+        folders: where to look; the store and what the package brings if there are none.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders or (store_folder(), shipped_folder()):
+        with contextlib.suppress(OSError):  # there is none, or it is not to be read
+            # names of unfinished copies begin with a dot
+            found = {name: folder / name for name in os.listdir(folder) if NAME.fullmatch(name)} | found
+    return dict(sorted(found.items()))
 
 
-def _read(name: str) -> InstalledModel:
-    """Looks at one folder of the store. Whatever is wrong with it is its `problem`."""
-    found = InstalledModel(name, store_folder() / name)
+def _read(name: str, path: Path) -> InstalledModel:
+    """Looks at the folder of some weights. Whatever is wrong with it is its `problem`."""
+    found = InstalledModel(name, path)
     try:
         config = read_hub_config(found.path / HUB_CONFIG)
         _check(config)

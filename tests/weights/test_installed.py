@@ -20,7 +20,9 @@ from conv2former import CheckpointError, Conv2Former
 from conv2former._store import store_folder
 from conv2former.models.restore import load_model
 from conv2former.models.zoo import add_and_register, make_cfg, register_installed
+from conv2former.tools.checkpoints.publish import uninstall
 from conv2former.variants import add_variant, names_of_same_file, parse_variant
+from conv2former.weights import installed
 from conv2former.weights.installed import file_sha256, find_installed
 
 from ..conftest import ROOT
@@ -93,6 +95,28 @@ def test_where_the_store_is(monkeypatch, environment, expected):
 def test_the_tests_do_not_see_what_a_developer_has_installed():
     assert "conv2former-tests" in str(store_folder())
     assert conv2former.list_installed() == []
+
+
+def test_what_the_package_brings(zoo, tmp_path, monkeypatch):
+    """It is found as what is installed is, which goes before it; only the latter is listed and can be removed."""
+    monkeypatch.setattr(installed, "shipped_folder", lambda: tmp_path / "shipped")
+    expected = put(tmp_path / "shipped", "pub_a.one")
+    put(tmp_path / "shipped", "own_net.tag", "own_net")
+    for name in ("pub_a", "own_net"):
+        register_installed(name)
+    assert_same(timm.create_model("pub_a", pretrained=True), expected)
+    assert_same(load_model("pub_a.one")[0], expected)
+    assert timm.create_model("own_net", pretrained=True).num_classes == CLASSES
+    assert conv2former.list_installed() == []
+    with pytest.raises(CheckpointError, match="is not installed; installed: nothing"):
+        uninstall("pub_a.one")
+    other = put(zoo, "pub_a.one", seed=1)
+    assert_same(timm.create_model("pub_a", pretrained=True), other)
+    uninstall("pub_a")
+    assert_same(timm.create_model("pub_a", pretrained=True), expected)
+    (tmp_path / "shipped" / "pub_a.one" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is damaged \(config.json: .*\): install conv2former again"):
+        timm.create_model("pub_a", pretrained=True)
 
 
 def test_by_tag_and_without(zoo):

@@ -261,12 +261,13 @@ def uninstall(name: str) -> Path:
         CheckpointError: nothing is installed under that name, or several tags are.
         OutputError: it cannot be removed.
     """
+    installed = [each.name for each in list_installed()]
     names = names_installed(name) if "." not in name else [name]
+    names = [each for each in names if not {*names_of_same_file(each)}.isdisjoint(installed)]  # not what is shipped
     if len(names) > 1:
         raise CheckpointError(f"several weights of {name} are installed; name one of them: {shorten(names)}")
     found = _stored(names[0]) if names else None
     if found is None:
-        installed = [each.name for each in list_installed()]
         raise CheckpointError(
             f"{cut(name)} is not installed{closest(name, installed)}; installed: {shorten(installed) or 'nothing'}"
         )
