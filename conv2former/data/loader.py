@@ -26,12 +26,21 @@ from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .workers import Sent, starting_workers, worker_errors
 
-__all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader", "usable_cores", "workers_for"]
+__all__ = [
+    "EpochSampler",
+    "Transformed",
+    "batches",
+    "eval_loader",
+    "start_workers",
+    "train_loader",
+    "usable_cores",
+    "workers_for",
+]
 
 _MOST_WORKERS = 8  # that a loader gets by itself
 
 
-class _Transformed(Dataset):
+class Transformed(Dataset):
     """Images through a transform. A key is an index, or, to seed the transform, that of an EpochSampler."""
 
     def __init__(self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0) -> None:
@@ -297,7 +306,7 @@ def train_loader(
             **common,
         )
     return _TrainLoader(
-        _Transformed(source, transforms, skip, sampler.seed),
+        Transformed(source, transforms, skip, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -351,7 +360,7 @@ def eval_loader(
         workers = images.useful_workers(workers)
         return _Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
     return _Loader(
-        _Transformed(source, [transform], skip),
+        Transformed(source, [transform], skip),
         sampler=_Share(len(source), rank, world_size),
         num_workers=workers,
         persistent_workers=workers > 0,  # not forked anew for every evaluation, see `start_workers`
