@@ -41,7 +41,7 @@ class CachePlace(NamedTuple):
     """Where other processes of the machine find a cache: `SharedBytes.address`, and what the bytes do not hold."""
 
     address: str
-    count: int
+    images: int
     channels: int
     unreadable: dict[int, Skipped]
 
@@ -219,6 +219,5 @@ def _append(memory: SharedBytes, content: Any) -> None:
         memory.append(content)
     except OSError as e:
         raise DataError(
-            f"data.cache: the memory is full after {bytes_text(memory.size)} of pixels ({e.strerror}); leave data.cache "
-            "out"
+            f"data.cache: the memory is full after {bytes_text(memory.size)} of pixels ({e.strerror}); leave it out"
         ) from None

@@ -131,7 +131,7 @@ def _sources(job: Job) -> list[DataSource]:
 
 
 def _machine() -> str:
-    """Returns the same for processes that can open each other's memory: of one user on one machine, in one container."""
+    """Returns the same for processes that can open each other's memory: one user's, in one container of a machine."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {os.geteuid()}"
