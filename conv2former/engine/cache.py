@@ -6,12 +6,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data import DataSource
-from ..data.cache import SHARE, CachedImages, CachePlace, bytes_text, estimate_bytes, read_images, too_large
+from ..data.cache import SHARE, CachedImages, CachePlace, bytes_text, estimate_bytes, in_memory, read_images, too_large
 from ..data.loader import workers_for
 from ..errors import ConfigError, RunStopped, UserError, counted
 from ..memory import free_memory
@@ -116,9 +115,7 @@ def cache_images(job: Job, world: World, signal: StopSignal) -> None:
             raise RunStopped(f"stopped by {names[0]} while images were read into memory; the same command goes on")
     caches = reading.caches if reading is not None else [CachedImages.open(place) for place in states[reader].places]
     sources = _sources(job)
-    job.train_source, job.val_source = (
-        replace(source, images=cache, files=(), real_files=None) for source, cache in zip(sources, caches, strict=True)
-    )
+    job.train_source, job.val_source = map(in_memory, sources, caches)
     size, seconds = sum(cache.size for cache in caches), time.perf_counter() - since
     images = counted(sum(map(len, sources)), "image")
     job.notes.append(f"{images} read into memory in {seconds:.0f} s, {bytes_text(size)} (data.cache)")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from conv2former.config import check_config
 from conv2former.data import EpochSampler, batches, train_loader
 from conv2former.data import cache as data_cache
-from conv2former.data.cache import CachedImages, estimate_bytes, read_images
+from conv2former.data.cache import CachedImages, estimate_bytes, in_memory, read_at_once
 from conv2former.data.images import UnreadableImage
 from conv2former.data.loader import Transformed
 from conv2former.data.sources import DataSource, open_split
@@ -52,16 +52,11 @@ def opened(run) -> DataSource:
 
 
 def cached(source, run, workers: int = 0, room: int | None = None) -> CachedImages:
-    reading = read_images(source, run.data, estimate_bytes(source, run.data), room, workers)
-    while True:
-        try:
-            next(reading)
-        except StopIteration as end:
-            return end.value
+    return read_at_once(source, run.data, workers, room)
 
 
-def in_memory(source, run, **options) -> DataSource:
-    return replace(source, images=cached(source, run, **options), files=(), real_files=None)
+def kept(source, run) -> DataSource:
+    return in_memory(source, cached(source, run))
 
 
 def epoch(source, run, workers: int = 0, start: str | None = None) -> list:
@@ -96,7 +91,7 @@ def test_images_of_any_size_and_kind_are_as_they_are_read(folder, monkeypatch, c
 def test_workers_of_any_kind_make_the_same_batches(folder, start, workers):
     run = config(folder)
     source = opened(run)
-    expected, found = epoch(source, run), epoch(in_memory(source, run), run, workers, start)
+    expected, found = epoch(source, run), epoch(kept(source, run), run, workers, start)
     assert len(expected) == len(found) == 3
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.images, b.images)
@@ -113,7 +108,7 @@ def test_what_is_pickled_does_not_grow_with_the_images(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (i % 256, 0, 0)).save(path)
         run = config(tmp_path / str(count))
-        source = in_memory(opened(run), run)
+        source = kept(opened(run), run)
         source.images[0]
         sizes.append(len(pickle.dumps(source)))
     assert sizes[1] < sizes[0] + 50 < 1000
@@ -186,6 +181,6 @@ def test_an_evaluation_reads_from_memory(folder):
     source = opened(run)
     shown = [
         list(DataLoader(Transformed(each, [np.asarray], False), batch_size=None, collate_fn=lambda item: item))
-        for each in (source, in_memory(source, run))
+        for each in (source, kept(source, run))
     ]
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(*shown, strict=True))
