@@ -101,13 +101,15 @@ class CropAndFlip:
 
     def __init__(self, crop: RandomResizedCropAndInterpolation, flip: RandomHorizontalFlip | None) -> None:
         self.crop, self.flip = crop, flip
+        # a tensor and a number are compared as float32, here without the tensor of the result
+        self._flips_below = float(np.float32(flip.p)) if flip else 0.0
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        crop, flip = self.crop, self.flip
+        crop = self.crop
         top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
         choice = crop.interpolation
         interpolation = random.choice(choice) if isinstance(choice, (tuple, list)) else choice
-        mirror = flip is not None and bool(torch.rand(1) < flip.p)
+        mirror = self.flip is not None and torch.rand(1).item() < self._flips_below
         return pixels.resized_crop(image, top, left, height, width, crop.size, interpolation, mirror)
 
 
@@ -133,6 +135,8 @@ class TrainTransform:
         to_tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
         self.of_image: list[Any] = _joined([_without_effect(step) for step in steps[:to_tensor]])
         self.erasing: list[Any] = [step for step in steps[to_tensor:] if isinstance(step, RandomErasing)]
+        if not self.erasing and self.of_image and isinstance(self.of_image[-1], _OrderOfNothing):
+            self.of_image.pop()  # nobody draws after it
 
     def __call__(self, image: Image.Image) -> Augmented:
         image = in_channels(image, self.channels)

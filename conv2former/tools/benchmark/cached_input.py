@@ -55,8 +55,8 @@ def compare_cached(folder: Path | None, rounds: int, progress: Progress | None =
         images = read_at_once(source, config.data)
         cached = in_memory(source, images)
         yield (
-            f"data.cache: {counted(len(source), 'image')} in {bytes_text(images.size)}, crop to {SIDE} x {SIDE} and flip, batch "
-            f"{BATCH_SIZE}, {core}"
+            f"data.cache: {counted(len(source), 'image')} in {bytes_text(images.size)}, crop to {SIDE} x {SIDE} and "
+            f"flip, batch {BATCH_SIZE}, {core}"
         )
         for workers, title in enumerate(("no worker process", "one worker process")):
             epochs = [_epoch(each, _config(root, workers)) for each in (cached, source)]
