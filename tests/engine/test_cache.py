@@ -35,7 +35,7 @@ def reads(monkeypatch):
 
 
 def test_a_run_in_memory_is_the_run_from_files(raw_config, tmp_path, monkeypatch, reads, capsys):
-    """Bit for bit: in one go, and killed twice within an epoch, with other workers each time, at last without a cache."""
+    """Bit for bit: in one go, and killed twice within an epoch, with other workers, at last without a cache."""
     train(configure(raw_config, **SHORT), tmp_path / "files")
     reads.clear()
     cached = {**SHORT, "data__cache": "ram"}
