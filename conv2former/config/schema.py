@@ -129,7 +129,7 @@ class DataConfig(Section):
     # machine lets the run use, at most 8
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     # ram: a training reads every image once, before its first step, and keeps the pixels in memory, once for all
-    # processes of a machine; 3 bytes a pixel, 1 of grey images. It does not change what is trained. docs/cache.md
+    # processes of a machine; 3 bytes a pixel, 1 of grey images. It does not change what is trained. docs/data.md
     cache: Literal["none", "ram"] = "none"
 
     @property

@@ -61,7 +61,8 @@ class SharedBytes:
         Raises:
             OSError: there is no memory left.
         """
-        rest = memoryview(content).cast("B")
+        view = memoryview(content)
+        rest = view.cast("B") if view.nbytes else view  # which cannot be cast
         while rest:
             written = os.write(self._fd, rest)
             self.size += written
