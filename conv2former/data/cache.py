@@ -218,7 +218,7 @@ def read_images(
     names = [source.images.name(i).encode("utf-8", "surrogateescape") for i in range(count)]
     rows["name_bytes"] = [len(name) for name in names]
     rows["name"] = memory.size + np.cumsum(rows["name_bytes"]) - rows["name_bytes"]
-    _append(memory, b"".join(names) + bytes(-(memory.size + int(rows["name_bytes"].sum())) % 8))
+    _append(memory, b"".join(names))
     _append(memory, rows.view(np.uint8))
     return CachedImages(memory, count, channels, unreadable)
 

@@ -61,8 +61,7 @@ class SharedBytes:
         Raises:
             OSError: there is no memory left.
         """
-        view = memoryview(content)
-        rest = view.cast("B") if view.nbytes else view  # which cannot be cast
+        rest = memoryview(content).cast("B")
         while rest:
             written = os.write(self._fd, rest)
             self.size += written

@@ -20,6 +20,7 @@ from conv2former.data import cache as data_cache
 from conv2former.data.cache import CachedImages, estimate_bytes, in_memory, read_at_once
 from conv2former.data.images import UnreadableImage
 from conv2former.data.loader import Transformed
+from conv2former.data.shared import SharedBytes
 from conv2former.data.sources import DataSource, open_split
 from conv2former.errors import DataError
 
@@ -171,6 +172,15 @@ def test_more_images_than_there_is_memory_for(folder):
     run = config(folder)
     with pytest.raises(DataError, match=r"take more than 0.0 MiB as pixels, .* leave data.cache out"):
         cached(opened(run), run, room=20_000)
+
+
+def test_a_write_that_is_cut_short_goes_on(monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: write(fd, content[:3]))
+    memory = SharedBytes.create()
+    for content in (b"0123456789", b"", np.arange(5, dtype=np.int16)):
+        memory.append(content)
+    assert (memory.size, memory.content[:]) == (20, b"0123456789" + np.arange(5, dtype=np.int16).tobytes())
 
 
 def test_the_memory_is_full(folder, monkeypatch):
