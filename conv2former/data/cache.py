@@ -15,13 +15,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ..config.schema import DataConfig
 from ..errors import DataError
 from .batch import Item, Skipped, in_channels
 from .images import UnreadableImage
-from .loader import Transformed, batches
+from .loader import Loader, Transformed, batches
 from .shared import SharedBytes
 from .split import DataSource
 from .workers import Sent
@@ -192,7 +191,7 @@ def read_images(
         DataError: a sample is wrong, or there is not enough memory.
     """
     count, channels = len(source), data.preprocessing.channels
-    loader = DataLoader(
+    loader = Loader(
         Transformed(source, [_Pack(channels)], data.on_error == "skip"),
         batch_size=min(max(1, BATCH_BYTES * count // expected), MOST_AT_ONCE),
         num_workers=workers,

@@ -28,6 +28,7 @@ from .workers import Sent, starting_workers, worker_errors
 
 __all__ = [
     "EpochSampler",
+    "Loader",
     "Transformed",
     "batches",
     "eval_loader",
@@ -244,14 +245,14 @@ def workers_for(data: DataConfig) -> int:
     return min(_MOST_WORKERS, usable_cores()) if data.workers is None else data.workers
 
 
-class _Loader(DataLoader):
+class Loader(DataLoader):
     """A loader of as many workers as it is told."""
 
     def check_worker_number_rationality(self) -> None:
         """Does without torch's warning, which each process would print: the number is the user's, or fits the cores."""
 
 
-class _TrainLoader(_Loader):
+class _TrainLoader(Loader):
     """A loader whose workers make `PixelBatch`es, and which yields `Batch`es."""
 
     def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
@@ -358,8 +359,8 @@ def eval_loader(
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)
         workers = images.useful_workers(workers)
-        return _Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
-    return _Loader(
+        return Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
+    return Loader(
         Transformed(source, [transform], skip),
         sampler=_Share(len(source), rank, world_size),
         num_workers=workers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,12 +113,22 @@ def cache_images(job: Job, world: World, signal: StopSignal) -> None:
             raise error or PeerError()
         if names := [state.signal for state in states if state.signal]:
             raise RunStopped(f"stopped by {names[0]} while images were read into memory; the same command goes on")
-    caches = reading.caches if reading is not None else [CachedImages.open(place) for place in states[reader].places]
+    caches = _opened(reader, states[reader].places) if reading is None else reading.caches
     sources = _sources(job)
     job.train_source, job.val_source = map(in_memory, sources, caches)
     size, seconds = sum(cache.size for cache in caches), time.perf_counter() - since
     images = counted(sum(map(len, sources)), "image")
     job.notes.append(f"{images} read into memory in {seconds:.0f} s, {bytes_text(size)} (data.cache)")
+
+
+def _opened(reader: int, places: Sequence[CachePlace]) -> list[CachedImages]:
+    try:
+        return [CachedImages.open(place) for place in places]
+    except OSError as e:
+        raise ConfigError(
+            f"data.cache: the memory of rank {reader} cannot be opened by another process of the same machine "
+            f"({e.strerror}); leave data.cache out"
+        ) from None
 
 
 def _sources(job: Job) -> list[DataSource]:

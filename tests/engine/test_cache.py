@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from conv2former import ConfigError
+from conv2former.data.cache import CachePlace
 from conv2former.engine import cache, train, trainer
 from conv2former.errors import DataError, RunStopped
 from conv2former.tools.runs.comparing import differing_runs, metrics_of
@@ -147,6 +148,11 @@ def test_a_system_without_such_memory(raw_config, tmp_path, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(ConfigError, match=r"data.cache: ram needs Linux"):
         train(configure(raw_config, data__cache="ram"), tmp_path / "run")
+
+
+def test_memory_that_cannot_be_opened():
+    with pytest.raises(ConfigError, match=r"the memory of rank 3 cannot be opened .* .No such file or directory."):
+        cache._opened(3, [CachePlace("/proc/0/fd/1", 1, 3, {})])
 
 
 def test_processes_that_cannot_open_each_others_memory_read_for_themselves(monkeypatch):
