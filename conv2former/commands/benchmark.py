@@ -8,6 +8,7 @@ python scripts/benchmark.py models conv2former_t convnext_tiny --device cuda --b
 python scripts/benchmark.py growth --chart docs/growth.png
 python scripts/benchmark.py loop --config FILE [key=value ...]
 python scripts/benchmark.py input
+python scripts/benchmark.py input --cached [FOLDER]
 python scripts/benchmark.py kernels --dtype bf16 --stage 1 3
 python scripts/benchmark.py launches conv2former_t conv2former_t:fused=false convnext_tiny
 python scripts/benchmark.py tune
@@ -15,7 +16,7 @@ python scripts/benchmark.py tune
 models:  networks of timm's and birder's: images/s, memory, shares of what the machine can do.
 growth:  time and memory of one image from 224 to 1024 pixels.
 loop:    the training loop against a bare loop of forward, backward and step on the same synthetic batches.
-input:   reading and augmenting JPEGs against timm's loader.
+input:   reading and augmenting JPEGs against timm's loader; with --cached small images with and without data.cache.
 kernels: the fused operators against plain PyTorch, on a GPU.
 launches: how many operators and kernels a step launches; without a GPU the kernels are an estimate.
 tune:    other values of the constants by which the GPU's kernels are cut, and which to set; about two minutes.
@@ -83,6 +84,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     images = commands.add_parser("input", help="reading and augmenting images")
     images.add_argument("--images", type=positive, default=128, metavar="N", help="in one timing (default: 128)")
     images.add_argument("--rounds", type=positive, default=10, metavar="N", help="timings of each (default: 10)")
+    images.add_argument(
+        "--cached", nargs="?", const="", metavar="FOLDER",
+        help="data.cache: small images from memory and from files, instead of timm's loader; FOLDER has class folders",
+    )  # fmt: skip
     kernels = commands.add_parser("kernels", help="the fused operators, on a GPU")
     kernels.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: 128)")
     kernels.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="(default: bf16)")
@@ -259,10 +264,15 @@ def show(lines: Iterable[str], progress: Progress) -> None:
 
 
 def run_input(args: argparse.Namespace) -> None:
+    from ..tools.benchmark.cached_input import compare_cached
     from ..tools.benchmark.input import compare_input
     from ..tools.benchmark.progress import Progress
 
     with Progress(ticking=False) as progress:  # a thread, and the forks of workers, would not go together
+        if args.cached is not None:
+            folder = Path(args.cached) if args.cached else None
+            show(compare_cached(folder, args.rounds, progress), progress)
+            return
         progress.say(
             f"comparing this package's loader with timm's on {args.images} JPEGs, without and with a worker process, "
             f"{counted(args.rounds, 'round')} each; then where the time goes"

@@ -128,6 +128,9 @@ class DataConfig(Section):
     # loader processes per device; they do not change what is trained. null: the device's share of the cores that this
     # machine lets the run use, at most 8
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    # ram: a training reads every image once, before its first step, and keeps the pixels in memory, once for all
+    # processes of a machine; 3 bytes a pixel, 1 of grey images. It does not change what is trained. docs/data.md
+    cache: Literal["none", "ram"] = "none"
 
     @property
     def given(self) -> dict[str, Any]:
@@ -289,6 +292,8 @@ class Config(Section):
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
         if self.data.streaming and self.data.source != "hf":
             found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
+        if self.data.cache == "ram" and self.data.streaming:
+            found.append("data.cache: not with data.streaming, which keeps no image; leave one of them out")
         if self.data.absolute_paths and self.data.source != "hf":
             found.append(f"data.absolute_paths: only with data.source hf, not {self.data.source}")
         if self.data.streaming and self.data.epoch_images is None:

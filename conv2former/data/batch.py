@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
-from torchvision.transforms import RandomHorizontalFlip
+from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 
 from .._preprocessing import Preprocessing
 from ..config import Config, img_size_at
@@ -101,13 +101,15 @@ class CropAndFlip:
 
     def __init__(self, crop: RandomResizedCropAndInterpolation, flip: RandomHorizontalFlip | None) -> None:
         self.crop, self.flip = crop, flip
+        # a tensor and a number are compared as float32, here without the tensor of the result
+        self._flips_below = float(np.float32(flip.p)) if flip else 0.0
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        crop, flip = self.crop, self.flip
+        crop = self.crop
         top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
         choice = crop.interpolation
         interpolation = random.choice(choice) if isinstance(choice, (tuple, list)) else choice
-        mirror = flip is not None and bool(torch.rand(1) < flip.p)
+        mirror = self.flip is not None and torch.rand(1).item() < self._flips_below
         return pixels.resized_crop(image, top, left, height, width, crop.size, interpolation, mirror)
 
 
@@ -131,8 +133,10 @@ class TrainTransform:
         self.channels = channels
         steps = transform.transforms
         to_tensor = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        self.of_image: list[Any] = _joined(steps[:to_tensor])
+        self.of_image: list[Any] = _joined([_without_effect(step) for step in steps[:to_tensor]])
         self.erasing: list[Any] = [step for step in steps[to_tensor:] if isinstance(step, RandomErasing)]
+        if not self.erasing and self.of_image and isinstance(self.of_image[-1], _OrderOfNothing):
+            self.of_image.pop()  # nobody draws after it
 
     def __call__(self, image: Image.Image) -> Augmented:
         image = in_channels(image, self.channels)
@@ -150,6 +154,22 @@ def _joined(steps: list[Any]) -> list[Any]:
         return steps
     flips = len(steps) > 1 and type(steps[1]) is RandomHorizontalFlip
     return [CropAndFlip(steps[0], steps[1] if flips else None), *steps[1 + flips :]]
+
+
+def _without_effect(step: Any) -> Any:
+    """Puts what draws alike in the place of a colour jitter of nothing, as timm makes it of `color_jitter: 0`."""
+    if type(step) is not ColorJitter:
+        return step
+    factors = (step.brightness, step.contrast, step.saturation, step.hue)
+    return step if any(factor is not None for factor in factors) else _OrderOfNothing()
+
+
+class _OrderOfNothing:
+    """torchvision's ColorJitter that does nothing: it draws the order in which it would."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        torch.randperm(4)
+        return image
 
 
 def train_transforms(config: Config) -> list[TrainTransform]:

@@ -26,12 +26,22 @@ from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .workers import Sent, starting_workers, worker_errors
 
-__all__ = ["EpochSampler", "batches", "eval_loader", "start_workers", "train_loader", "usable_cores", "workers_for"]
+__all__ = [
+    "EpochSampler",
+    "Loader",
+    "Transformed",
+    "batches",
+    "eval_loader",
+    "start_workers",
+    "train_loader",
+    "usable_cores",
+    "workers_for",
+]
 
 _MOST_WORKERS = 8  # that a loader gets by itself
 
 
-class _Transformed(Dataset):
+class Transformed(Dataset):
     """Images through a transform. A key is an index, or, to seed the transform, that of an EpochSampler."""
 
     def __init__(self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0) -> None:
@@ -235,14 +245,14 @@ def workers_for(data: DataConfig) -> int:
     return min(_MOST_WORKERS, usable_cores()) if data.workers is None else data.workers
 
 
-class _Loader(DataLoader):
+class Loader(DataLoader):
     """A loader of as many workers as it is told."""
 
     def check_worker_number_rationality(self) -> None:
         """Does without torch's warning, which each process would print: the number is the user's, or fits the cores."""
 
 
-class _TrainLoader(_Loader):
+class _TrainLoader(Loader):
     """A loader whose workers make `PixelBatch`es, and which yields `Batch`es."""
 
     def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
@@ -297,7 +307,7 @@ def train_loader(
             **common,
         )
     return _TrainLoader(
-        _Transformed(source, transforms, skip, sampler.seed),
+        Transformed(source, transforms, skip, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -349,9 +359,9 @@ def eval_loader(
     if isinstance(source, StreamSource):
         images = StreamImages(source, transform, skip, rank, world_size)
         workers = images.useful_workers(workers)
-        return _Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
-    return _Loader(
-        _Transformed(source, [transform], skip),
+        return Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
+    return Loader(
+        Transformed(source, [transform], skip),
         sampler=_Share(len(source), rank, world_size),
         num_workers=workers,
         persistent_workers=workers > 0,  # not forked anew for every evaluation, see `start_workers`

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def prepare() -> None:
     """Compiles now what would be compiled at the first use, by every worker process of its own."""
-    _order()
+    _order(_library())
 
 
 def resized_crop(
@@ -64,10 +64,11 @@ def resized_crop(
     """
     inside = 0 <= left < left + width <= image.width and 0 <= top < top + height <= image.height and min(size) > 0
     if inside and interpolation in FILTERS:
-        rows_last, pixels = _order(), _Pixels.of(image)
-        if rows_last is not None and pixels is not None:
-            order = rows_last(height, width, *size)
-            resized = _resize(pixels, (top, left, height, width), size, FILTERS[interpolation], order, mirror)
+        library = _library()
+        rows_last, pixels = _order(library), _Pixels.of(library, image)
+        if library is not None and rows_last is not None and pixels is not None:
+            order, box = rows_last(height, width, *size), (top, left, height, width)
+            resized = _resize(library, pixels, box, size, FILTERS[interpolation], order, mirror)
             if resized is not None:
                 return resized
     result = F.resized_crop(image, top, left, height, width, list(size), interpolation)
@@ -93,10 +94,12 @@ class Transformable:
         """Does what the method of Pillow's images does."""
         image = self.image
         if resample in FILTERS.values() and method == Image.Transform.AFFINE and size == image.size and fillcolor:
-            pixels = _Pixels.of(image)
-            result = _transform(pixels, data, resample, fillcolor) if pixels is not None and _order() else None
-            if result is not None:
-                return result
+            library = _library()
+            pixels = _Pixels.of(library, image)
+            if library is not None and pixels is not None and _order(library):
+                result = _transform(library, pixels, data, resample, fillcolor)
+                if result is not None:
+                    return result
         return image.transform(size, Image.Transform(method), data, resample, fillcolor=fillcolor)
 
 
@@ -110,8 +113,9 @@ def stack(images: Sequence[Image.Image]) -> torch.Tensor:
     if others:
         raise ValueError(f"images of different sizes: {width} x {height} and {others[0][0]} x {others[0][1]}")
     result = torch.empty(len(images), height, width, len(images[0].getbands()), dtype=torch.uint8)
+    library = _library()
     for image, target in zip(images, result, strict=True):
-        pixels, library = _Pixels.of(image), _library()
+        pixels = _Pixels.of(library, image)
         if library is None or pixels is None:
             target.copy_(torch.from_numpy(np.array(image)).view(target.shape))
         else:
@@ -138,9 +142,8 @@ class _Pixels(NamedTuple):
     owner: object
 
     @classmethod
-    def of(cls, image: Image.Image) -> _Pixels | None:
+    def of(cls, library: ctypes.CDLL | None, image: Image.Image) -> _Pixels | None:
         """Returns an image's pixels, or None if it is not in RGB, nothing is compiled, or Pillow does not show them."""
-        library = _library()
         if image.mode != "RGB" or library is None:
             return None
         try:
@@ -152,6 +155,7 @@ class _Pixels(NamedTuple):
 
 
 def _resize(
+    library: ctypes.CDLL,
     pixels: _Pixels,
     box: tuple[int, int, int, int],
     size: tuple[int, int],
@@ -160,11 +164,10 @@ def _resize(
     mirror: bool,
 ) -> Image.Image | None:
     """Returns None if the result is so large that Pillow does not show its pixels."""
-    library = _library()
     top, left, height, width = box
     result = Image.new("RGB", size[::-1], None)
-    to = _Pixels.of(result)
-    if library is None or to is None:
+    to = _Pixels.of(library, result)
+    if to is None:
         return None
     stride = pixels.width * 4
     source = pixels.address + top * stride + left * 4
@@ -172,20 +175,20 @@ def _resize(
     return result
 
 
-def _transform(pixels: _Pixels, matrix: Sequence[float], resample: int, fill: Any) -> Image.Image | None:
-    library = _library()
+def _transform(
+    library: ctypes.CDLL, pixels: _Pixels, matrix: Sequence[float], resample: int, fill: Any
+) -> Image.Image | None:
     result = Image.new("RGB", (pixels.width, pixels.height), fill)
-    to = _Pixels.of(result)
-    if library is None or to is None:
+    to = _Pixels.of(library, result)
+    if to is None:
         return None
     numbers = (ctypes.c_double * 6)(*matrix)
     library.transform(pixels.address, pixels.width, pixels.height, to.address, numbers, resample)
     return result
 
 
-def _order() -> RowsLast | None:
+def _order(library: ctypes.CDLL | None) -> RowsLast | None:
     """Returns the order of this Pillow's passes, or None if nothing is compiled that does what it does."""
-    library = _library()
     return None if library is None else _find_order(library)
 
 
@@ -194,22 +197,22 @@ def _find_order(library: ctypes.CDLL) -> RowsLast | None:
     draw = np.random.Generator(np.random.PCG64(0))
     images = [(Image.fromarray(draw.integers(0, 256, (*of, 3), np.uint8)), to) for of, to in PROBES]
     for rows_last in ORDERS:
-        if all(_is_pillows(rows_last, image, size) for image, size in images):
+        if all(_is_pillows(library, rows_last, image, size) for image, size in images):
             return rows_last
     log.info("%s does not do what this Pillow does: without it augmentation takes longer", SOURCE.name)
     return None
 
 
-def _is_pillows(rows_last: RowsLast, image: Image.Image, size: tuple[int, int]) -> bool:
-    pixels, fill = _Pixels.of(image), (1, 2, 3)
+def _is_pillows(library: ctypes.CDLL, rows_last: RowsLast, image: Image.Image, size: tuple[int, int]) -> bool:
+    pixels, fill = _Pixels.of(library, image), (1, 2, 3)
     if pixels is None:
         return False
     box, order = (0, 0, image.height, image.width), rows_last(image.height, image.width, *size)
     for resample in FILTERS.values():
-        ours = [_resize(pixels, box, size, resample, order, False)]
+        ours = [_resize(library, pixels, box, size, resample, order, False)]
         theirs = [image.resize(size[::-1], resample)]
         for matrix in MATRICES:
-            ours.append(_transform(pixels, matrix, resample, fill))
+            ours.append(_transform(library, pixels, matrix, resample, fill))
             theirs.append(image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill))
         if any(a is None or a.tobytes() != b.tobytes() for a, b in zip(ours, theirs, strict=True)):
             return False

@@ -37,6 +37,7 @@ SPLIT_FILE = "split.csv"  # which images are trained on and which are held out
 # global batch, which the plan guards and other numbers of devices need.
 _HARMLESS = (
     "data.root",
+    "data.cache",
     "data.workers",
     "log",
     "checkpoint",

@@ -19,6 +19,7 @@ from ..data import Batch, EpochSampler, batches, eval_loader, start_workers, tra
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, counted
 from .agreement import check_agreement, check_best
 from .build import Run, build_run
+from .cache import cache_images
 from .checkpoint import save_checkpoint
 from .distributed import World, join_world
 from .evaluate import Evaluation, evaluate, has_top5, shown, with_error
@@ -77,6 +78,7 @@ def train(
             check_agreement(job, world)
             check_best(job, world)
             with worker_errors():
+                cache_images(job, world, signal)
                 return Trainer(job, world, signal).train()
     finally:
         _RUNNING.release()

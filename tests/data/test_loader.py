@@ -193,6 +193,8 @@ class Photos:
         {"re_prob": 1.0, "re_mode": "rand", "auto_augment": None},
         {"re_prob": 1.0, "re_mode": "const", "auto_augment": "3a", "interpolation": "bicubic"},
         {"re_prob": 0.0, "auto_augment": "original"},
+        {"re_prob": 1.0, "auto_augment": None, "color_jitter": 0.0, "hflip": 0.3},
+        {"re_prob": 0.0, "auto_augment": None, "color_jitter": 0.0},
     ],
     ids=lambda augment: str(augment.get("auto_augment", "rand")),
 )

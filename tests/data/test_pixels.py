@@ -22,7 +22,7 @@ BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 def way(request, monkeypatch):
     if request.param == "Pillow":
         monkeypatch.setenv("CONV2FORMER_COMPILE", "0")
-    elif pixels._order() is None:
+    elif pixels._order(pixels._library()) is None:
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -30,7 +30,7 @@ def way(request, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the compiled functions were called."""
-    if pixels._order() is None:
+    if pixels._order(pixels._library()) is None:
         pytest.skip("no C++ compiler")
     count = {"_resize": 0, "_transform": 0}
 
@@ -162,19 +162,19 @@ def test_the_compiled_functions_are_called(calls):
 
 def test_another_pillow_is_noticed(monkeypatch):
     """With passes in an order that is neither of those known, nothing compiled is taken."""
-    if pixels._order() is None:
+    if pixels._order(pixels._library()) is None:
         pytest.skip("no C++ compiler")
     pixels._find_order.cache_clear()
     try:
         monkeypatch.setattr(pixels, "ORDERS", (lambda h, w, to_h, to_w: True,))
-        assert pixels._order() is None
+        assert pixels._order(pixels._library()) is None
         image = photo(50, 40)
         ours = pixels.resized_crop(image, 0, 0, 50, 40, (20, 20), BICUBIC)
         assert same(ours, image.resize((20, 20), Image.Resampling.BICUBIC))
         monkeypatch.setattr(pixels, "ORDERS", (*pixels.ORDERS, lambda h, w, to_h, to_w: False))
         monkeypatch.setattr(pixels, "PROBES", [((12, 13), (30, 40))])
         pixels._find_order.cache_clear()
-        assert pixels._order() is pixels.ORDERS[1]
+        assert pixels._order(pixels._library()) is pixels.ORDERS[1]
     finally:
         monkeypatch.undo()
         pixels._find_order.cache_clear()
@@ -185,7 +185,7 @@ def test_a_pillow_that_shows_no_pixels(monkeypatch):
     pixels._find_order.cache_clear()
     monkeypatch.delattr(Image.Image, "__arrow_c_array__", raising=False)
     try:
-        assert pixels._order() is None
+        assert pixels._order(pixels._library()) is None
         image = photo(50, 40)
         ours = pixels.resized_crop(image, 0, 0, 50, 40, (20, 20), BICUBIC)
         assert same(ours, image.resize((20, 20), Image.Resampling.BICUBIC))

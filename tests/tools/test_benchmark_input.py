@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from conv2former.data import batch
+from conv2former.tools.benchmark import cached_input
 from conv2former.tools.benchmark import input as benchmark_input
 from conv2former.tools.benchmark.input import compare_input, write_photos
 
@@ -56,3 +57,19 @@ def test_other_pixels_are_noticed(monkeypatch, tmp_path):
     assert benchmark_input._same_pixels(source).startswith("4 of 4")
     monkeypatch.setattr(batch.TrainTransform, "__call__", darker)
     assert benchmark_input._same_pixels(source).startswith("0 of 4")
+
+
+def test_what_the_comparison_of_cached_images_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(cached_input, "IMAGES", 8)
+    monkeypatch.setattr(cached_input, "BATCH_SIZE", 4)
+    write_photos(tmp_path, 12)
+    for folder, size in ((None, "0.0 MiB"), (tmp_path, "4.3 MiB")):
+        lines = list(cached_input.compare_cached(folder, rounds=2))
+        assert lines[0].startswith(f"data.cache: 8 images in {size}, crop to 32 x 32 and flip, batch 4, ")
+        for line, title in zip(lines[1:], ("no worker process", "one worker process"), strict=False):
+            assert re.match(
+                rf"{title}: [\d,]+ images/s from memory, [\d,]+ from files, \d\.\d+ \(middle half of 2", line
+            )
+        shares = [float(line.split("%")[0]) for line in lines if re.match(r" +\d+\.\d%", line)]
+        assert sum(shares) == pytest.approx(100, abs=1)
+        assert lines[-1] == "8 of 8 augmented images from memory equal those from files, to the bit"

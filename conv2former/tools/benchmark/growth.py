@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ...errors import counted
+from ...memory import free_memory
 from ..output import text_table
 from .machine import machine_lines
 from .models import Watcher, measure
@@ -151,15 +152,6 @@ def growth_figure(report: Report) -> Figure:
         figure.suptitle("incomplete", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
-
-
-def free_memory() -> int | None:
-    """Returns the bytes of main memory that are free, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ parts

@@ -26,7 +26,7 @@ from ...data.sources import open_split
 from .loop import compare
 from .progress import Progress
 
-__all__ = ["compare_input", "write_photos"]
+__all__ = ["compare_input", "one_core", "shares", "write_photos"]
 
 BATCH_SIZE = 32
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
@@ -35,8 +35,13 @@ SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 SEED = 0
 
 
-def write_photos(folder: Path, count: int) -> int:
-    """Writes JPEGs of 500 x 375 pixels, cut at random from scikit-learn's two photographs, into two class folders.
+def write_photos(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> int:
+    """Writes JPEGs, cut at random from scikit-learn's two photographs, into two class folders.
+
+    Args:
+        folder: of the class folders.
+        count: of JPEGs.
+        size: of each, width and height in pixels.
 
     Returns:
         Their bytes, on average.
@@ -45,18 +50,18 @@ def write_photos(folder: Path, count: int) -> int:
 
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
     rng = random.Random(SEED)
-    sizes = []
+    written = []
     for i in range(count):
         photo = photos[i % len(photos)]
         width = rng.randint(400, 560)
-        height = width * HEIGHT // WIDTH
+        height = min(width * size[1] // size[0], photo.height)
         left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
-        part = photo.crop((left, top, left + width, top + height)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        part = photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
         path = folder / str(i % len(photos)) / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         part.save(path, quality=QUALITY, subsampling=SUBSAMPLINGS["4:2:0"])
-        sizes.append(path.stat().st_size)
-    return round(sum(sizes) / count)
+        written.append(path.stat().st_size)
+    return round(sum(written) / count)
 
 
 def compare_input(images: int, rounds: int, progress: Progress | None = None) -> Iterator[str]:
@@ -78,7 +83,7 @@ def compare_input(images: int, rounds: int, progress: Progress | None = None) ->
         KeyboardInterrupt: the user has ended it; what was measured until then is yielded before.
     """
     count = -(-images // BATCH_SIZE) * BATCH_SIZE
-    with tempfile.TemporaryDirectory() as name, _one_core() as core:
+    with tempfile.TemporaryDirectory() as name, one_core() as core:
         root = Path(name)
         size = write_photos(root / "train", count)
         yield (
@@ -94,13 +99,13 @@ def compare_input(images: int, rounds: int, progress: Progress | None = None) ->
             if times.interrupted:
                 raise KeyboardInterrupt
         source = _source(root)
-        yield from _shares(source)
+        yield from shares(source, _config(root))
         yield from _decoders(source, progress)
         yield _same_pixels(source)
 
 
 @contextmanager
-def _one_core() -> Iterator[str]:
+def one_core() -> Iterator[str]:
     """Keeps this process and those that it starts on one core, where the system can; yields what to call that."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -167,9 +172,8 @@ def _timm_epoch(root: Path, workers: int) -> Callable[[], None]:
     return epoch
 
 
-def _shares(source: DataSource) -> list[str]:
+def shares(source: DataSource, config: Config, batch_size: int = BATCH_SIZE) -> list[str]:
     """Returns a line per step of this package's way from file to batch, of one process, the longest first."""
-    config = _config(Path())
     transform = train_transforms(config)[0]
     finish = Finish(config.data.preprocessing.mean, config.data.preprocessing.std, torch.device("cpu"))
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -191,9 +195,9 @@ def _shares(source: DataSource) -> list[str]:
 
     transform.of_image = [Timed(step) for step in transform.of_image]
     transform.erasing = [Timed(step) for step in transform.erasing]
-    for start in range(0, len(source), BATCH_SIZE):
+    for start in range(0, len(source), batch_size):
         items = []
-        for index in range(start, start + BATCH_SIZE):
+        for index in range(start, min(start + batch_size, len(source))):
             image, label = timed("read and decode", source.images.__getitem__, index)
             timed("seed", seed_all, Stream.IMAGE, SEED, 0, index)
             items.append((transform(image), label, index))
