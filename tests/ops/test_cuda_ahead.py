@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conv2former.ops import autograd
 from conv2former.ops.branch import BranchCall, SpatialMixing
 
 from .interpreter import INTERPRETS
@@ -29,24 +30,21 @@ def signature(kernel, args, options) -> tuple:
 def launched(calls: list[BranchCall], x: Tensor, trains: bool) -> set[tuple]:
     """Returns what a run with data launches."""
     found = set()
-    with torch.set_grad_enabled(trains):
-        calls = branch.prepare(calls)
-    with torch.no_grad(), intercepting(lambda *launch: found.add(signature(*launch))):
-        for call in calls:
-            saved: list[Tensor] | None = [] if trains else None
-            y = branch.forward([call], x, saved)
-            if saved is not None:
-                branch.backward(call, x, saved, torch.empty_like(y), True)
-            x = y
+    with torch.set_grad_enabled(trains), intercepting(lambda *launch: found.add(signature(*launch))):
+        y = autograd.residual_branches(calls, x)
+        if trains:
+            y.backward(torch.empty_like(y))
     return found
 
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("programs", [1, 10**9])  # on tensor cores and not
 @pytest.mark.parametrize("types", TYPES[:2], ids=str)
-def test_what_is_compiled_is_what_is_run(monkeypatch, types, programs, trains):
+def test_what_is_compiled_is_what_is_run(on_a_gpu, monkeypatch, types, programs, trains):
     monkeypatch.setattr(mixing, "MIN_BAND_PROGRAMS", programs)
-    calls = [make_call(kind, types, channels=8, mask=mask) for mask in (False, True) for kind in SpatialMixing]
+    calls = [make_call(kind, types, channels=8, mask=mask) for mask in (False, True, True) for kind in SpatialMixing]
+    for parameter in (t for call in calls for t in call.params.tensors() if t is not None):
+        parameter.requires_grad_()
     x = image_maps(0, 2, 8, 5, 6, dtype=types[1])
     compiled = []
     for name in {name for name, *_ in launched(calls, x, trains)}:
@@ -111,3 +109,9 @@ def test_what_cannot_be_compiled_is_told_by_the_launch(four_cores, monkeypatch):
 
     monkeypatch.setattr(ahead, "kernels_of", lambda *_: [fails, fails])
     ahead.compile_ahead([make_call(SpatialMixing.MLP, TYPES[0])], image_maps(0, 1, 8, 2, 2, dtype=torch.float32), True)
+
+
+@pytest.mark.parametrize(("row", "expected"), [("ABABABAB", "ABAB"), ("abABABAB", "abABAB"), ("A", "A"), ("AAA", "AA")])
+def test_a_row_that_repeats_itself(monkeypatch, row, expected):
+    monkeypatch.setattr(ahead, "_kind", lambda call: call)
+    assert "".join(ahead._shortened(row)) == expected

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
     if key in _seen:
         return
     _seen.add(key)
-    compile_together(kernels_of(list({_kind(call): call for call in calls}.values()), x, trains), x.device)
+    compile_together(kernels_of(_shortened(calls), x, trains), x.device)
 
 
 def compile_together(jobs: Sequence[Callable[[], object]], device: torch.device) -> None:
@@ -70,12 +71,14 @@ def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Cal
         ]
         with torch.set_grad_enabled(trains):  # norms' statistics
             prepared = branch.prepare(bare)
+        tasks: list[tuple[BranchCall, Tensor, list[Tensor]]] = []
         for call in prepared:
             saved: list[Tensor] | None = [] if trains else None
-            y = branch.forward([call], x, saved)
-            if saved is not None:
-                branch.backward(call, x, saved, y, True)
-            x = y
+            tasks += [] if saved is None else [(call, x, saved)]
+            x = branch.forward([call], x, saved)
+        grad = x
+        for task in reversed(tasks):
+            grad, _ = branch.backward(*task, grad, True)
 
     return launched_by(partial(run, torch.empty_like(x, device="meta")))
 
@@ -92,6 +95,23 @@ def launched_by(run: Callable[[], object]) -> list[Callable[[], object]]:
     with torch.no_grad(), intercepting(note):
         run()
     return list(found.values())
+
+
+def _shortened(calls: Sequence[BranchCall]) -> list[BranchCall]:
+    """Returns fewer branches that begin and end as a row does and have the same pairs of neighbours.
+
+    Kernels depend on a branch and on its neighbours, and a row repeats itself.
+    """
+    row: list[BranchCall] = []
+    kinds: list[Hashable] = []
+    for call in calls:
+        row.append(call)
+        kinds.append(_kind(call))
+        last = len(row) - 1
+        before = next((i for i in reversed(range(last)) if kinds[i] == kinds[last]), last)
+        if set(pairwise(kinds[before:])) <= set(pairwise(kinds[: before + 1])):  # nothing new since such a branch
+            del row[before + 1 :], kinds[before + 1 :]
+    return row
 
 
 def _kind(call: BranchCall) -> Hashable:
