@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..branch import BranchCall, BranchParams
-from . import branch
+from . import branch, mixing
 from .launch import intercepting
 
 __all__ = ["compile_ahead", "compile_together", "kernels_of", "launched_by"]
@@ -27,7 +27,7 @@ _seen: set[Hashable] = set()
 
 
 def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
-    """Compiles what a row of branches launches for maps of such a shape, unless that was done before.
+    """Compiles what a row of branches launches for a map, unless that was done before for one that is cut as it is.
 
     Args:
         calls: the branches.
@@ -36,7 +36,10 @@ def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
     """
     # not all that kernels depend on, but cheap: what it misses is compiled where it is run
     first, last = calls[0], calls[-1]
-    key = (x.shape, x.dtype, x.device, trains, first.spec, first.params.conv_weight.shape, first.mask is last.mask)
+    weight = first.params.conv_weight
+    cuts = mixing.cuts(x.shape, first.spec.dtype, weight.shape[-1])
+    masks = first.mask is None, last.mask is None
+    key = (cuts, x.dtype, x.device, trains, first.spec, weight.shape, masks, len(calls))
     if key in _seen:
         return
     _seen.add(key)
