@@ -1,6 +1,15 @@
 """The Triton kernels of the MLP's spatial mixing; `mixing.py` cuts the work and runs them.
 
-Each goes down the rows of a map with three rows of it in registers. The weight is as PyTorch has it, (C, 1, 3, 3). Sums
+Each goes down the rows of a map with three rows of it in registers:
+
+    columns of a lane    -1 | 0 ... S - 1 | S      lanes beside each other: channels, then strips, then images
+    row i - 1  above      .   .  .  .  .    .
+    row i      here       .   .  .  .  .    .      its S columns of the result are written, then each row moves up
+    row i + 1  below      .   .  .  .  .    .      GELU, if any, is applied as it comes: 1 + 2 / S times for each number
+    row i + 2  ahead      .   .  .  .  .    .      on its way from memory, as it is there
+
+A program has BLOCK lanes, two for each thread, and `block_rows` rows: as many as leave programs enough to fill the GPU,
+since a piece reads and computes the rows above and below it again. The weight is as PyTorch has it, (C, 1, 3, 3). Sums
 are in float32 for every type of map, and nothing is added by atomics: the same input gives the same bits.
 """
 

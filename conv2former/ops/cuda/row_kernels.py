@@ -1,9 +1,15 @@
 """The Triton kernels that go over the pixels of a map: layer norm, the residual sum, and what is summed over pixels.
 
 Maps are rows of C neighbouring numbers, one for each pixel; a program takes ROWS of them at a time, BLOCK numbers of
-each, a power of two that is at least C. Statistics and sums are in float32 for every type of map. Sums over all pixels
-come as partial sums, one of each program, which a second kernel adds in a fixed order: the same input gives the same
-bits.
+each, a power of two that is at least C:
+
+    pixels      | ROWS | ROWS | ...              a program each, where nothing is summed over pixels
+                | chunk           | chunk | ...  a program each, where there are sums: ROWS pixels at a time, and as
+                                                 many sums in registers, added over the rows at the end
+    in memory   c0 c1 ... C | c0 c1 ... C | ...  a thread has neighbouring channels; a norm's sums are over a row
+
+Statistics and sums are in float32 for every type of map. Sums over all pixels come as partial sums, one of each
+program, which a second kernel adds in a fixed order: the same input gives the same bits.
 """
 
 # mypy: ignore-errors
@@ -121,10 +127,7 @@ def layer_norm_backward_kernel(
 
     The latter is written where WRITES_H: x is at hand here. Partial sums are (2 + RESTS, C) for each program: the
     weight's gradient, the bias's, and the sums of another map, of RESTS C channels, whose pixels are visited as well.
-    Where x HAS_SUM that it is the result of, `branch_grad_kernel` is run on the gradient besides.
-
-        pixels  |chunk 0      |chunk 1      | ...    a program each
-                |ROWS|ROWS|...|                      at a time, (ROWS, BLOCK) numbers in registers, BLOCK >= C
+    Where x HAS_SUM that it is the result of, what `branch_grad_kernel` computes of the gradient is written, too.
     """
     first = tl.program_id(0) * chunk
     limit = tl.minimum(first + chunk, pixels)
