@@ -54,6 +54,7 @@ __all__ = [
     "note_model_args",
     "sees_operators",
     "stands_for_gpu",
+    "version_of",
     "write_hub_config",
 ]
 
@@ -126,6 +127,11 @@ def is_transforming() -> bool:
 def is_legacy_batched(gradient: Tensor) -> bool:
     """Returns whether a gradient stands for many; True where that cannot be told."""
     return LEGACY_BATCHED.value is None or LEGACY_BATCHED.value(gradient)
+
+
+def version_of(x: Tensor) -> int | None:
+    """Returns how often a tensor was changed in place; None where that cannot be told."""
+    return getattr(x, "_version", None)
 
 
 # Tensors without memory, which have a device in name only; since torch 1.13. Of a GPU that is not there: since 2.7

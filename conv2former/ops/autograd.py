@@ -70,7 +70,7 @@ class _ResidualBranch(torch.autograd.Function):
     def forward(ctx: Any, backend: Backend, call: BranchCall, x: Tensor, mask: Tensor | None, *params: Any) -> Tensor:
         saved: list[Tensor] = []
         y = backend.forward([call], x, saved)
-        ctx.backend, ctx.spec, ctx.num_params = backend, call.spec, len(params)
+        ctx.backend, ctx.spec, ctx.links, ctx.num_params = backend, call.spec, call.links, len(params)
         ctx.save_for_backward(x, mask, *params, *saved)
         return y
 
@@ -81,7 +81,10 @@ class _ResidualBranch(torch.autograd.Function):
         with without_autocast(x):
             if torch.is_grad_enabled() or is_batched(grad):
                 return _grads_of_definition(ctx, grad, x, mask, params)
-            call = BranchCall(ctx.spec, BranchParams.from_tensors(params), mask)
+            links = ctx.links
+            if links is not None and not ctx.needs_input_grad[2]:  # nothing goes on to the branch before
+                links = links._replace(previous_sum_grad=None)
+            call = BranchCall(ctx.spec, BranchParams.from_tensors(params), mask, links=links)
             learns = any(ctx.needs_input_grad[4:])
             dx, grads = ctx.backend.backward(call, x, saved, grad, learns)
             return None, None, dx, None, *(grads or (None,) * len(params))

@@ -15,17 +15,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import _private
 from .tensors import as_type, matrix
 
 __all__ = [
     "Backend",
     "BranchCall",
     "BranchGradTensors",
+    "BranchLinks",
     "BranchParams",
     "BranchSpec",
     "NormAhead",
     "ProductWeights",
     "SpatialMixing",
+    "SumGrad",
+    "SumGradAhead",
 ]
 
 # Gradients in the order of `BranchParams.tensors`, in the shapes and types of the parameters.
@@ -129,22 +133,84 @@ class NormAhead:
         return result
 
 
+class SumGrad(NamedTuple):
+    """What goes back through a branch's residual sum ``x + mask * gamma * y``, from the sum's gradient `dout`.
+
+    Attributes:
+        dy: ``dout * mask`` in the branch's type, (N, H, W, C).
+        scaled, weight: two factors, (N, H, W, C) and (C, D), whose product is the gradient of what the last 1x1
+            convolution takes: gamma is in one of them.
+        partial: sums of ``dout * mask`` over the pixels in parts, (parts, C) float32.
+    """
+
+    dy: Tensor
+    scaled: Tensor
+    weight: Tensor
+    partial: Tensor
+
+
+@dataclass
+class SumGradAhead:
+    """The way back through a branch's residual sum, for the branch after it to go: there the gradient is at hand.
+
+    Attributes:
+        dtype: of the branch.
+        weight, gamma, mask: its last 1x1 convolution's weight, (C, D, 1, 1), its layer scale and drop path's factors.
+        result: the sum's gradient (N, C, H, W), its version, and what was computed from it.
+    """
+
+    dtype: torch.dtype
+    weight: Tensor
+    gamma: Tensor | None
+    mask: Tensor | None
+    result: tuple[Tensor, int, SumGrad] | None = None
+
+    def put(self, grad: Tensor, result: SumGrad) -> None:
+        """Keeps what was computed from a gradient, and this: its memory is used for nothing else meanwhile."""
+        version = _private.version_of(grad)
+        self.result = None if version is None else (grad, version, result)
+
+    def take(self, grad: Tensor) -> SumGrad | None:
+        """Returns the result if `grad` is what it was computed from, and forgets it.
+
+        It is not where autograd has added another gradient, or a hook has changed it or put another one in its place.
+        """
+        kept, self.result = self.result, None
+        if kept is None or kept[0] is not grad or kept[1] != _private.version_of(grad):
+            return None
+        return kept[2]
+
+
+class BranchLinks(NamedTuple):
+    """What a branch computes for its neighbours in a row of branches, and they for it; None for no such neighbour.
+
+    Two neighbours have the same object.
+
+    Attributes:
+        norm: the branch's norm, which the one before it may have computed.
+        next_norm: that of the branch after it.
+        sum_grad: the way back through the branch's residual sum, which the one after it may have gone.
+        previous_sum_grad: that of the branch before it.
+    """
+
+    norm: NormAhead | None
+    next_norm: NormAhead | None
+    sum_grad: SumGradAhead | None
+    previous_sum_grad: SumGradAhead | None
+
+
 class ProductWeights(NamedTuple):
-    """What the matrix products of a branch need, in the type that they are computed in, and its links with others.
+    """What the matrix products of a branch need, in the type that they are computed in.
 
     Attributes:
         in_weight, in_bias: of all first 1x1 convolutions one after the other, (all D, C) and (all D,).
         out_weight, out_bias: of the last one, (C, D) and (C,).
-        norm: the branch's norm, where the branch before it may have computed that; else None.
-        next_norm: that of the branch after it, which has the same object; None for no such.
     """
 
     in_weight: Tensor
     in_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
-    norm: NormAhead | None = None
-    next_norm: NormAhead | None = None
 
 
 class BranchCall(NamedTuple):
@@ -155,12 +221,14 @@ class BranchCall(NamedTuple):
         params: its parameters.
         mask: what drop path multiplies each image with, (N, 1, 1, 1), or None.
         products: where a backend prepares weights, what it has made of them; else None.
+        links: with its neighbours, where a backend has such; else None.
     """
 
     spec: BranchSpec
     params: BranchParams
     mask: Tensor | None
     products: ProductWeights | None = None
+    links: BranchLinks | None = None
 
 
 class Backend(Protocol):
@@ -181,7 +249,7 @@ class Backend(Protocol):
         """Returns the gradient of x, (N, C, H, W), and those of the parameters, or None if nothing `learns`.
 
         Args:
-            call: the branch.
+            call: the branch, with its links and without products.
             x, saved: as in `forward`.
             grad: of the result, (N, C, H, W).
             learns: a parameter needs its gradient.

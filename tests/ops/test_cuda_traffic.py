@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,19 +57,25 @@ def traffic(kind: SpatialMixing) -> tuple[Counter[str], Counter[str]]:
     spec = BranchSpec(kind, 1e-6, True, torch.bfloat16, torch.bfloat16, torch.float32)
     call = BranchCall(spec, type(params).from_tensors(tensors), torch.empty(N, 1, 1, 1, device="meta"))
     x = torch.empty(N, C, SIDE, SIDE, device="meta").contiguous(memory_format=torch.channels_last)
-    found = []
-    saved: list[Tensor] = []
-    # one within a row: its norm is computed by the branch before it
-    _, call, _ = branch.prepare([call, call, call])
-    norm = (call.params.norm_weight, call.params.norm_bias)
-    with intercepting(lambda *_: None):
-        call.products.norm.result = branch.layer_norm(x.permute(0, 2, 3, 1), *norm, 1e-6, torch.bfloat16, True)
-    for run in (lambda: branch.forward([call], x, saved), lambda: branch.backward(call, x, saved, x.clone(), True)):
-        counted = Traffic()
-        with torch.no_grad(), intercepting(counted.launched), counted:
-            run()
-        found.append(Counter({name: count / x.numel() for name, count in counted.bytes.items()}))
-    return found[0], found[1]
+    found: list[Counter[str]] = []
+    tasks = []
+
+    def counted(run: Callable[[], Any]) -> Any:
+        counter = Traffic()
+        with torch.no_grad(), intercepting(counter.launched), counter:
+            result = run()
+        found.append(Counter({name: count / x.numel() for name, count in counter.bytes.items()}))
+        return result
+
+    # the one in the middle counts: its neighbours compute its norm, and go back through its residual sum
+    for linked in branch.prepare([call, call, call]):
+        saved: list[Tensor] = []
+        tasks.append((linked, x, saved))
+        x = counted(lambda: branch.forward([linked], x, saved))  # noqa: B023, at once
+    grad = x.clone()
+    for task in reversed(tasks):
+        grad, _ = counted(lambda: branch.backward(*task, grad, True))  # noqa: B023, at once
+    return found[1], found[4]
 
 
 @pytest.mark.parametrize("kind", SpatialMixing)

@@ -46,7 +46,7 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
     norms = [(call.params.norm_weight, call.params.norm_bias, call.spec.eps) for call in calls]
     matrices = [[w.flatten(1).t() for w in (*call.params.in_weights, call.params.out_weight)] for call in calls]
     images = [images_at_a_time(xs, call.params.out_weight.shape[1]) for call in calls]
-    for i, (spec, params, mask, _) in enumerate(calls):
+    for i, (spec, params, mask, *_) in enumerate(calls):
         weights = cast(spec.dtype, *matrices[i])
         next_norm = norms[i + 1] if i + 1 < len(calls) else None
         for chunk, chunk_mask, result, h in in_chunks(images[i], xs, mask, out, normed):
@@ -143,7 +143,7 @@ def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
 ) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask, _ = call
+    spec, params, mask, *_ = call
     xs, grads = nhwc(x), nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     out_weight, scale = out_matrix(spec, params, xs.numel())

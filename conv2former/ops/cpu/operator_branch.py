@@ -28,7 +28,7 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
 
 
 def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
-    spec, params, mask, _ = call
+    spec, params, mask, *_ = call
     xs = nhwc(x)
     out = torch.empty_like(xs, dtype=spec.out_dtype)
     mixing = choose_mixing(spec.mixing, spec.dtype)
@@ -52,7 +52,7 @@ def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
 ) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask, _ = call
+    spec, params, mask, *_ = call
     xs, grads = nhwc(x), nhwc(grad).contiguous()
     dx = torch.empty_like(xs)
     mixing = choose_mixing(spec.mixing, spec.dtype)

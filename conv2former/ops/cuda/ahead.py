@@ -11,13 +11,14 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..branch import BranchCall, BranchParams
-from . import branch
+from . import branch, mixing
 from .launch import intercepting
 
 __all__ = ["compile_ahead", "compile_together", "kernels_of", "launched_by"]
@@ -26,7 +27,7 @@ _seen: set[Hashable] = set()
 
 
 def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
-    """Compiles what a row of branches launches for maps of such a shape, unless that was done before.
+    """Compiles what a row of branches launches for a map, unless that was done before for one that is cut as it is.
 
     Args:
         calls: the branches.
@@ -35,11 +36,14 @@ def compile_ahead(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> None:
     """
     # not all that kernels depend on, but cheap: what it misses is compiled where it is run
     first, last = calls[0], calls[-1]
-    key = (x.shape, x.dtype, x.device, trains, first.spec, first.params.conv_weight.shape, first.mask is last.mask)
+    weight = first.params.conv_weight
+    cuts = mixing.cuts(x.shape, first.spec.dtype, weight.shape[-1])
+    masks = first.mask is None, last.mask is None
+    key = (cuts, x.dtype, x.device, trains, first.spec, weight.shape, masks, len(calls))
     if key in _seen:
         return
     _seen.add(key)
-    compile_together(kernels_of(list({_kind(call): call for call in calls}.values()), x, trains), x.device)
+    compile_together(kernels_of(_shortened(calls), x, trains), x.device)
 
 
 def compile_together(jobs: Sequence[Callable[[], object]], device: torch.device) -> None:
@@ -70,12 +74,14 @@ def kernels_of(calls: Sequence[BranchCall], x: Tensor, trains: bool) -> list[Cal
         ]
         with torch.set_grad_enabled(trains):  # norms' statistics
             prepared = branch.prepare(bare)
+        tasks: list[tuple[BranchCall, Tensor, list[Tensor]]] = []
         for call in prepared:
             saved: list[Tensor] | None = [] if trains else None
-            y = branch.forward([call], x, saved)
-            if saved is not None:
-                branch.backward(call, x, saved, y, True)
-            x = y
+            tasks += [] if saved is None else [(call, x, saved)]
+            x = branch.forward([call], x, saved)
+        grad = x
+        for task in reversed(tasks):
+            grad, _ = branch.backward(*task, grad, True)
 
     return launched_by(partial(run, torch.empty_like(x, device="meta")))
 
@@ -92,6 +98,23 @@ def launched_by(run: Callable[[], object]) -> list[Callable[[], object]]:
     with torch.no_grad(), intercepting(note):
         run()
     return list(found.values())
+
+
+def _shortened(calls: Sequence[BranchCall]) -> list[BranchCall]:
+    """Returns fewer branches that begin and end as a row does and have the same pairs of neighbours.
+
+    Kernels depend on a branch and on its neighbours, and a row repeats itself.
+    """
+    row: list[BranchCall] = []
+    kinds: list[Hashable] = []
+    for call in calls:
+        row.append(call)
+        kinds.append(_kind(call))
+        last = len(row) - 1
+        before = next((i for i in reversed(range(last)) if kinds[i] == kinds[last]), last)
+        if set(pairwise(kinds[before:])) <= set(pairwise(kinds[: before + 1])):  # nothing new since such a branch
+            del row[before + 1 :], kinds[before + 1 :]
+    return row
 
 
 def _kind(call: BranchCall) -> Hashable:

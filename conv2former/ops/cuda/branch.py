@@ -11,7 +11,6 @@ are; what is summed over pixels comes out of passes that read the map anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +20,20 @@ from ... import _private
 from ..branch import (
     BranchCall,
     BranchGradTensors,
+    BranchLinks,
     BranchParams,
     BranchSpec,
     NormAhead,
     ProductWeights,
     SpatialMixing,
+    SumGrad,
+    SumGradAhead,
 )
 from ..tensors import add_pixel_product, as_type, matmul, nchw, nhwc, rows
 from . import mixing
 from .rows import (
     Partials,
+    SumBackward,
     branch_grad,
     layer_norm,
     layer_norm_backward,
@@ -45,11 +48,13 @@ __all__ = ["backward", "forward", "prepare"]
 # Whether products of 16 bits can be returned as they were summed, in 32: since torch 2.8, and on GPUs only.
 WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
+_ALONE = BranchLinks(None, None, None, None)
+
 
 def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
     """Returns branches with their `products`: all weights and biases are copied in one multi-tensor operation.
 
-    All but the first have a `norm` that the one before is to compute. What has products already stays as it is.
+    Neighbours are linked: see `branch.BranchLinks`. What has products already stays as it is.
     """
     copies: list[Tensor] = []
     originals: list[Tensor] = []
@@ -64,17 +69,18 @@ def prepare(calls: Sequence[BranchCall]) -> list[BranchCall]:
 
 
 def _linked(calls: list[BranchCall]) -> list[BranchCall]:
-    """Returns branches each of which computes the norm of the one after it."""
-    stats = torch.is_grad_enabled()
+    """Returns branches each of which computes the norm of the one after it, and goes back through the sum before it."""
+    trains = torch.is_grad_enabled()
     norms = [
-        NormAhead(call.params.norm_weight, call.params.norm_bias, call.spec.eps, call.spec.dtype, stats)
+        NormAhead(call.params.norm_weight, call.params.norm_bias, call.spec.eps, call.spec.dtype, trains)
         for call in calls[1:]
     ]
-    links = zip(calls, [None, *norms], [*norms, None], strict=True)
-    return [
-        call._replace(products=cast(ProductWeights, call.products)._replace(norm=norm, next_norm=next_norm))
-        for call, norm, next_norm in links
+    sums = [
+        SumGradAhead(call.spec.dtype, call.params.out_weight, call.params.gamma, call.mask) if trains else None
+        for call in calls[:-1]
     ]
+    links = map(BranchLinks, [None, *norms], [*norms, None], [*sums, None], [None, *sums])
+    return [call._replace(links=link) for call, link in zip(calls, links, strict=True)]
 
 
 def _products(spec: BranchSpec, params: BranchParams, copies: list[Tensor], originals: list[Tensor]) -> ProductWeights:
@@ -107,8 +113,9 @@ def forward(calls: Sequence[BranchCall], x: Tensor, saved: list[Tensor] | None) 
 def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
     spec, params, products = call.spec, call.params, call.products
     assert products is not None
+    norm_ahead, next_norm, _, previous = call.links or _ALONE
     xs = nhwc(x)
-    normed = products.norm.take() if products.norm is not None else None
+    normed = None if norm_ahead is None else norm_ahead.take()
     if normed is None:
         norm = (params.norm_weight, params.norm_bias)
         normed = layer_norm(xs, *norm, spec.eps, spec.dtype, stats=saved is not None)
@@ -122,11 +129,13 @@ def _forward(call: BranchCall, x: Tensor, saved: list[Tensor] | None) -> Tensor:
             saved.append(mixed)
         if not spec.recompute:
             saved.append(h)
+        if previous is not None:  # these come last
+            saved += [t for t in (previous.weight, previous.gamma, previous.mask) if t is not None]
     out = torch.empty_like(xs, dtype=spec.out_dtype)
-    if products.next_norm is None:
+    if next_norm is None:
         residual_sum(xs, y, params.gamma, call.mask, out)
     else:
-        products.next_norm.result = residual_norm(xs, y, params.gamma, call.mask, out, products.next_norm)
+        next_norm.result = residual_norm(xs, y, params.gamma, call.mask, out, next_norm)
     return nchw(out)
 
 
@@ -154,54 +163,79 @@ def backward(
     call: BranchCall, x: Tensor, saved: Sequence[Tensor], grad: Tensor, learns: bool
 ) -> tuple[Tensor, BranchGradTensors | None]:
     """See `branch.Backend`."""
-    spec, params, mask = call.spec, call.params, call.mask
-    xs, dout = nhwc(x), nhwc(grad).contiguous()
+    spec, params = call.spec, call.params
+    _, _, ahead, previous = call.links or _ALONE
     # contiguous, which hooks on saved tensors may have changed
-    mean, rstd, in_weight, pre_acts, *maps = [t.contiguous() for t in saved]
-    h = torch.empty_like(xs, dtype=spec.dtype) if spec.recompute else maps.pop()
+    xs, dout = nhwc(x).contiguous(), nhwc(grad).contiguous()
+    mean, rstd, in_weight, pre_acts, *rest = [t.contiguous() for t in saved]
+    mixed = rest.pop(0) if _saves_mixed(spec) else None
+    h = torch.empty_like(xs, dtype=spec.dtype) if spec.recompute else rest.pop(0)
 
-    dy, scaled, weight, partial = _through_sum(spec, params, mask, dout)
+    through_sum = None if ahead is None else ahead.take(grad)
+    if through_sum is None:
+        way = _way_through_sum(spec.dtype, params.out_weight, params.gamma, call.mask, dout)
+        through_sum = _through_sum(way, dout, branch_grad(dout, way))
+    dy, scaled, weight, partial = through_sum
     dmixed = matmul(scaled, weight)
     dpre_acts, conv_partials = _mix_backward(spec, params, dmixed, pre_acts)
     dh = matmul(dpre_acts, in_weight)
     norm = (params.norm_weight, params.norm_bias)
     # For biases' gradients: the MLP's kernels have summed their result over the pixels, the modulation's have not.
     unsummed = dpre_acts if learns and spec.mixing is SpatialMixing.MODULATION else None
-    dx, norm_partials = layer_norm_backward(dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None, unsummed)
+    on = None if previous is None else _way_through_previous(previous, rest, xs)
+    dx, norm_partials, previous_partial = layer_norm_backward(
+        dh, xs, (mean, rstd), *norm, dout, h if spec.recompute else None, unsummed, on
+    )
+    grad = nchw(dx)
+    if previous is not None and on is not None and previous_partial is not None:
+        previous.put(grad, _through_sum(on, dx, previous_partial))
     if not learns:
-        return nchw(dx), None
-    mixed = maps[0] if _saves_mixed(spec) else _mix(spec, params, pre_acts)
+        return grad, None
+    mixed = _mix(spec, params, pre_acts) if mixed is None else mixed
     out = out_grads(_pixel_product(dy, mixed), params.out_weight, params.out_bias, params.gamma, partial)
     conv_grads, norm_grads = sum_partials(conv_partials, norm_partials)
     (in_sums,) = conv_grads[2:] + norm_grads[2:]
     ins = _in_grads(params, _pixel_product(dpre_acts, h), in_sums.flatten())
-    return nchw(dx), (*norm_grads[:2], *conv_grads[:2], *out, *ins)
+    return grad, (*norm_grads[:2], *conv_grads[:2], *out, *ins)
 
 
-def _through_sum(
-    spec: BranchSpec, params: BranchParams, mask: Tensor | None, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Goes back through the residual sum.
+def _way_through_sum(
+    dtype: torch.dtype, weight: Tensor, gamma: Tensor | None, mask: Tensor | None, dout: Tensor
+) -> SumBackward:
+    """Returns what goes back through a branch's residual sum, with tensors for what has to be written.
 
-    Returns:
-        Of the branch's result before its layer scale, divided by that, the gradient (N, H, W, C) in `spec.dtype`; two
-        factors, (N, H, W, C) and (C, D), whose product is the gradient of what the last 1x1 convolution takes; and the
-        first's sums over pixels in parts (parts, C).
+    Args:
+        dtype: of the branch.
+        weight: of its last 1x1 convolution, (C, D, 1, 1).
+        gamma, mask: of the branch.
+        dout: a tensor like the sum's gradient, (N, H, W, C).
     """
-    weight = params.out_weight.flatten(1).contiguous()
+    weight = weight.flatten(1).contiguous()
     # The layer scale is multiplied into the smaller factor, unless the range of its type ends too early.
-    scales = params.gamma is not None and spec.dtype == torch.float16
-    scaled_weight = None
-    if params.gamma is not None and not scales:
-        scaled_weight = torch.empty_like(weight, dtype=spec.dtype)
-    dy = dout
-    if mask is not None or dout.dtype != spec.dtype:
-        dy = torch.empty_like(dout, dtype=spec.dtype)
-    scaled = torch.empty_like(dy) if scales else dy
-    partial = branch_grad(
-        dout, params.gamma, mask, weight, None if dy is dout else dy, scaled if scales else None, scaled_weight
+    scales = gamma is not None and dtype == torch.float16
+    writes = mask is not None or dout.dtype != dtype
+    return SumBackward(
+        gamma,
+        mask,
+        weight,
+        dy=torch.empty_like(dout, dtype=dtype) if writes else None,
+        scaled=torch.empty_like(dout, dtype=dtype) if scales else None,
+        scaled_weight=torch.empty_like(weight, dtype=dtype) if gamma is not None and not scales else None,
     )
-    return dy, scaled, as_type(weight, spec.dtype) if scaled_weight is None else scaled_weight, partial
+
+
+def _way_through_previous(previous: SumGradAhead, saved: list[Tensor], x: Tensor) -> SumBackward:
+    """Returns `_way_through_sum` for the branch before, from what was saved of it and a map like the gradient."""
+    weight, *rest = saved
+    gamma = None if previous.gamma is None else rest.pop(0)
+    return _way_through_sum(previous.dtype, weight, gamma, rest[0] if rest else None, x)
+
+
+def _through_sum(way: SumBackward, dout: Tensor, partial: Tensor) -> SumGrad:
+    """Returns what has come through a residual sum, from the sum's gradient and the sums over its pixels in parts."""
+    dy = dout if way.dy is None else way.dy
+    weight = as_type(way.weight, dy.dtype) if way.scaled_weight is None else way.scaled_weight
+    return SumGrad(dy, dy if way.scaled is None else way.scaled, weight, partial)
 
 
 def _mix_backward(spec: BranchSpec, params: BranchParams, dmixed: Tensor, pre_acts: Tensor) -> tuple[Tensor, Partials]:

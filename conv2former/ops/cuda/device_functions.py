@@ -21,6 +21,8 @@ __all__ = [
     "gelu_slope",
     "load_column",
     "load_columns",
+    "load_raw",
+    "wide",
     "width_of",
     "zeros",
 ]
@@ -75,19 +77,38 @@ def find_row(image, channel, column, H, W, PITCH: tl.constexpr):
 
 
 @triton.jit
-def load_column(row_ptr, mask, column, W, AT: tl.constexpr, C: tl.constexpr):
-    """Loads the column that is AT columns right of `column`, where `row_ptr` points, or 0 outside the map."""
-    inside = mask & (column + AT >= 0) & (column + AT < W)
-    return tl.load(row_ptr + AT * C, mask=inside, other=0.0).to(tl.float32)
+def load_raw(row_ptr, mask, column, W, AT: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
+    """Loads COUNT neighbouring columns, the first AT columns right of `column`, as a tuple; outside the map they are 0.
+
+    `row_ptr` points to `column`. Values are as they are in memory: nothing waits for them before they are used, so that
+    a row can be loaded a step ahead.
+    """
+    values = ()
+    for t in tl.static_range(COUNT):
+        inside = mask & (column + (AT + t) >= 0) & (column + (AT + t) < W)
+        values += (tl.load(row_ptr + (AT + t) * C, mask=inside, other=0.0),)
+    return values
+
+
+@triton.jit
+def wide(raw):
+    """Converts a tuple of values to float32."""
+    values = ()
+    for t in tl.static_range(len(raw)):
+        values += (raw[t].to(tl.float32),)
+    return values
 
 
 @triton.jit
 def load_columns(row_ptr, mask, column, W, AT: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
-    """Loads COUNT neighbouring columns, the first AT columns right of `column`, as a tuple."""
-    values = ()
-    for t in tl.static_range(COUNT):
-        values += (load_column(row_ptr, mask, column, W, AT + t, C),)
-    return values
+    """As `load_raw`, in float32."""
+    return wide(load_raw(row_ptr, mask, column, W, AT, COUNT, C))
+
+
+@triton.jit
+def load_column(row_ptr, mask, column, W, AT: tl.constexpr, C: tl.constexpr):
+    """As `load_columns`, one column and no tuple."""
+    return load_columns(row_ptr, mask, column, W, AT, 1, C)[0]
 
 
 @triton.jit

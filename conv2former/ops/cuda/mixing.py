@@ -6,7 +6,7 @@ GPU give the same bits. docs/kernels-gpu.md has the counts that they come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from .modulation_kernels import (
 from .rows import Partials, sum_partials
 
 __all__ = [
+    "cuts",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "mlp_mix",
@@ -109,6 +110,19 @@ def choose_weight_blocking(channels: int, width: int, kernel_size: int) -> Weigh
     groups = min(8, triton.next_power_of_2(triton.cdiv(kernel_size, 3)))
     rows = triton.cdiv(kernel_size, groups)
     return WeightBlocking(choose_strip(width, (7, 8)), rows, groups, 32 * per_thread * max(1, 4 // groups))
+
+
+def cuts(shape: torch.Size, dtype: torch.dtype, kernel_size: int) -> Hashable:
+    """Returns what decides which kernels a branch runs for a map: all maps for which it is the same share them.
+
+    Args:
+        shape: of the map, (N, C, H, W).
+        dtype: that the branch computes in.
+        kernel_size: of the modulation's depthwise convolution.
+    """
+    _, c, _, w = shape
+    convolution = choose_band(shape, dtype, kernel_size) or choose_blocking(c, w, kernel_size)
+    return c, convolution, choose_weight_blocking(c, w, kernel_size)
 
 
 def pack_taps(weight: Tensor, flip: bool, rows: int) -> Tensor:

@@ -1,6 +1,15 @@
 """The Triton kernels of the MLP's spatial mixing; `mixing.py` cuts the work and runs them.
 
-Each goes down the rows of a map with three rows of it in registers. The weight is as PyTorch has it, (C, 1, 3, 3). Sums
+Each goes down the rows of a map with three rows of it in registers:
+
+    columns of a lane    -1 | 0 ... S - 1 | S      lanes beside each other: channels, then strips, then images
+    row i - 1  above      .   .  .  .  .    .
+    row i      here       .   .  .  .  .    .      its S columns of the result are written, then each row moves up
+    row i + 1  below      .   .  .  .  .    .      GELU, if any, is applied as it comes: 1 + 2 / S times for each number
+    row i + 2  ahead      .   .  .  .  .    .      on its way from memory, as it is there
+
+A program has BLOCK lanes, two for each thread, and `block_rows` rows: as many as leave programs enough to fill the GPU,
+since a piece reads and computes the rows above and below it again. The weight is as PyTorch has it, (C, 1, 3, 3). Sums
 are in float32 for every type of map, and nothing is added by atomics: the same input gives the same bits.
 """
 
@@ -12,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import find_lane, find_row, gelu, gelu_slope, load_columns, width_of, zeros
+from .device_functions import find_lane, find_row, gelu, gelu_slope, load_columns, load_raw, wide, width_of, zeros
 
 __all__ = ["mlp_backward_kernel", "mlp_input_grad_kernel", "mlp_kernel"]
 
@@ -32,33 +41,11 @@ def find_block(N, H, W, strips, row_blocks, C: tl.constexpr, S: tl.constexpr, BL
 
 
 @triton.jit
-def load_raw(row_ptr, mask, column, width, COUNT: tl.constexpr, C: tl.constexpr):
-    """Loads COUNT columns of a row, the first left of `column`, as they are in memory; outside the map they are 0.
-
-    Nothing waits for them before they are used: a row is loaded a step ahead.
-    """
-    values = ()
-    for t in tl.static_range(COUNT):
-        inside = mask & (column + (t - 1) >= 0) & (column + (t - 1) < width)
-        values += (tl.load(row_ptr + (t - 1) * C, mask=inside, other=0.0),)
-    return values
-
-
-@triton.jit
 def gelu_of(raw):
     """Applies GELU to a tuple of values."""
     values = ()
     for t in tl.static_range(len(raw)):
         values += (gelu(raw[t].to(tl.float32)),)
-    return values
-
-
-@triton.jit
-def wide(raw):
-    """Converts a tuple of values to float32."""
-    values = ()
-    for t in tl.static_range(len(raw)):
-        values += (raw[t].to(tl.float32),)
     return values
 
 
@@ -87,13 +74,13 @@ def mlp_kernel(
     bias = tl.load(bias_ptr + channel).to(tl.float32)
     f_ptr += start
     end = tl.minimum(first + block_rows, H)
-    above = gelu_of(load_raw(f_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), S + 2, C))
-    here = gelu_of(load_raw(f_ptr + first * row_size, mask, column, width_of(first, H, W), S + 2, C))
-    ahead = load_raw(f_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), S + 2, C)
+    above = gelu_of(load_raw(f_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), -1, S + 2, C))
+    here = gelu_of(load_raw(f_ptr + first * row_size, mask, column, width_of(first, H, W), -1, S + 2, C))
+    ahead = load_raw(f_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), -1, S + 2, C)
     for i in range(first, end):
         below = gelu_of(ahead)
         more = tl.where(i + 1 < end, width_of(i + 2, H, W), 0)
-        ahead = load_raw(f_ptr + (i + 2) * row_size, mask, column, more, S + 2, C)
+        ahead = load_raw(f_ptr + (i + 2) * row_size, mask, column, more, -1, S + 2, C)
         for s in tl.static_range(S):
             z = bias
             for dx in tl.static_range(3):
@@ -122,14 +109,14 @@ def mlp_backward_kernel(
     bias = tl.load(bias_ptr + channel).to(tl.float32)
     f_ptr += start
     end = tl.minimum(first + block_rows, H)
-    above = gelu_of(load_raw(f_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), S + 2, C))
-    here = gelu_of(load_raw(f_ptr + first * row_size, mask, column, width_of(first, H, W), S + 2, C))
-    ahead = load_raw(f_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), S + 2, C)
+    above = gelu_of(load_raw(f_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), -1, S + 2, C))
+    here = gelu_of(load_raw(f_ptr + first * row_size, mask, column, width_of(first, H, W), -1, S + 2, C))
+    ahead = load_raw(f_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), -1, S + 2, C)
     sums = zeros(10, (BLOCK,))
     for i in range(first, end):
         below = gelu_of(ahead)
         more = tl.where(i + 1 < end, width_of(i + 2, H, W), 0)
-        ahead = load_raw(f_ptr + (i + 2) * row_size, mask, column, more, S + 2, C)
+        ahead = load_raw(f_ptr + (i + 2) * row_size, mask, column, more, -1, S + 2, C)
         out_grads = load_columns(out_grad_ptr + start + i * row_size, mask, column, W, 0, S, C)
         for s in tl.static_range(S):
             z = bias
@@ -170,14 +157,14 @@ def mlp_input_grad_kernel(
     taps = load_taps(weight_ptr, channel)
     grad_ptr += start
     end = tl.minimum(first + block_rows, H)
-    above = wide(load_raw(grad_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), S + 2, C))
-    here = wide(load_raw(grad_ptr + first * row_size, mask, column, width_of(first, H, W), S + 2, C))
-    ahead = load_raw(grad_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), S + 2, C)
+    above = wide(load_raw(grad_ptr + (first - 1) * row_size, mask, column, width_of(first - 1, H, W), -1, S + 2, C))
+    here = wide(load_raw(grad_ptr + first * row_size, mask, column, width_of(first, H, W), -1, S + 2, C))
+    ahead = load_raw(grad_ptr + (first + 1) * row_size, mask, column, width_of(first + 1, H, W), -1, S + 2, C)
     sums = tl.zeros((BLOCK,), tl.float32)
     for i in range(first, end):
         below = wide(ahead)
         more = tl.where(i + 1 < end, width_of(i + 2, H, W), 0)
-        ahead = load_raw(grad_ptr + (i + 2) * row_size, mask, column, more, S + 2, C)
+        ahead = load_raw(grad_ptr + (i + 2) * row_size, mask, column, more, -1, S + 2, C)
         out_grads = load_columns(out_grad_ptr + start + i * row_size, mask, column, W, 0, S, C)
         f = load_columns(f_ptr + start + i * row_size, mask, column, W, 0, S, C)
         for s in tl.static_range(S):

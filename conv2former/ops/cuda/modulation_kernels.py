@@ -67,6 +67,12 @@ def depthwise_kernel(
 
     That is ``(sum + bias) * p``, or for a gradient (FLIP) ``sum * gelu'(p)``; without a FACTOR there is no p.
 
+    A lane has R x S sums in registers. Each row of x comes once, a column at a time:
+
+        row i of x      | S - 1 + K columns, of which S are a window that slides right  |
+        tap dx of row i - first - r + P of the weight, loaded for each r and dx:
+                        window[s + dx] * tap  ->  sums[r, s]    R S multiply-adds for R + 1 loads
+
     The weight is (K + 2 R - 2, K, C), with R - 1 rows of zeros on either side: row i of x meets the R rows of the
     result with R different rows of the weight, of which the first and the last may be none.
     """
@@ -196,6 +202,10 @@ def depthwise_weight_kernel(
     Group g of the threads has the rows D g to D g + D - 1 of the weight's gradient, K sums for each; all groups read
     the same row of x and neighbouring rows of the other map, each of them from memory once. Here a lane is a channel
     of a strip of any image. Writes (K K + 1, strips, C) sums for each chunk, the bias's last.
+
+        row i of x, S - 1 + K columns      row i + P - dy of out_grad, S columns
+             window[s + dx]             x       grads[dy, s]                   -> sums[dy, dx], added over s and i
+        group 0: dy = 0 ... D - 1 | group 1: dy = D ... 2 D - 1 | ...            D K sums for each channel of a thread
     """
     P: tl.constexpr = K // 2
     row_size = W.to(tl.int64) * C

@@ -46,7 +46,7 @@ class _LayerNorm(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):
             return *_grads_of_definition(ctx, grad, x, weight, bias), None, None
         maps = (nhwc(grad).contiguous(), nhwc(x).contiguous())
-        dx, partials = rows.layer_norm_backward(*maps, (mean, rstd), weight, bias, None, None, None)
+        dx, partials, _ = rows.layer_norm_backward(*maps, (mean, rstd), weight, bias, None, None, None)
         dweight, dbias = rows.sum_partials(partials)[0]
         return nchw(dx), dweight, dbias, None, None
 

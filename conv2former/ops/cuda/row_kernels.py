@@ -1,9 +1,15 @@
 """The Triton kernels that go over the pixels of a map: layer norm, the residual sum, and what is summed over pixels.
 
 Maps are rows of C neighbouring numbers, one for each pixel; a program takes ROWS of them at a time, BLOCK numbers of
-each, a power of two that is at least C. Statistics and sums are in float32 for every type of map. Sums over all pixels
-come as partial sums, one of each program, which a second kernel adds in a fixed order: the same input gives the same
-bits.
+each, a power of two that is at least C:
+
+    pixels      | ROWS | ROWS | ...              a program each, where nothing is summed over pixels
+                | chunk           | chunk | ...  a program each, where there are sums: ROWS pixels at a time, and as
+                                                 many sums in registers, added over the rows at the end
+    in memory   c0 c1 ... C | c0 c1 ... C | ...  a thread has neighbouring channels; a norm's sums are over a row
+
+Statistics and sums are in float32 for every type of map. Sums over all pixels come as partial sums, one of each
+program, which a second kernel adds in a fixed order: the same input gives the same bits.
 """
 
 # mypy: ignore-errors
@@ -72,6 +78,31 @@ def add_branch(
     return x + y
 
 
+@triton.jit
+def store_branch_grad(
+    grad, gamma_ptr, mask_ptr, branch_grad_ptr, scaled_ptr, pixel, channel, at, mask, limit, image_pixels,
+    HAS_MASK: tl.constexpr, WRITES: tl.constexpr, SCALES: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Returns ``grad * mask``, and stores it if it WRITES that, and its product with gamma if it SCALES."""
+    if HAS_MASK:
+        grad *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < limit, other=0.0).to(tl.float32)
+    if WRITES:
+        tl.store(branch_grad_ptr + at, grad, mask=mask)
+    if SCALES:
+        tl.store(scaled_ptr + at, grad * load_channels(gamma_ptr, channel, C), mask=mask)
+    return grad
+
+
+@triton.jit
+def store_scaled_weight(gamma_ptr, weight_ptr, scaled_weight_ptr, C: tl.constexpr, D: tl.constexpr):
+    """Multiplies a weight (C, D) by gamma, all programs between them: it would be a kernel of its own otherwise."""
+    for start in range(tl.program_id(0) * 1024, C * D, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        gamma = tl.load(gamma_ptr + at // D, mask=at < C * D, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=at < C * D, other=0.0).to(tl.float32)
+        tl.store(scaled_weight_ptr + at, weight * gamma, mask=at < C * D)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, pixels,
@@ -86,19 +117,23 @@ def layer_norm_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def layer_norm_backward_kernel(
     grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, other_ptr, x_grad_ptr, h_ptr, partial_ptr,
-    pixels, chunk,
-    HAS_RESIDUAL: tl.constexpr, WRITES_H: tl.constexpr, RESTS: tl.constexpr,
+    gamma_ptr, mask_ptr, sum_weight_ptr, branch_grad_ptr, scaled_ptr, scaled_weight_ptr, sum_partial_ptr,
+    pixels, image_pixels, chunk,
+    HAS_RESIDUAL: tl.constexpr, WRITES_H: tl.constexpr, RESTS: tl.constexpr, HAS_SUM: tl.constexpr,
+    HAS_MASK: tl.constexpr, WRITES: tl.constexpr, SCALES: tl.constexpr, SCALES_WEIGHT: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a layer norm's input plus `residual`, for `chunk` pixels, and the norm's result again.
 
     The latter is written where WRITES_H: x is at hand here. Partial sums are (2 + RESTS, C) for each program: the
     weight's gradient, the bias's, and the sums of another map, of RESTS C channels, whose pixels are visited as well.
+    Where x HAS_SUM that it is the result of, what `branch_grad_kernel` computes of the gradient is written, too.
     """
     first = tl.program_id(0) * chunk
     limit = tl.minimum(first + chunk, pixels)
     weight_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    branch_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, limit, ROWS):
         pixel, channel, at, mask = find_rows(start, limit, ROWS, C, BLOCK)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -115,13 +150,23 @@ def layer_norm_backward_kernel(
         x_grad = (scaled - mean_scaled - normed * mean_product) * rstd
         if HAS_RESIDUAL:
             x_grad += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x_grad = x_grad.to(x_grad_ptr.dtype.element_ty)
         tl.store(x_grad_ptr + at, x_grad, mask=mask)
+        if HAS_SUM:
+            branch_sums += store_branch_grad(
+                x_grad.to(tl.float32), gamma_ptr, mask_ptr, branch_grad_ptr, scaled_ptr,
+                pixel, channel, at, mask, limit, image_pixels, HAS_MASK, WRITES, SCALES, C,
+            )  # fmt: skip
         if WRITES_H:
             tl.store(h_ptr + at, normed * weight + load_channels(bias_ptr, channel, C), mask=mask)
     channel = tl.arange(0, BLOCK)
     partial_ptr += tl.program_id(0) * ((2 + RESTS) * C) + channel
     tl.store(partial_ptr, tl.sum(weight_sums, axis=0), mask=channel < C)
     tl.store(partial_ptr + C, tl.sum(bias_sums, axis=0), mask=channel < C)
+    if HAS_SUM:
+        tl.store(sum_partial_ptr + tl.program_id(0) * C + channel, tl.sum(branch_sums, axis=0), mask=channel < C)
+        if SCALES_WEIGHT:
+            store_scaled_weight(gamma_ptr, sum_weight_ptr, scaled_weight_ptr, C, D)
     for rest in tl.static_range(RESTS):
         sums = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(first, limit, ROWS):
@@ -169,28 +214,19 @@ def branch_grad_kernel(
 ):  # fmt: skip
     """``grad * mask`` for `chunk` pixels, if it WRITES that, its product with gamma if it SCALES, and the sums of it.
 
-    Partial sums are (C,) for each program. Where SCALES_WEIGHT, the programs also multiply a weight (C, D) by gamma
-    between them, which would be a kernel of its own otherwise.
+    Partial sums are (C,) for each program. Where SCALES_WEIGHT, the weight (C, D) is multiplied by gamma.
     """
     first = tl.program_id(0) * chunk
     limit = tl.minimum(first + chunk, pixels)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, limit, ROWS):
         pixel, channel, at, mask = find_rows(start, limit, ROWS, C, BLOCK)
-        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_MASK:
-            grad *= tl.load(mask_ptr + pixel // image_pixels, mask=pixel < limit, other=0.0).to(tl.float32)
-        sums += grad
-        if WRITES:
-            tl.store(branch_grad_ptr + at, grad, mask=mask)
-        if SCALES:
-            tl.store(scaled_ptr + at, grad * load_channels(gamma_ptr, channel, C), mask=mask)
+        sums += store_branch_grad(
+            tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32), gamma_ptr, mask_ptr, branch_grad_ptr,
+            scaled_ptr, pixel, channel, at, mask, limit, image_pixels, HAS_MASK, WRITES, SCALES, C,
+        )  # fmt: skip
     if SCALES_WEIGHT:
-        for start in range(tl.program_id(0) * 1024, C * D, tl.num_programs(0) * 1024):
-            at = start + tl.arange(0, 1024)
-            gamma = tl.load(gamma_ptr + at // D, mask=at < C * D, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + at, mask=at < C * D, other=0.0).to(tl.float32)
-            tl.store(scaled_weight_ptr + at, weight * gamma, mask=at < C * D)
+        store_scaled_weight(gamma_ptr, weight_ptr, scaled_weight_ptr, C, D)
     channel = tl.arange(0, BLOCK)
     tl.store(partial_ptr + tl.program_id(0) * C + channel, tl.sum(sums, axis=0), mask=channel < C)
 

@@ -17,6 +17,7 @@ from .launch import launch
 
 __all__ = [
     "Partials",
+    "SumBackward",
     "branch_grad",
     "layer_norm",
     "layer_norm_backward",
@@ -28,7 +29,7 @@ __all__ = [
 
 PROGRAMS = 512  # where work can be cut at will: some for each of a hundred or so multiprocessors
 TILE = 2048  # numbers of a map that a program has in its registers, 16 for each thread
-LOOP_TILE = 1024  # where a thread keeps two sums for each of them besides
+LOOP_TILE = 1024  # where a thread keeps two or three sums for each of them besides
 
 
 def _tile(channels: int, size: int) -> dict[str, int]:
@@ -68,10 +69,42 @@ def layer_norm(
     return h, *found
 
 
+class SumBackward(NamedTuple):
+    """What goes back through a residual sum ``x + mask * gamma * y``, and what is written there.
+
+    Attributes:
+        gamma, mask: as in `residual_sum`.
+        weight: of the 1x1 convolution that y comes from, (C, D).
+        dy: for the sum's gradient times the mask, (N, H, W, C); None if it is not wanted.
+        scaled: for that times gamma, if it is wanted.
+        scaled_weight: for ``gamma[:, None] * weight``, if it is wanted.
+    """
+
+    gamma: Tensor | None
+    mask: Tensor | None
+    weight: Tensor
+    dy: Tensor | None
+    scaled: Tensor | None
+    scaled_weight: Tensor | None
+
+
+def _sum_arguments(way: SumBackward | None, grad: Tensor) -> tuple[tuple[Tensor, ...], dict[str, bool | int]]:
+    """Returns what kernels get of a way through a residual sum whose gradient is `grad`: tensors and constants."""
+    gamma, mask, weight, dy, scaled, scaled_weight = way or (None,) * 6
+    optional = (gamma, mask, weight, dy, scaled, scaled_weight)
+    return tuple(grad if t is None else t for t in optional), {
+        "HAS_MASK": mask is not None,
+        "WRITES": dy is not None,
+        "SCALES": scaled is not None,
+        "SCALES_WEIGHT": scaled_weight is not None,
+        "D": 0 if weight is None else weight.shape[1],
+    }
+
+
 def layer_norm_backward(
     grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, residual: Tensor | None,
-    h: Tensor | None, other: Tensor | None,
-) -> tuple[Tensor, Partials]:  # fmt: skip
+    h: Tensor | None, other: Tensor | None, way: SumBackward | None = None,
+) -> tuple[Tensor, Partials, Tensor | None]:  # fmt: skip
     """Computes the gradients of `layer_norm`.
 
     Args:
@@ -80,22 +113,28 @@ def layer_norm_backward(
         residual: what is added to the gradient of x, or None.
         h: for the norm's result, computed again; None if it is not wanted.
         other: another map, (N, H, W, a multiple of C), contiguous, that is to be summed over the pixels; or None.
+        way: through the residual sum that x is the result of, to be gone while the gradient of x is at hand; or None.
 
     Returns:
-        The gradient of x, in its type, and those of weight and bias as partial sums; in further rows `other`'s sums.
+        The gradient of x, in its type; those of weight and bias as partial sums, in further rows `other`'s sums; and
+        what `branch_grad` returns for the gradient of x, if there is a way.
     """
-    c = x.shape[-1]
-    pixels, tile = x.numel() // c, _tile(c, LOOP_TILE)
+    n, height, width, c = x.shape
+    pixels, tile = n * height * width, _tile(c, LOOP_TILE)
     chunk, programs = _chunks(pixels, tile["ROWS"])
     rests = 0 if other is None else other.shape[-1] // c
     dx, partial = x.new_empty(x.shape), weight.new_empty((programs, 2 + rests, 1, c), dtype=torch.float32)
+    sum_partial = None if way is None else weight.new_empty((programs, c), dtype=torch.float32)
+    tensors, constants = _sum_arguments(way, dx)
     launch(
         kernels.layer_norm_backward_kernel, programs,
         grad, x, *stats, weight, bias, x if residual is None else residual, x if other is None else other,
-        dx, dx if h is None else h, partial, pixels, chunk,
-        HAS_RESIDUAL=residual is not None, WRITES_H=h is not None, RESTS=rests, **tile,
+        dx, dx if h is None else h, partial, *tensors, partial if sum_partial is None else sum_partial,
+        pixels, height * width, chunk,
+        HAS_RESIDUAL=residual is not None, WRITES_H=h is not None, RESTS=rests, HAS_SUM=way is not None,
+        **constants, **tile,
     )  # fmt: skip
-    return dx, Partials(partial, weight, bias)
+    return dx, Partials(partial, weight, bias), sum_partial
 
 
 def residual_sum(x: Tensor, y: Tensor, gamma: Tensor | None, mask: Tensor | None, out: Tensor) -> None:
@@ -136,24 +175,12 @@ def residual_norm(
     return normed, *found
 
 
-def branch_grad(
-    grad: Tensor,
-    gamma: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor,
-    out: Tensor | None,
-    scaled: Tensor | None,
-    scaled_weight: Tensor | None,
-) -> Tensor:
+def branch_grad(grad: Tensor, way: SumBackward) -> Tensor:
     """Goes back through a residual sum.
 
     Args:
         grad: of the sum, (N, H, W, C).
-        gamma, mask: as in `residual_sum`.
-        weight: (C, D).
-        out: for ``grad * mask``, if it is wanted.
-        scaled: for ``grad * mask * gamma``, if it is wanted.
-        scaled_weight: for ``gamma[:, None] * weight``, contiguous, if it is wanted.
+        way: what is needed, and what is written.
 
     Returns:
         The sum of ``grad * mask`` over all pixels, as partial sums (parts, C) in float32.
@@ -162,14 +189,8 @@ def branch_grad(
     pixels, tile = n * h * w, _tile(c, TILE)
     chunk, programs = _chunks(pixels, tile["ROWS"])
     partial = grad.new_empty((programs, c), dtype=torch.float32)
-    launch(
-        kernels.branch_grad_kernel, programs,
-        grad, grad if gamma is None else gamma, grad if mask is None else mask, weight,
-        grad if out is None else out, grad if scaled is None else scaled,
-        weight if scaled_weight is None else scaled_weight, partial, pixels, h * w, chunk,
-        HAS_MASK=mask is not None, WRITES=out is not None, SCALES=scaled is not None,
-        SCALES_WEIGHT=scaled_weight is not None, D=weight.shape[1], **tile,
-    )  # fmt: skip
+    tensors, constants = _sum_arguments(way, grad)
+    launch(kernels.branch_grad_kernel, programs, grad, *tensors, partial, pixels, h * w, chunk, **constants, **tile)
     return partial
 
 
