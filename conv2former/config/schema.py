@@ -163,6 +163,9 @@ class AugmentConfig(Section):
 
     scale: Interval = (0.08, 1.0)  # of the random crop's area
     ratio: Interval = (3 / 4, 4 / 3)  # width by height, relative to that of data.img_size
+    # pixels. The whole image, mirrored at its edges, moves by up to so many; `scale` and `ratio` have no effect. For
+    # small images, whose objects are then as large as in the evaluation; 4 is usual for 32 x 32. null: a random crop
+    padding: Annotated[int, Field(ge=1, le=31)] | None = None
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     hflip: Probability = 0.5
     vflip: Probability = 0.0

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 
 from .._preprocessing import Preprocessing
@@ -113,6 +113,28 @@ class CropAndFlip:
         return pixels.resized_crop(image, top, left, height, width, crop.size, interpolation, mirror)
 
 
+class PaddedCrop:
+    """torchvision's random crop of an image that is padded with its mirror image, without making the padded image.
+
+    Args:
+        size: of the result, (height, width), at most that of the image.
+        padding: pixels on each side, fewer than the image has.
+    """
+
+    def __init__(self, size: tuple[int, int], padding: int) -> None:
+        self.size, self.padding = size, padding
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        values = np.asarray(image)
+        rows, columns = map(self._places, values.shape[:2], self.size)
+        return Image.fromarray(values[rows[:, None], columns])
+
+    def _places(self, length: int, size: int) -> np.ndarray:
+        """Draws `size` neighbours of a padded row, and returns which pixels of the row, of `length`, they are."""
+        start = int(torch.randint(length + 2 * self.padding - size + 1, ())) - self.padding
+        return length - 1 - abs(length - 1 - abs(np.arange(start, start + size)))
+
+
 class TrainTransform:
     """timm's training transform without its normalisation, which `Finish` makes up for.
 
@@ -176,7 +198,8 @@ def train_transforms(config: Config) -> list[TrainTransform]:
     """Returns the training transform of every epoch, of PIL images in RGB.
 
     The size is that of `img_size_at`; epochs of one size share a transform. The random crop has the shape of the input,
-    so that objects keep theirs, but for `augment.ratio`. Colour operations leave grey images as they are.
+    so that objects keep theirs, but for `augment.ratio`; with `augment.padding` they keep their size, too. Colour
+    operations leave grey images as they are.
     """
     images, augment = config.data.preprocessing, config.augment
 
@@ -197,6 +220,9 @@ def train_transforms(config: Config) -> list[TrainTransform]:
             re_prob=augment.re_prob,
             re_mode=augment.re_mode,
         )
+        if augment.padding:
+            resize = ResizeKeepRatio(size, longest=0.0, interpolation=augment.interpolation)  # until it is covered
+            transform.transforms[:1] = [resize, PaddedCrop(resize.size, augment.padding)]
         allow_black(transform)
         for operation in _operations(transform):
             if operation.aug_fn in AFFINE:

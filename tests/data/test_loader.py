@@ -244,6 +244,32 @@ def test_images_grow():
         assert next(iter(loader)).images.shape == (4, 3, size, size)
 
 
+@pytest.mark.parametrize(("mode", "of", "size"), [("RGB", (6, 9), [32, 48]), ("L", (40, 70), 32)])
+def test_images_that_move_by_some_pixels(mode, of, size):
+    """Every crop is one of the image with mirrored edges, and each of them comes up."""
+    channels = 1 if mode == "L" else 3
+    raw = {"data": {"root": "x", "img_size": size, "mean": [0.5] * channels, "std": [0.5] * channels}}
+    raw["augment"] = {
+        "padding": 2,
+        "hflip": 0,
+        "auto_augment": None,
+        "color_jitter": 0,
+        "re_prob": 0,
+        "interpolation": "bilinear",
+    }
+    transform = train_transforms(check_config(raw, "test"))[0]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*of, 3), np.uint8)).convert(mode)
+    height, width = size if isinstance(size, list) else (size, size)
+    scale = max(height / of[0], width / of[1])
+    whole = image.resize((round(of[1] * scale), round(of[0] * scale)), Image.Resampling.BILINEAR)
+    padded = np.pad(np.array(whole), ((2, 2), (2, 2), (0, 0))[: np.array(whole).ndim], "reflect")
+    rows, columns = padded.shape[0] - height + 1, padded.shape[1] - width + 1
+    crops = {padded[y : y + height, x : x + width].tobytes() for y in range(rows) for x in range(columns)}
+    torch.manual_seed(0)
+    seen = {np.array(transform(image).image).tobytes() for _ in range(rows * columns * 8)}
+    assert seen == crops
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_changes_no_other(workers):
     bad = (3, 4, 9)
