@@ -134,8 +134,8 @@ def build_run(
 def _compile(model: nn.Module) -> nn.Module:
     """Returns what to train a network through with torch.compile, whose code is kept in the store.
 
-    What the environment says goes first. In its default, a folder below /tmp, it is gone at the next start of a machine, and anybody could have made that
-    folder first. Some imports of torch's put the default into the environment.
+    What the environment says goes first. In torch's default, a folder below /tmp, the code is gone at the next start of
+    a machine, and anybody could have made that folder first. Some imports of torch's put it into the environment.
     """
     default = os.path.join(tempfile.gettempdir(), "torchinductor_")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):

@@ -17,7 +17,7 @@ from .contents import EMA_NAMES, Taken, native_state_dict, plain_state_dict, tak
 from .hub_config import HUB_CONFIG, SECTION
 from .installed import weights_word
 from .layouts import layout_of_keys, network_prefixes
-from .others import OtherNetwork, channels_in, classes_in, noted_network
+from .others import OtherNetwork, channels_in, classes_in, is_other, noted_network
 from .preprocessing import Preprocessing, noted_preprocessing
 from .reading import read_checkpoint
 
@@ -45,7 +45,7 @@ class CheckpointInfo(Architecture):
     Attributes:
         name: name of the variant; None if its shape is none of the known ones and the file does not say.
         num_parameters: of the network in the file.
-        layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
+        layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'; 'timm' of files of its own scripts.
         has_ema: whether averaged weights are in the file beside raw ones; they are what loading takes.
         noted_weights: what the file says about the others: 'raw', 'average', 'soup of N' or 'not noted'.
         fusion: as in the variants' YAML files; the tensors do not tell it, so it is 'product' where the file does not.
@@ -256,7 +256,7 @@ def _describe_other(
         num_classes=num_classes,
         name=network.name,
         num_parameters=_count(state_dict),
-        layout="timm",
+        layout="conv2former" if is_other(definition_in(content).get("name")) else "timm",
         network=network,
         **_notes(content, path, taken, None, network.in_chans, num_classes),
     )

@@ -383,7 +383,7 @@ LABELS = {
 
 def layout_of(source: Mapping[str, Any]) -> str:
     """Returns whose names the tensors of a source file have, as text."""
-    own = {"authors": "the authors'", "birder": "birder's", "conv2former": "this project's"}
+    own = {"authors": "the authors'", "birder": "birder's", "conv2former": "this project's", "timm": "timm's"}
     return own.get(source["layout"], printable(cut(source["layout"])))
 
 
