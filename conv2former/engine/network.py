@@ -149,6 +149,11 @@ def find_variant_of(config: Config) -> Variant:
         CheckpointError: see `name_network`.
     """
     model = name_network(config).model
+    for key in ("args", "pretrained"):
+        if getattr(model, key):
+            raise ConfigError(
+                f"model.{key}: for other networks of timm, and {cut(model.name)} is a Conv2Former; leave it out"
+            )
     if model.variant is not None:
         own = parse_variant(model.variant, "model.variant")
         add_and_register(own, "model.variant", replace=True)

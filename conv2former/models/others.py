@@ -135,8 +135,7 @@ def _check_weights(network: OtherNetwork, classes: int, num_parameters: int, pat
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > MOST_MISSING * num_parameters:
         raise CheckpointError(
-            f"{path} is not a whole {network}, or made to harm: that has {needed:,} weights, and the file "
-            f"{num_parameters:,}"
+            f"{path} does not hold the weights of {network}: that has {needed:,}, and the file {num_parameters:,}"
         )
 
 

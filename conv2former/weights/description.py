@@ -215,7 +215,10 @@ def _describe(content: Mapping[str, Any], path: object, taken: Taken, state_dict
     """Describes a Conv2Former's file."""
     architecture = identify(state_dict)
     if architecture is None:
-        raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}")
+        raise CheckpointError(
+            f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}; if it is of another "
+            "network of timm, say which (model.name or --model timm/NAME)"
+        )
     num_parameters = _count(state_dict)
     if architecture.num_block_weights() > MOST_MISSING * num_parameters:  # not built to be told what it lacks
         raise CheckpointError(

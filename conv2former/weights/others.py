@@ -147,6 +147,9 @@ def noted_network(
         inner = hub_config.get("pretrained_cfg") or {}
         size = inner.get("input_size") or getattr(recipe, "input_size", None) or [getattr(recipe, "in_chans", None)]
         chans = size[0]
+        if isinstance(args, Mapping):
+            chans = args.get("in_chans", chans)
+            args = {key: value for key, value in args.items() if key not in _TAKEN}
         name = PREFIX + name.partition(".")[0]
     args, chans = args or {}, 3 if chans is None else chans
     if not isinstance(args, Mapping) or type(chans) is not int or not 0 < chans <= LARGEST:
