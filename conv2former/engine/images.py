@@ -59,7 +59,7 @@ def _lines(config: Config, images: Preprocessing, info: Start | None) -> list[st
             return info.origin
         return DEFAULT if all(getattr(images, key) == getattr(default, key) for key in keys) else PUBLISHED
 
-    own_channels = GIVEN if config.model.in_chans else info.origin if info else DEFAULT
+    own_channels = GIVEN if config.model.in_chans else info.origin if info and info.notes_channels else DEFAULT
     parts = [(origin(*_fields_of(key)), text) for key, text in images.texts().items()]
     parts.insert(1, (own_channels, channels_text(images.channels)))
     groups = [(name, ", ".join(text for _, text in group)) for name, group in groupby(parts, lambda part: part[0])]

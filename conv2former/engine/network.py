@@ -39,6 +39,7 @@ __all__ = [
     "SMALLER",
     "build_model",
     "compile_network",
+    "compiled_parts",
     "describe_network",
     "describe_start",
     "find_network",
@@ -136,7 +137,7 @@ def describe_start(config: Config) -> others.Start | None:
     config = name_network(config)
     path, other = config.model.checkpoint, is_other(config.model.name)
     if not path:
-        return others.start_of(others.find_other(config), config.model.pretrained) if other else None
+        return others.start_of(config) if other else None
     info = describe_checkpoint(read_start(path), path, others.find_other(config) if other else None)
     return others.Start(info.in_chans, info.preprocessing, info.preprocessing_noted, path, "from the checkpoint")
 
@@ -325,6 +326,11 @@ def freeze(model: nn.Module, until: str) -> None:
     count = ["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"].index(until)
     for part in parts[:count]:
         part.eval().requires_grad_(False)
+
+
+def compiled_parts(config: Config) -> str:
+    """Returns what of the configured network `compile_network` compiles."""
+    return "all of it" if is_other(config.model.name) else "blocks"
 
 
 def compile_network(model: nn.Module) -> nn.Module:

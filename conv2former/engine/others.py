@@ -36,6 +36,7 @@ class Start:
         preprocessing_noted: the names of the fields that are noted.
         name: what to call the weights.
         origin: where it is noted, as a part of a line.
+        notes_channels: whether the channels are noted there, too, and not the usual three.
     """
 
     in_chans: int
@@ -43,6 +44,7 @@ class Start:
     preprocessing_noted: tuple[str, ...]
     name: str
     origin: str
+    notes_channels: bool = True
 
 
 def find_other(config: Config) -> OtherNetwork:
@@ -60,13 +62,13 @@ def args_of(network: OtherNetwork) -> dict[str, Any]:
     return {key: value for key, value in network.args.items() if key != "img_size" or not network.has_fixed_size}
 
 
-def start_of(network: OtherNetwork, pretrained: bool) -> Start | None:
+def start_of(config: Config) -> Start | None:
     """Returns the images that timm's weights of a network are for, or that its arguments say; None where nothing does.
 
     Raises:
         CheckpointError: timm notes what this project cannot use.
     """
-    size = network.args.get("img_size")
+    network, pretrained, size = find_other(config), config.model.pretrained, config.model.args.get("img_size")
     given = {} if size is None else {"img_size": size if isinstance(size, int) else list(size)}
     if not pretrained and not given:
         return None
@@ -75,7 +77,7 @@ def start_of(network: OtherNetwork, pretrained: bool) -> Start | None:
     except CheckpointError as e:
         raise e.below(network.name) from None
     origin = "of timm's weights" if pretrained else "from model.args"
-    return Start(3, preprocessing, tuple(noted), f"timm's weights of {network.name}", origin)
+    return Start(3, preprocessing, tuple(noted), f"timm's weights of {network.name}", origin, pretrained)
 
 
 def build(

@@ -105,7 +105,10 @@ def convert(
     earlier = _earlier(content, path)
     layout = earlier.get("source", {}).get("layout", info.layout)
     name = name or earlier.get("name", "")
-    name, notes = _name_of_other(name, info) if isinstance(info, OtherInfo) else _name(name, info, layout, checkpoint)
+    if isinstance(info, OtherInfo):
+        name, notes = _name_of_other(name, info, needs_tag), []
+    else:
+        name, notes = _name(name, info, layout, checkpoint)
     if needs_tag and "." not in name:
         raise ConfigError(choose_a_name(info, name, layout))
     model, info = restore(content, checkpoint, use_ema is not False)
@@ -144,13 +147,13 @@ def convert(
     return Export(name or info.name or "", model, info, chosen, args, {**labels, SECTION: section}, data, notes)
 
 
-def _name_of_other(given: str, info: OtherInfo) -> tuple[str, list[str]]:
-    """As `_name`, of a network of timm's registry, whose name in the store is timm's own to give."""
-    if given not in ("", info.network.entry):
+def _name_of_other(given: str, info: OtherInfo, needs_tag: bool) -> str:
+    """Returns the name of a network of timm's registry, under which no weights but timm's own can be asked for."""
+    if needs_tag or given not in ("", info.network.entry):
         raise ConfigError(
             f"--install and --name are for Conv2Former, and this is {info.name}; write a folder (--output) or push it"
         )
-    return info.network.entry, []
+    return info.network.entry
 
 
 def _model_args(info: CheckpointInfo) -> dict[str, Any]:
