@@ -68,8 +68,8 @@ def start_of(config: Config) -> Start | None:
     Raises:
         CheckpointError: timm notes what this project cannot use.
     """
-    network, pretrained, size = find_other(config), config.model.pretrained, config.model.args.get("img_size")
-    given = {} if size is None else {"img_size": size if isinstance(size, int) else list(size)}
+    network, pretrained = find_other(config), config.model.pretrained
+    given = {key: value for key, value in config.model.args.items() if key == "img_size"}
     if not pretrained and not given:
         return None
     try:

@@ -222,7 +222,7 @@ def test_hostile_notes(weights, tmp_path):
         ({"depths": [10**6] * 4}, "damaged or made to harm"),
         ({"dims": [10**7] * 4}, "damaged or made to harm"),
         ({"dims": [[[[10**7]]]]}, "damaged or made to harm"),
-        ({**ARGS, "dims": [4096] * 4}, "does not hold the weights of"),
+        ({**ARGS, "dims": [4096] * 4}, "does not hold the weights of .*: that has .*, and the file "),
         ({"checkpoint_path": "/etc/passwd"}, r"model\.args\.checkpoint_path"),
         ({"pretrained_cfg_overlay": {"url": "http://localhost"}}, r"model\.args\.pretrained_cfg_overlay"),
         ([1], "the note of its network is not one"),

@@ -104,9 +104,9 @@ def convert(
     path = weight_file(checkpoint)
     earlier = _earlier(content, path)
     layout = earlier.get("source", {}).get("layout", info.layout)
-    name = name or earlier.get("name", "")
+    name, notes = name or earlier.get("name", ""), list[str]()
     if isinstance(info, OtherInfo):
-        name, notes = _name_of_other(name, info, needs_tag), []
+        name = _name_of_other(name, info, needs_tag)
     else:
         name, notes = _name(name, info, layout, checkpoint)
     if needs_tag and "." not in name:
