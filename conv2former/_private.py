@@ -355,7 +355,8 @@ def model_card(card: dict[str, Any], title: str) -> str:
         return README.value(card, title)
     details = [f"- **{key}:** {value}" for key, value in card["details"].items()]
     lines = [f"# Model card for {title}", card["description"], "\n".join(details), card["usage"]]
-    return "\n\n".join([*lines, f"```bibtex\n{card['citation']}\n```"]) + "\n"
+    citation = [f"```bibtex\n{card['citation']}\n```"] if "citation" in card else []
+    return "\n\n".join([*lines, *citation]) + "\n"
 
 
 def imagenet_file(name: str) -> str | None:

@@ -56,8 +56,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which network, and from which weights it starts."""
 
-    # in timm's registry; with `variant`, the variant's name; auto: whichever network `checkpoint` holds
+    # a variant; with `variant`, its name; auto: whichever network `checkpoint` holds; timm/NAME: any other of timm's
+    # registry, docs/other-networks.md
     name: str = "conv2former_t"
+    args: dict[str, JsonValue] = {}  # of timm/NAME: arguments of its constructor, such as {depths: [2, 2, 4, 2]}
+    pretrained: bool = False  # of timm/NAME: start from the weights that timm has of it on the Hugging Face hub
     variant: dict[str, JsonValue] | None = None  # a variant of your own: the path of its YAML file, or its content
     checkpoint: Location | None = None  # weights to start from; a classifier for other classes is replaced
     # channels of the images: 3, RGB, or 1, grey, to which any image is then converted. null: the checkpoint's, or 3
@@ -288,6 +291,7 @@ class Config(Section):
             found.append("data.root: missing; give the folder of the data set, or its name on the Hugging Face hub")
         if self.model.name == "auto" and self.model.variant is None and not self.model.checkpoint:
             found.append("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
+        found += self._conflicts_of_network()
         if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
@@ -339,6 +343,22 @@ class Config(Section):
             low, high = getattr(self.augment, key)
             if low > high:
                 found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        return found
+
+    def _conflicts_of_network(self) -> list[str]:
+        """As `conflicts`, of the keys that say which network it is."""
+        model, found = self.model, []
+        is_timms = model.name.startswith("timm/")
+        if is_timms and model.variant is not None:
+            found.append("model.variant: a Conv2Former of your own, and model.name is one of timm; give one of them")
+        if model.args and not is_timms and model.name != "auto":
+            found.append("model.args: for model.name: timm/NAME; a Conv2Former of your own is given as model.variant")
+        if model.pretrained and not is_timms:
+            found.append(
+                "model.pretrained: for model.name: timm/NAME; give a file or installed weights, model.checkpoint"
+            )
+        if model.pretrained and model.checkpoint:
+            found.append("model.pretrained: and model.checkpoint are two starts; give one of them")
         return found
 
     def to_dict(self) -> dict[str, Any]:

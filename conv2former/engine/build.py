@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -22,13 +23,10 @@ from ..compiling import private_folder
 from ..config import Config, Plan
 from ..data import train_transforms
 from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes
-from ..models import Conv2Former
-from ..models.backbone import Stage
-from ..models.compiled import compile_blocks
 from .cuda_graph import StepGraphs, plan_graphs
 from .distributed import World, wrap
 from .loss import build_criterion, build_mixup
-from .network import SMALLER, find_variant_of, freeze
+from .network import SMALLER, compile_network, find_network, freeze
 from .optimizer import build_optimizer, build_scheduler, optimizer_args
 
 __all__ = ["Run", "autocast_for", "build_run", "check_names"]
@@ -54,7 +52,7 @@ class Run:
     config: Config
     plan: Plan
     world: World
-    model: Conv2Former
+    model: nn.Module
     forward: nn.Module
     parameters: list[nn.Parameter]
     ema: ModelEmaV3 | None
@@ -82,7 +80,7 @@ def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
 
 
 def build_run(
-    config: Config, plan: Plan, world: World, model: Conv2Former, class_counts: np.ndarray | None = None
+    config: Config, plan: Plan, world: World, model: nn.Module, class_counts: np.ndarray | None = None
 ) -> Run:
     """Builds all that trains a network. Every process builds the same.
 
@@ -103,17 +101,17 @@ def build_run(
         model.to(world.device)
         model.to(memory_format=memory_format)
     if config.train.batchnorm == "sync" and world.size > 1:
-        model = cast(Conv2Former, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        model = convert_sync_batchnorm(model)
     freeze(model, config.model.freeze)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = build_optimizer(config, plan, model)
-    if config.train.compile:
-        _compile(model)
+    through = _compile(model) if config.train.compile else model
     step_graphs, about_graphs = plan_graphs(config, world, model)
     if step_graphs and world.size > 1:  # the wrapper keeps nodes of autograd, which belong to a stream
-        forward = step_graphs.recorder.warm_up(partial(wrap, model, world))
+        forward = step_graphs.recorder.warm_up(partial(wrap, through, world))
     else:
-        forward = wrap(model, world)
+        forward = wrap(through, world)
+    num_classes = cast(int, model.num_classes)
     return Run(
         config=config,
         plan=plan,
@@ -125,34 +123,34 @@ def build_run(
         optimizer=optimizer,
         scheduler=build_scheduler(config, plan, optimizer),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
-        mixup=build_mixup(config, model.num_classes),
-        criterion=build_criterion(config, model.num_classes, class_counts).to(world.device),
+        mixup=build_mixup(config, num_classes),
+        criterion=build_criterion(config, num_classes, class_counts).to(world.device),
         autocast=autocast,
         graphs=step_graphs,
         about_graphs=about_graphs,
     )
 
 
-def _compile(model: Conv2Former) -> None:
-    """Lets the blocks train with torch.compile, whose code is kept in the store; what the environment says goes first.
+def _compile(model: nn.Module) -> nn.Module:
+    """Returns what to train a network through with torch.compile, whose code is kept in the store.
 
-    In its default, a folder below /tmp, it is gone at the next start of a machine, and anybody could have made that
-    folder first. Some imports of torch's put the default into the environment.
+    What the environment says goes first. In torch's default, a folder below /tmp, the code is gone at the next start of
+    a machine, and anybody could have made that folder first. Some imports of torch's put it into the environment.
     """
     default = os.path.join(tempfile.gettempdir(), "torchinductor_")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder("inductor"))
-    compile_blocks(block for stage in model.stages for block in cast(Stage, stage).blocks)
+    return compile_network(model)
 
 
 def check_names(config: Config, device: torch.device) -> None:
     """Checks all that needs more than the schema, before the data is opened, which can take minutes.
 
     Raises:
-        ConfigError: lists every mistake: the variant, the optimizer, what does not go with the device.
+        ConfigError: lists every mistake: the network, the optimizer, what does not go with the device.
     """
     mistakes: list[str | UserError] = []
-    for check in (lambda: find_variant_of(config), lambda: optimizer_args(config), lambda: _check_policy(config)):
+    for check in (lambda: find_network(config), lambda: optimizer_args(config), lambda: _check_policy(config)):
         try:
             check()
         except ConfigError as e:

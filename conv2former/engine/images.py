@@ -8,13 +8,12 @@ from itertools import groupby
 from .._preprocessing import CHANNELS, FIELDS, Preprocessing, channels_text
 from ..config import Config
 from ..errors import CheckpointError, raise_mistakes
-from ..models import CheckpointInfo
-from ..weights.description import describe_checkpoint
-from .network import read_start
+from .network import describe_start
+from .others import Start
 
 __all__ = ["fill_images", "settle_images"]
 
-GIVEN, NOTED, PUBLISHED, DEFAULT = "from the configuration", "from the checkpoint", "as published", "by default"
+GIVEN, PUBLISHED, DEFAULT = "from the configuration", "as published", "by default"
 
 
 def settle_images(config: Config) -> tuple[Config, list[str]]:
@@ -27,12 +26,13 @@ def settle_images(config: Config) -> tuple[Config, list[str]]:
         CheckpointError: the starting weights cannot be read, or take images of other channels.
         ConfigError: what results has conflicts, such as three means for one channel.
     """
-    path = config.model.checkpoint
-    info = describe_checkpoint(read_start(path), path) if path else None
+    info = describe_start(config)
     channels = config.model.in_chans or (info.in_chans if info else 3)
     if info and (info.in_chans not in CHANNELS or (info.in_chans, channels) == (1, 3)):
         wanted = f"for {channels} (model.in_chans)" if config.model.in_chans else "for 3, RGB, or 1, grey"
-        raise CheckpointError(f"{path} is for images of {channels_text(info.in_chans)}; training needs one {wanted}")
+        raise CheckpointError(
+            f"{info.name} is for images of {channels_text(info.in_chans)}; training needs one {wanted}"
+        )
     config.data.given_for(channels)
     noted = info.preprocessing if info else Preprocessing()
     settled = fill_images(config, noted, channels)
@@ -47,19 +47,19 @@ def fill_images(config: Config, noted: Preprocessing | None = None, channels: in
     return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"in_chans": channels})})
 
 
-def _lines(config: Config, images: Preprocessing, info: CheckpointInfo | None) -> list[str]:
+def _lines(config: Config, images: Preprocessing, info: Start | None) -> list[str]:
     """Returns lines that say how images become the input, and where each of it comes from."""
-    given, path = config.data.given, config.model.checkpoint
+    given = config.data.given
     default = Preprocessing().for_channels(images.channels)
 
     def origin(*keys: str) -> str:
         if given.keys() & {*keys}:
             return GIVEN
         if info and {*info.preprocessing_noted} & {*keys}:
-            return NOTED
+            return info.origin
         return DEFAULT if all(getattr(images, key) == getattr(default, key) for key in keys) else PUBLISHED
 
-    own_channels = GIVEN if config.model.in_chans else NOTED if info else DEFAULT
+    own_channels = GIVEN if config.model.in_chans else info.origin if info and info.notes_channels else DEFAULT
     parts = [(origin(*_fields_of(key)), text) for key, text in images.texts().items()]
     parts.insert(1, (own_channels, channels_text(images.channels)))
     groups = [(name, ", ".join(text for _, text in group)) for name, group in groupby(parts, lambda part: part[0])]
@@ -67,13 +67,15 @@ def _lines(config: Config, images: Preprocessing, info: CheckpointInfo | None) -
     if info is None:
         return lines
     if info.in_chans != images.channels:
-        lines.append(f"the first convolution of {path} takes {channels_text(info.in_chans)}: it is summed over them")
+        lines.append(
+            f"the first convolution of {info.name} takes {channels_text(info.in_chans)}: it is summed over them"
+        )
     noted = info.preprocessing.for_channels(images.channels)
     is_noted = {"mean", "std"} <= {*info.preprocessing_noted}
     if is_noted and (tuple(noted.mean), tuple(noted.std)) != (tuple(images.mean), tuple(images.std)):
         mean, std = (",".join(f"{value:g}" for value in values) for values in (noted.mean, noted.std))
         lines.append(
-            f"{path} was trained with another normalisation of the images than this run's; to take it: "
+            f"{info.name} was trained with another normalisation of the images than this run's; to take it: "
             f"data.mean=[{mean}] data.std=[{std}], or leave both out"
         )
     return lines

@@ -11,6 +11,7 @@ from ..config import Config
 from ..data import pixels
 from ..ops.backends import supports_operators
 from ..ops.cpu import native
+from .network import compiled_parts
 
 __all__ = ["changed_kernels", "kernels_used"]
 
@@ -22,7 +23,7 @@ def kernels_used(config: Config, device: torch.device) -> dict[str, str]:
     """
     backend = _network(device) if config.model.fused else "PyTorch, module by module"
     return {
-        "network": f"{backend}, blocks through torch.compile" if config.train.compile else backend,
+        "network": f"{backend}, {compiled_parts(config)} through torch.compile" if config.train.compile else backend,
         "images": compiling.describe(pixels.SOURCE, *pixels.FLAGS) or "Pillow",
         "torch": str(torch.__version__),
     }

@@ -1,4 +1,7 @@
-"""The network of a run with its starting weights, and which parts of it are frozen."""
+"""The network of a run with its starting weights, and which parts of it are frozen.
+
+What is Conv2Former's own is here; a network of timm's registry, `model.name: timm/NAME`, is passed on to others.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models import adapt_input_conv
@@ -17,20 +20,29 @@ from ..config import Config
 from ..data import Stream, seed_all
 from ..data.classes import class_names_of, match_classes, order_in_doubt
 from ..errors import CheckpointError, ConfigError, DataError, closest, memory_for
-from ..models import Conv2Former, Variant, list_variants, variant
+from ..models import CheckpointInfo, Conv2Former, Variant, list_variants, variant
+from ..models.backbone import Stage
+from ..models.compiled import compile_blocks
+from ..models.others import classifiers
 from ..models.restore import load_content
 from ..models.zoo import add_and_register
 from ..text import printable
 from ..variants import differences, parse_variant, read_builtin_variants
 from ..weights.architecture import FIRST_CONV
 from ..weights.contents import native_state_dict
-from ..weights.description import definition_in, describe_checkpoint
+from ..weights.description import OtherInfo, definition_in, describe_checkpoint
+from ..weights.others import PREFIX, OtherNetwork, is_other
 from ..weights.reading import read_checkpoint
+from . import others
 
 __all__ = [
     "SMALLER",
     "build_model",
-    "drop_path_rate_of",
+    "compile_network",
+    "compiled_parts",
+    "describe_network",
+    "describe_start",
+    "find_network",
     "find_variant_of",
     "freeze",
     "name_network",
@@ -45,13 +57,18 @@ SMALLER = "choose a smaller network (model.name or model.variant), or a machine 
 def name_network(config: Config) -> Config:
     """Returns the configuration with the network that `model.name: auto` stands for: that of `model.checkpoint`.
 
-    A network that is none of the project's own is put into `model.variant`, as the file defines it.
+    A network that is none of the project's own is put into `model.variant`, as the file defines it. Of names,
+    `timm/conv2former_t` becomes `conv2former_t`; for another network `model.fused`, which is Conv2Former's own, is off.
 
     Raises:
         CheckpointError: the file cannot be read, or is no whole network.
         ConfigError: the definition in it has mistakes.
     """
     model, path = config.model, config.model.checkpoint
+    if model.name.removeprefix(PREFIX) in list_variants():
+        return _with_model(config, name=model.name.removeprefix(PREFIX))
+    if is_other(model.name):
+        return _with_model(config, fused=False)
     if model.name != "auto" or model.variant is not None:
         return config
     if not path:
@@ -62,6 +79,9 @@ def name_network(config: Config) -> Config:
         raise CheckpointError(
             f"{path} holds a part of a network; all four stages and the whole head or none are needed"
         )
+    if isinstance(info, OtherInfo):
+        args = {**others.args_of(info.network), **model.args}
+        return _with_model(config, name=info.network.name, args=args, fused=False)
     for builtin in read_builtin_variants():
         if not differences(info.model_args(), builtin.model_args()):
             return _with_model(config, name=builtin.name)
@@ -97,14 +117,44 @@ def _with_model(config: Config, **values: Any) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=values)})
 
 
+def find_network(config: Config) -> Variant | OtherNetwork:
+    """Returns the definition of the configured network: its `name`, and as plain types, `to_dict()`.
+
+    Raises:
+        ConfigError: there is none of that name, or its definition has mistakes.
+        CheckpointError: see `name_network`.
+    """
+    config = name_network(config)
+    return others.find_other(config) if is_other(config.model.name) else find_variant_of(config)
+
+
+def describe_start(config: Config) -> others.Start | None:
+    """Returns which images the starting weights, or the network's own arguments, are for; None where nothing says.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such network, or its weights cannot be read.
+    """
+    config = name_network(config)
+    path, other = config.model.checkpoint, is_other(config.model.name)
+    if not path:
+        return others.start_of(config) if other else None
+    info = describe_checkpoint(read_start(path), path, others.find_other(config) if other else None)
+    return others.Start(info.in_chans, info.preprocessing, info.preprocessing_noted, path, "from the checkpoint")
+
+
 def find_variant_of(config: Config) -> Variant:
-    """Returns the definition of the configured network, registering it with timm if it is the user's own.
+    """Returns the definition of the configured Conv2Former, registering it with timm if it is the user's own.
 
     Raises:
         ConfigError: the variant has mistakes, or there is none of that name.
         CheckpointError: see `name_network`.
     """
     model = name_network(config).model
+    for key in ("args", "pretrained"):
+        if getattr(model, key):
+            raise ConfigError(
+                f"model.{key}: for other networks of timm, and {cut(model.name)} is a Conv2Former; leave it out"
+            )
     if model.variant is not None:
         own = parse_variant(model.variant, "model.variant")
         add_and_register(own, "model.variant", replace=True)
@@ -118,13 +168,23 @@ def find_variant_of(config: Config) -> Variant:
     return variant(model.name)
 
 
-def drop_path_rate_of(config: Config) -> float:
-    """Returns the configured drop path rate, the variant's own where none is set."""
+def describe_network(config: Config) -> str:
+    """Returns what a line says about network and starting weights: `conv2former_t from scratch, drop path 0.1`."""
+    network, model = find_network(config), config.model
+    start = f"from {model.checkpoint}" if model.checkpoint else "from scratch"
+    if isinstance(network, OtherNetwork):
+        start = "with timm's weights" if model.pretrained else start
+        rate = "its own" if model.drop_path_rate is None else f"{model.drop_path_rate:g}"
+        return f"{network} {start}, drop path {rate}"
+    return f"{network.name} {start}, drop path {_drop_path_rate(config, network):g}"
+
+
+def _drop_path_rate(config: Config, network: Variant) -> float:
     rate = config.model.drop_path_rate
-    return find_variant_of(config).train_drop_path_rate if rate is None else rate
+    return network.train_drop_path_rate if rate is None else rate
 
 
-def build_model(config: Config, num_classes: int, class_names: Sequence[str] | None = None) -> Conv2Former:
+def build_model(config: Config, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
     """Builds the network on the CPU, with the configured starting weights. The same seed gives the same weights.
 
     Args:
@@ -133,40 +193,65 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
         class_names: of the data, in index order; None where they are not known.
 
     Raises:
-        ConfigError: there is no such variant.
+        ConfigError: there is no such network.
         CheckpointError: the starting weights cannot be read or do not fit.
         UserError: memory does not suffice for it.
     """
     seed_all(Stream.INIT, config.train.seed)
-    variant = find_variant_of(config)
-    with memory_for(f"the network {variant.name} of {num_classes:,} classes", SMALLER):
-        model = timm.create_model(
-            variant.name,
-            num_classes=num_classes,
-            in_chans=config.model.in_chans or 3,
-            drop_rate=config.model.drop_rate,
-            drop_path_rate=drop_path_rate_of(config),
-            head_init_scale=config.model.head_init_scale,
-            fused=config.model.fused,
-        )
-        assert isinstance(model, Conv2Former)
-        if config.model.checkpoint:
-            _load(model, config.model.checkpoint, class_names, config.model.freeze)
-    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    config = name_network(config)
+    network, path = find_network(config), config.model.checkpoint
+    content = read_start(path) if path else None
+    with memory_for(f"the network {network.name} of {num_classes:,} classes", SMALLER):
+        if isinstance(network, OtherNetwork):
+            model, info, fresh = others.build(config, network, num_classes, content)
+        else:
+            model, info, fresh = _build(config, network, num_classes, content)
+        if info:
+            _match_classes(model, fresh, info, str(path), class_names)
     return model
 
 
-def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, frozen: str) -> None:
-    """Loads starting weights. A classifier of as many classes is only taken for the same ones, by name.
+Built = tuple[nn.Module, CheckpointInfo | None, list[dict[str, Any]]]
 
-    Where the file has them in another order, so has the classifier; where they are others, the fresh one stays. So does
-    the whole head where the file has none; it must not be `frozen` then. Where the network takes one channel and
-    the file's three, the first convolution is summed over them, as timm does.
+
+def _build(config: Config, network: Variant, num_classes: int, content: dict[str, Any] | None) -> Built:
+    """Builds a Conv2Former.
+
+    Args:
+        config: the run.
+        network: which one.
+        num_classes: of the data.
+        content: of the file with the starting weights; None for none.
+
+    Returns:
+        The network, what its file says about itself, and its fresh classifier.
     """
-    classifier = model.get_classifier()
-    fresh = copy.deepcopy(classifier.state_dict())
-    content = read_start(path)
+    model = timm.create_model(
+        network.name,
+        num_classes=num_classes,
+        in_chans=config.model.in_chans or 3,
+        drop_rate=config.model.drop_rate,
+        drop_path_rate=_drop_path_rate(config, network),
+        head_init_scale=config.model.head_init_scale,
+        fused=config.model.fused,
+    )
+    assert isinstance(model, Conv2Former)
+    fresh = [copy.deepcopy(model.get_classifier().state_dict())]
+    info = _load(model, content, str(config.model.checkpoint), config.model.freeze) if content else None
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    return model, info, fresh
+
+
+def _load(model: Conv2Former, content: dict[str, Any], path: str, frozen: str) -> CheckpointInfo:
+    """Loads starting weights, and returns what their file says about itself.
+
+    A classifier for another number of classes stays fresh; so does the whole head where the file has none, and it must
+    not be `frozen` then. Where the network takes one channel and the file's three, the first convolution is summed over
+    them, as timm does.
+    """
     info = describe_checkpoint(content, path)
+    if isinstance(info, OtherInfo):
+        raise CheckpointError(f"{path} holds {info.network}, not a Conv2Former; give model.name=auto to train that")
     if not info.has_head and frozen == "backbone":
         raise ConfigError(
             f"model.freeze: backbone would freeze the 1x1 convolution before the classifier, which {path} does not "
@@ -179,6 +264,27 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
         notes = {key: value for key, value in content.items() if key in ("variant", "hub_config")}
         content = {**notes, "state_dict": state_dict}
     load_content(model, content, path)
+    return info
+
+
+def _match_classes(
+    model: nn.Module,
+    fresh: list[dict[str, Any]],
+    info: CheckpointInfo,
+    path: str,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Takes the classifier of a file for the classes that the data has, by name.
+
+    Where the file has them in another order, so has the classifier; where they are others, the fresh one stays.
+
+    Args:
+        model: with the file's weights, and with its classifier if that is for as many classes.
+        fresh: state dicts of the classifiers before.
+        info: of the file.
+        path: of the file.
+        class_names: of the data, in index order; None where they are not known.
+    """
     noted = class_names_of(info.num_classes, info.class_names)
     is_unnamed = noted is None and info.num_classes == len(class_names or ())
     if is_unnamed and (doubt := order_in_doubt(class_names or ())):
@@ -194,12 +300,14 @@ def _load(model: Conv2Former, path: str, class_names: Sequence[str] | None, froz
             "loaded",
             len(noted),
         )
-        classifier.load_state_dict(fresh)
+        for classifier, before in zip(classifiers(model), fresh, strict=True):
+            classifier.load_state_dict(before)
     else:
-        classifier.load_state_dict({key: tensor[order] for key, tensor in classifier.state_dict().items()})
+        for classifier in classifiers(model):
+            classifier.load_state_dict({key: tensor[order] for key, tensor in classifier.state_dict().items()})
 
 
-def freeze(model: Conv2Former, until: str) -> None:
+def freeze(model: nn.Module, until: str) -> None:
     """Freezes the network up to and including a part, and puts that part into evaluation mode.
 
     Needed after every `model.train()`, which would let BatchNorm's statistics run and drop path drop.
@@ -207,8 +315,31 @@ def freeze(model: Conv2Former, until: str) -> None:
     Args:
         model: the network.
         until: nothing, stem, stage1 to stage4, or backbone: all but the classifier.
+
+    Raises:
+        ConfigError: it is not known where the stages of such a network begin.
     """
+    if not isinstance(model, Conv2Former):
+        others.freeze(model, until)
+        return
     parts: list[nn.Module] = [model.stem, *model.stages, model.head_conv]
     count = ["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"].index(until)
     for part in parts[:count]:
         part.eval().requires_grad_(False)
+
+
+def compiled_parts(config: Config) -> str:
+    """Returns what of the configured network `compile_network` compiles."""
+    return "all of it" if is_other(config.model.name) else "blocks"
+
+
+def compile_network(model: nn.Module) -> nn.Module:
+    """Returns what to train a network through so that torch.compile computes it: block by block, or as a whole.
+
+    Raises:
+        UserError: there is no torch.compile here.
+    """
+    if not isinstance(model, Conv2Former):
+        return others.Compiled(model)
+    compile_blocks(block for stage in model.stages for block in cast(Stage, stage).blocks)
+    return model

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from torch import nn
 
 from .._yaml import dump_yaml
 from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
@@ -21,7 +22,6 @@ from ..data.holdout import relative_names
 from ..data.sources import VAL_NAMES, is_bare
 from ..data.tables import write_table
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
-from ..models import Conv2Former
 from .build import check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
@@ -66,7 +66,7 @@ class Job:
     plan: Plan
     train_source: DataSource | StreamSource
     val_source: DataSource | StreamSource
-    model: Conv2Former
+    model: nn.Module
     saved: dict[str, Any] | None
     started_from: str | None
     plan_of_data: dict[str, int]

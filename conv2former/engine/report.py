@@ -12,7 +12,7 @@ from ..data import Batch
 from .checkpoint import check_best_and_last
 from .logging import RunLog, read_metrics, writing
 from .meter import describe_waiting
-from .network import find_variant_of
+from .network import find_network
 from .state import TrainState
 from .step import mix
 
@@ -93,7 +93,7 @@ def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) ->
     job, best, prefix = state.job, state.best_row, state.prefix
     assert best is not None
     return {
-        "model": find_variant_of(job.config).name,
+        "model": find_network(job.config).name,
         "started_from": job.config.model.checkpoint,
         "top1": best[f"{prefix}top1"],
         "top5": best[f"{prefix}top5"],

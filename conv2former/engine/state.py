@@ -14,7 +14,7 @@ from ..errors import CheckpointError, first_line
 from .build import Run
 from .evaluate import Evaluation
 from .meter import MeanLoss, Meter
-from .network import find_variant_of
+from .network import find_network
 from .prepare import Job
 from .skipped import SkippedImages
 
@@ -118,7 +118,7 @@ class TrainState:
             "skipped": self.skipped.reasons,
             "losses": losses,
             "config": config.to_dict(),
-            "variant": find_variant_of(config).to_dict(),
+            "variant": find_network(config).to_dict(),
             "plan": self.job.plan_of_data,
             "started_from": self.job.started_from,
             "kernels": self.kernels,

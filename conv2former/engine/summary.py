@@ -12,7 +12,7 @@ from ..config import Config, Plan
 from ..errors import counted, shorten
 from .evaluate import SMALL_SPLIT, one_image
 from .kernels_used import changed_kernels
-from .network import drop_path_rate_of, find_variant_of
+from .network import describe_network
 from .prepare import Job
 
 __all__ = ["describe", "describe_classes", "describe_job", "length_of"]
@@ -48,12 +48,10 @@ def describe_job(job: Job, world_size: int, kernels: Mapping[str, str], first_ke
 
 def describe(config: Config, plan: Plan, world_size: int) -> list[str]:
     """Returns lines that say what will be trained and how: network, batch and rate, length."""
-    network = find_variant_of(config)
-    start = f"from {config.model.checkpoint}" if config.model.checkpoint else "from scratch"
     frozen = "" if config.model.freeze == "nothing" else f", frozen up to {config.model.freeze}"
     schedule, size = config.schedule, size_text(config.data.preprocessing.size)
     return [
-        f"{network.name} {start}, drop path {drop_path_rate_of(config):g}, {size}{frozen}",
+        f"{describe_network(config)}, {size}{frozen}",
         f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x "
         f"{counted(world_size, 'device')} x {counted(config.train.accum_steps, 'accumulation step')}",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "

@@ -26,7 +26,7 @@ from .evaluate import Evaluation, evaluate, has_top5, shown, with_error
 from .kernels_used import kernels_used
 from .logging import RunLog
 from .meter import peak_memory
-from .network import find_variant_of, name_network
+from .network import find_network, name_network
 from .prepare import Job, as_config, prepare
 from .report import Curves, draw_first_batch, finish
 from .signals import StopSignal, ignore_stop_signals
@@ -64,7 +64,7 @@ def train(
     with before_processes_meet():
         config = name_network(as_config(config))
     world = World.from_environment()
-    folder = Path(output) if output else Path("runs") / find_variant_of(config).name
+    folder = Path(output) if output else Path("runs") / find_network(config).name
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError(
             "another thread of this process is training, and would share its random numbers; use processes"

@@ -12,29 +12,31 @@ from torch import nn
 from ..errors import CheckpointError, memory_for
 from ..text import printable
 from ..variants import differences, list_variants, read_variant, variant
-from ..weights.contents import native_state_dict
-from ..weights.description import CheckpointInfo, definition_in, describe_checkpoint, untold_args
+from ..weights.contents import native_state_dict, plain_state_dict
+from ..weights.description import CheckpointInfo, OtherInfo, definition_in, describe_checkpoint, untold_args
 from ..weights.installed import say_if_unverified
+from ..weights.others import is_other, other_network
 from ..weights.reading import read_checkpoint
 from .backbone import Conv2Former
+from .others import load_other
 from .zoo import make_cfg
 
 __all__ = ["load_content", "load_model", "load_weights", "restore"]
 
 
-def load_model(
-    path: str | Path, use_ema: bool = True, expect: str | Path | None = None
-) -> tuple[Conv2Former, CheckpointInfo]:
+def load_model(path: str | Path, use_ema: bool = True, expect: str | Path | None = None) -> tuple[Any, CheckpointInfo]:
     """Builds the network that a weight file holds, with its weights, in evaluation mode.
 
     Args:
         path: a file in any known layout, or a folder in timm's hub layout; see `read_checkpoint`.
         use_ema: take the averaged weights where the file has them.
-        expect: the name of a variant, or its YAML file, that the network must be; None for whatever it is.
+        expect: the name of a variant, or its YAML file, that the network must be; None for whatever it is. Or the name
+            of another network, `timm/NAME`: what a file is that does not say so.
 
     Returns:
-        The network, whose `pretrained_cfg` has the file's preprocessing where timm looks for it, and what the file
-        says about itself. Of weights without a head it has none either, and gives the last stage's features, pooled.
+        The network, a `Conv2Former` or that of timm's registry which the file notes, whose `pretrained_cfg` has the
+        file's preprocessing where timm looks for it, and what the file says about itself. Of a Conv2Former's weights
+        without a head it has none either, and gives the last stage's features, pooled.
 
     Raises:
         CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, or another than expected.
@@ -45,9 +47,9 @@ def load_model(
 
 def restore(
     content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
-) -> tuple[Conv2Former, CheckpointInfo]:
+) -> tuple[Any, CheckpointInfo]:
     """As `load_model`, of what `read_checkpoint` returned; `path` is named in errors."""
-    info = describe_checkpoint(content, path)
+    info = describe_checkpoint(content, path, other_network(str(expect)) if is_other(expect) else None)
     if expect is not None:
         _check_expected(info, path, expect)
     if info.is_part:
@@ -59,6 +61,12 @@ def restore(
             f"{path} names {len(info.class_names or ())} classes, and its classifier has {info.num_classes}"
         )
     with memory_for(f"the network in {path}", "use a machine with more of it", CheckpointError):
+        if isinstance(info, OtherInfo):
+            network = info.network.sized(info.preprocessing.size)
+            other = load_other(info, plain_state_dict(content, use_ema, path), path, network)
+            cfg = {**other.pretrained_cfg, "num_classes": info.num_classes, **info.preprocessing.to_cfg()}
+            other.pretrained_cfg, other.default_cfg = cfg, cfg
+            return other.eval(), info
         model = Conv2Former(in_chans=info.in_chans, num_classes=info.num_classes, **info.model_args())
         if not info.has_head:
             model.reset_classifier(0, reset_other=True)
@@ -78,6 +86,10 @@ def restore(
 
 
 def _check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) -> None:
+    if is_other(expect) or isinstance(info, OtherInfo):
+        if str(expect).partition(".")[0] != str(info.name).partition(".")[0]:
+            raise CheckpointError(f"{path} is not {expect} but {info.name or 'a Conv2Former'}")
+        return
     is_file = str(expect).endswith((".yaml", ".yml"))
     wanted = read_variant(expect) if is_file else variant(str(expect))
     differing = differences(info.model_args(), wanted.model_args())

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, shorten
 from ..text import printable
 from .layouts import network_prefixes, rename_keys_in_place, without_compile
 
-__all__ = ["Taken", "announce", "native_state_dict", "take_network"]
+__all__ = ["Taken", "announce", "native_state_dict", "plain_state_dict", "take_network"]
 
 _logger = logging.getLogger(__name__)
 
@@ -208,6 +208,21 @@ def native_state_dict(content: Mapping[str, Any], use_ema: bool = True, path: ob
     Raises:
         CheckpointError: it holds something else than tensors, or several networks of which any could be meant.
     """
+    state_dict = _tensors(content, use_ema, path)
+    rename_keys_in_place(state_dict)
+    return state_dict
+
+
+def plain_state_dict(content: Mapping[str, Any], use_ema: bool = True, path: object = None) -> dict[str, Any]:
+    """As `native_state_dict`, of another network than Conv2Former: what wrappers put before its names is taken off."""
+    state_dict = {without_compile(key): tensor for key, tensor in _tensors(content, use_ema, path).items()}
+    while state_dict and all(key.startswith("module.") for key in state_dict):
+        state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    return state_dict
+
+
+def _tensors(content: Mapping[str, Any], use_ema: bool, path: object) -> dict[str, Any]:
+    """Returns the state dict that is taken, by its keys in the file."""
     taken = take_network(content, use_ema)
     state_dict = dict(taken.state_dict)
     for key, value in state_dict.items():
@@ -216,7 +231,6 @@ def native_state_dict(content: Mapping[str, Any], use_ema: bool = True, path: ob
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             kind = f"{value.layout} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
             raise CheckpointError(f"this is not a state dict of tensors: {key!r} is a {kind}")
-    rename_keys_in_place(state_dict)
     if path is not None and (note := taken.note()):
         announce(f"{path}: {note}", once=True)
     return state_dict

@@ -5,27 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, shorten
 from ..text import printable
-from ..variants import FUSION_NAMES, STEM_STRIDES, is_builtin
+from ..variants import FUSION_NAMES, STEM_STRIDES, differences, is_builtin
 from .architecture import Architecture, identify
-from .contents import EMA_NAMES, Taken, native_state_dict, take_network
+from .contents import EMA_NAMES, Taken, native_state_dict, plain_state_dict, take_network
 from .hub_config import HUB_CONFIG, SECTION
 from .installed import weights_word
-from .layouts import layout_of_keys
+from .layouts import layout_of_keys, network_prefixes
+from .others import OtherNetwork, channels_in, classes_in, is_other, noted_network
 from .preprocessing import Preprocessing, noted_preprocessing
 from .reading import read_checkpoint
 
 __all__ = [
     "CheckpointInfo",
+    "OtherInfo",
     "definition_in",
     "describe_checkpoint",
     "inspect_checkpoint",
     "noted_kind",
+    "state_dict_of",
     "untold_args",
     "weights_text",
 ]
@@ -45,7 +48,7 @@ class CheckpointInfo(Architecture):
     Attributes:
         name: name of the variant; None if its shape is none of the known ones and the file does not say.
         num_parameters: of the network in the file.
-        layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'.
+        layout: whose names the tensors have: 'conv2former', 'authors' or 'birder'; 'timm' of files of its own scripts.
         has_ema: whether averaged weights are in the file beside raw ones; they are what loading takes.
         noted_weights: what the file says about the others: 'raw', 'average', 'soup of N' or 'not noted'.
         fusion, stem_stride: as in the variants' YAML files; the tensors do not tell them, so they are 'product' and 4
@@ -98,18 +101,65 @@ class CheckpointInfo(Architecture):
             "fusion": self.fusion,
         }
 
+    def definition(self) -> dict[str, Any]:
+        """Returns the network as a file notes it, in plain types; `definition_in` reads it."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_args().items()}
+        return {**({"name": self.name} if self.name else {}), **plain}
+
+    def differences(self, other: CheckpointInfo) -> list[str]:
+        """Returns how the network differs from that of another file, each as `key here for there`."""
+        if isinstance(other, OtherInfo):
+            return [f"{self.name or 'a Conv2Former'} for {other.name}"]
+        return differences(self.model_args(), other.model_args())
+
     def __str__(self) -> str:
         best = "" if self.metric is None else f", metric {self.metric:g}"
         without = "no classifier" if self.has_head else "no head"
         classes = f"{self.num_classes} classes" if self.num_classes else without
         lines = [
-            f"{super().__str__()}, {classes}, {self.num_parameters:,} parameters",
+            f"{self._network()}, {classes}, {self.num_parameters:,} parameters",
             f"  layout: {self.layout}, {weights_text(self.weights())}",
             f"  epoch: {'not noted' if self.epoch is None else self.epoch}{best}",
             f"  images: {self.preprocessing}",
             "  recipe: " + (", ".join(f"{key}={value!r}" for key, value in self.recipe.items()) or "not noted"),
         ]
         return "\n".join(map(printable, lines))
+
+    def _network(self) -> str:
+        return Architecture.__str__(self)
+
+
+@dataclass(frozen=True)
+class OtherInfo(CheckpointInfo):
+    """As `CheckpointInfo`, of a network of timm's registry; what defines a Conv2Former is empty or 0.
+
+    Attributes:
+        network: as the file notes it, or as it was asked for.
+    """
+
+    network: OtherNetwork = field(default_factory=lambda: OtherNetwork(""))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a classifier: what else comes after the last stage is the network's own."""
+        return bool(self.num_classes)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether parts are missing: who loads it finds that."""
+        return False
+
+    def definition(self) -> dict[str, Any]:
+        """Returns the network as a file notes it, in plain types; `definition_in` reads it."""
+        return self.network.to_dict()
+
+    def differences(self, other: CheckpointInfo) -> list[str]:
+        """Returns how the network differs from that of another file, each as `here for there`."""
+        name = other.network if isinstance(other, OtherInfo) else other.name or "a Conv2Former"
+        return [] if str(self.network) == str(name) else [f"{self.network} for {name}"]
+
+    def _network(self) -> str:
+        return str(self.network)
 
 
 def noted_kind(word: str) -> str:
@@ -132,29 +182,116 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     return describe_checkpoint(read_checkpoint(path), path)
 
 
-def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointInfo:
-    """As `inspect_checkpoint`, of what `read_checkpoint` returned; `path` is named in errors."""
+def state_dict_of(content: Mapping[str, Any], use_ema: bool = True, path: object = None) -> dict[str, Any]:
+    """Returns the tensors of whichever network a file notes; see `native_state_dict`."""
+    other = _other_in(content, take_network(content, use_ema).state_dict)
+    return (plain_state_dict if other else native_state_dict)(content, use_ema, path)
+
+
+def describe_checkpoint(
+    content: Mapping[str, Any], path: object, network: OtherNetwork | None = None
+) -> CheckpointInfo:
+    """As `inspect_checkpoint`, of what `read_checkpoint` returned.
+
+    Args:
+        content: of the file.
+        path: named in errors.
+        network: what a file is that notes no network and is no Conv2Former.
+    """
     try:
         taken = take_network(content)
-        state_dict = native_state_dict(content)
+        is_own = bool(network_prefixes(key for key in taken.state_dict if isinstance(key, str)))
+        other = _other_in(content, taken.state_dict) or (None if is_own else network)
+        state_dict = (plain_state_dict if other else native_state_dict)(content)
     except CheckpointError as e:
         raise e.below(path) from None
+    return (
+        _describe_other(content, path, taken, state_dict, other)
+        if other
+        else _describe(content, path, taken, state_dict)
+    )
+
+
+def _other_in(content: Mapping[str, Any], tensors: Mapping[Any, Any]) -> OtherNetwork | None:
+    """Returns the network of timm's registry that a file notes; None of a Conv2Former."""
+    return noted_network(definition_in(content), _hub_config(content), content, len(tensors))
+
+
+def _describe(content: Mapping[str, Any], path: object, taken: Taken, state_dict: Mapping[str, Any]) -> CheckpointInfo:
+    """Describes a Conv2Former's file."""
     architecture = identify(state_dict)
     if architecture is None:
-        raise CheckpointError(f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}")
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    num_parameters = sum(t.numel() for k, t in state_dict.items() if not k.endswith(buffers))
+        raise CheckpointError(
+            f"{path} is not a Conv2Former checkpoint: its keys are {shorten(taken.state_dict, 5)}; if it is of another "
+            "network of timm, say which (model.name or --model timm/NAME)"
+        )
+    num_parameters = _count(state_dict)
     if architecture.num_block_weights() > MOST_MISSING * num_parameters:  # not built to be told what it lacks
         raise CheckpointError(
             f"{path} is damaged or made to harm: its names tell of blocks with "
             f"{architecture.num_block_weights():.1e} weights, and it has {num_parameters:,}"
         )
+    definition = definition_in(content)
+    untold = untold_args(definition, path)
+    known, noted = architecture.variant if untold == UNTOLD_ARGS else None, definition.get("name")
+    noted = noted if isinstance(noted, str) else None
+    name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
+    return CheckpointInfo(
+        **vars(architecture),
+        name=name,
+        **untold,
+        num_parameters=num_parameters,
+        layout=layout_of_keys(taken.state_dict),
+        **_notes(content, path, taken, name, architecture.in_chans, architecture.num_classes),
+    )
+
+
+def _describe_other(
+    content: Mapping[str, Any], path: object, taken: Taken, state_dict: Mapping[str, Any], network: OtherNetwork
+) -> OtherInfo:
+    """Describes the file of a network of timm's registry."""
+    network = replace(network, in_chans=channels_in(network, state_dict))
+    num_classes = classes_in(network, state_dict)
+    return OtherInfo(
+        dims=(),
+        depths=(),
+        kernel_size=0,
+        mlp_ratio=0.0,
+        head_hidden_size=0,
+        layer_scale=False,
+        in_chans=network.in_chans,
+        num_classes=num_classes,
+        name=network.name,
+        num_parameters=_count(state_dict),
+        layout="conv2former" if is_other(definition_in(content).get("name")) else "timm",
+        network=network,
+        **_notes(content, path, taken, None, network.in_chans, num_classes),
+    )
+
+
+def _count(state_dict: Mapping[str, Any]) -> int:
+    """Returns how many parameters there are, without what BatchNorm counts."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(tensor.numel() for key, tensor in state_dict.items() if not key.endswith(buffers))
+
+
+def _notes(
+    content: Mapping[str, Any], path: object, taken: Taken, variant: str | None, in_chans: int, num_classes: int
+) -> dict[str, Any]:
+    """Returns what a file notes about its training, classes and images, as fields of `CheckpointInfo`.
+
+    Args:
+        content: of the file.
+        path: named in errors.
+        taken: the network in it.
+        variant: its name, if it is a Conv2Former.
+        in_chans, num_classes: of its tensors.
+    """
     hub_config = _hub_config(content)
     count = hub_config.get("num_classes")
-    if count and architecture.num_classes and count != architecture.num_classes:
+    if count and num_classes and count != num_classes:
         raise CheckpointError(
-            f"{path}: num_classes is {count} in {HUB_CONFIG}, and the weights have {architecture.num_classes} classes; "
-            "correct it"
+            f"{path}: num_classes is {count} in {HUB_CONFIG}, and the weights have {num_classes} classes; correct it"
         )
     own = hub_config.get(SECTION)
     notes = own if isinstance(own, dict) else content
@@ -163,33 +300,23 @@ def describe_checkpoint(content: Mapping[str, Any], path: object) -> CheckpointI
     recipe = recipe if isinstance(recipe, dict) else {}
     epoch, metric = notes.get("epoch"), notes.get("metric")
     names = content.get("class_names") or _hub_class_names(hub_config) or _birder_class_names(content)
-    definition = definition_in(content)
-    untold = untold_args(definition, path)
-    known, noted = architecture.variant if untold == UNTOLD_ARGS else None, definition.get("name")
-    noted = noted if isinstance(noted, str) else None
-    name = known if known and (is_builtin(known) or not noted) else noted  # several of the user's may have one shape
     note = content.get("preprocessing") or hub_config.get("pretrained_cfg", hub_config) or _birder_images(content)
     note = note if isinstance(note, dict) else {}
     try:
-        preprocessing, noted = noted_preprocessing(recipe, note, name, architecture.in_chans)
+        preprocessing, noted = noted_preprocessing(recipe, note, variant, in_chans)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from None
     assumed = notes.get("assumed")  # of a converted file: what is in pretrained_cfg although nobody noted it
-    return CheckpointInfo(
-        **vars(architecture),
-        name=name,
-        **untold,
-        num_parameters=num_parameters,
-        layout=layout_of_keys(taken.state_dict),
-        has_ema=taken.is_average,
-        noted_weights=_noted_weights(content, own if isinstance(own, dict) else {}, recipe, taken),
-        epoch=epoch if isinstance(epoch, int) else None,
-        metric=float(metric) if isinstance(metric, (int, float)) else None,
-        recipe=recipe,
-        class_names=[str(name) for name in names] if isinstance(names, list) else None,
-        preprocessing=preprocessing,
-        preprocessing_noted=tuple(key for key in noted if key not in (assumed if isinstance(assumed, list) else ())),
-    )
+    return {
+        "has_ema": taken.is_average,
+        "noted_weights": _noted_weights(content, own if isinstance(own, dict) else {}, recipe, taken),
+        "epoch": epoch if isinstance(epoch, int) else None,
+        "metric": float(metric) if isinstance(metric, (int, float)) else None,
+        "recipe": recipe,
+        "class_names": [str(name) for name in names] if isinstance(names, list) else None,
+        "preprocessing": preprocessing,
+        "preprocessing_noted": tuple(key for key in noted if key not in (assumed if isinstance(assumed, list) else ())),
+    }
 
 
 def _noted_weights(content: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], taken: Taken) -> str:

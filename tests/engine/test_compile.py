@@ -15,7 +15,7 @@ import yaml
 
 from conv2former import ConfigError, compiling
 from conv2former.config import check_config
-from conv2former.engine import build, train, trainer
+from conv2former.engine import network, train, trainer
 from conv2former.tools.runs.comparing import differing, metrics_of
 
 from ..conftest import ROOT
@@ -27,7 +27,7 @@ from .test_trainer import Killed, final
 @pytest.fixture
 def without_code_generation(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(build, "compile_blocks", functools.partial(build.compile_blocks, backend="eager"))
+    monkeypatch.setattr(network, "compile_blocks", functools.partial(network.compile_blocks, backend="eager"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/as/given")
 
 

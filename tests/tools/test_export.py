@@ -229,7 +229,7 @@ def test_a_torch_without_the_newer_way_to_say_any_shape(monkeypatch):
         monkeypatch.setattr(builtins, "__import__", older)
     model = small_network()
     with torch.no_grad(), tool.quiet():
-        network = tool._trace(model, None).module()
+        network = tool._trace(model, 3, (64, 64), None).module()
         for x in (torch.randn(1, 3, 70, 95), torch.randn(3, 3, 128, 64)):
             np.testing.assert_allclose(network(x).numpy(), model(x).numpy(), rtol=1e-4, atol=1e-5)
 

@@ -17,9 +17,7 @@ from ...config import apply_overrides
 from ...errors import CheckpointError, ConfigError, OutputError, shorten
 from ...models import CheckpointInfo, inspect_checkpoint
 from ...printing import print_lines
-from ...variants import differences
-from ...weights.contents import native_state_dict
-from ...weights.description import definition_in, describe_checkpoint
+from ...weights.description import definition_in, describe_checkpoint, state_dict_of
 from ...weights.installed import file_sha256
 from ...weights.reading import read_checkpoint, weight_file
 from ..evaluation.validate import validate
@@ -181,7 +179,7 @@ def _check(checkpoints: Sequence[str | Path], output: Path, use_ema: bool, say: 
     for path in checkpoints:
         content = read_checkpoint(path)
         info = describe_checkpoint(content, path)
-        weights = _floats(native_state_dict(content, use_ema), path)
+        weights = _floats(state_dict_of(content, use_ema), path)
         if first is None:
             first = _First(info, definition_in(content), {key: tensor.shape for key, tensor in weights.items()})
             continue
@@ -208,7 +206,7 @@ def _floats(state_dict: Mapping[str, torch.Tensor], path: object) -> dict[str, t
 
 
 def _check_same(first: CheckpointInfo, other: CheckpointInfo, a: object, b: object) -> None:
-    differing = differences(other.model_args(), first.model_args())
+    differing = other.differences(first)
     for key in ("in_chans", "num_classes"):
         if getattr(other, key) != getattr(first, key):
             differing.append(f"{key} {getattr(other, key)} for {getattr(first, key)}")
@@ -224,7 +222,7 @@ def _read(path: str | Path, use_ema: bool) -> tuple[dict[str, torch.Tensor], dic
     info = describe_checkpoint(content, path)
     file = weight_file(path)
     source = {"file": file.name, "sha256": file_sha256(file), "weights": info.weights(use_ema), "metric": info.metric}
-    return native_state_dict(content, use_ema, path), source
+    return state_dict_of(content, use_ema, path), source
 
 
 def _write(
@@ -243,12 +241,11 @@ def _save(
 ) -> None:
     """Writes a weight file in this project's layout; of the recipe it has the first file's."""
     info = first.info
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in info.model_args().items()}
-    definition = {**plain, **{key: first.definition[key] for key in ("ls_init_value",) if key in first.definition}}
+    untold = {key: first.definition[key] for key in ("ls_init_value",) if key in first.definition}
     content = {
         "model": state_dict,
         "class_names": info.class_names,
-        "variant": {**({"name": info.name} if info.name else {}), **definition},
+        "variant": {**info.definition(), **untold},
         "config": info.recipe,
         "preprocessing": info.preprocessing.to_dict(),
         "metric": metric if metric is None or math.isfinite(metric) else None,

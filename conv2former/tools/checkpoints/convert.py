@@ -12,23 +12,27 @@ from typing import Any, cast
 
 from timm.data import ImageNetInfo
 from timm.models import is_model
+from torch import nn
 
 from ..._preprocessing import FIELDS, size_text
 from ..._yaml import cut
 from ...data.classes import SYNSET, class_names_of
 from ...errors import CheckpointError, ConfigError, DataError, closest, counted, shorten
-from ...models import CheckpointInfo, Conv2Former, Preprocessing, list_variants, variant
+from ...models import CheckpointInfo, Preprocessing, list_variants, variant
 from ...models.restore import restore
 from ...models.zoo import make_cfg
 from ...text import printable
 from ...variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants
-from ...weights.description import definition_in, describe_checkpoint, noted_kind, weights_text
+from ...weights.description import OtherInfo, definition_in, describe_checkpoint, noted_kind, weights_text
 from ...weights.hub_config import SECTION
 from ...weights.installed import NAME, file_sha256, published_tag
 from ...weights.preprocessing import candidates
 from ...weights.reading import read_checkpoint, weight_file
 
 __all__ = ["Export", "choose_a_name", "convert", "fitting_files", "layout_of", "noted_metric", "summary"]
+
+# of timm's `pretrained_cfg`, what is said of a network and not of its weights
+_OF_NETWORK = ("classifier", "first_conv", "fixed_input_size", "pool_size", "paper_ids", "paper_name")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Export:
 
     Attributes:
         name: `variant.tag`, or what is known of it; empty where nothing is.
-        model: with its `pretrained_cfg`.
+        model: a Conv2Former, or another network of timm's, with its `pretrained_cfg`.
         info: what its file says about it.
         preprocessing: of images, as it is noted.
         model_args: the arguments with which a built-in entry point builds it.
@@ -47,7 +51,7 @@ class Export:
     """
 
     name: str
-    model: Conv2Former
+    model: Any
     info: CheckpointInfo
     preprocessing: Preprocessing
     model_args: dict[str, Any]
@@ -100,7 +104,11 @@ def convert(
     path = weight_file(checkpoint)
     earlier = _earlier(content, path)
     layout = earlier.get("source", {}).get("layout", info.layout)
-    name, notes = _name(name or earlier.get("name", ""), info, layout, checkpoint)
+    name, notes = name or earlier.get("name", ""), list[str]()
+    if isinstance(info, OtherInfo):
+        name = _name_of_other(name, info, needs_tag)
+    else:
+        name, notes = _name(name, info, layout, checkpoint)
     if needs_tag and "." not in name:
         raise ConfigError(choose_a_name(info, name, layout))
     model, info = restore(content, checkpoint, use_ema is not False)
@@ -116,13 +124,13 @@ def convert(
     tag = published_tag(name)
     chosen, assumed = _preprocessing(info, tag, checkpoint, preprocessing, overrides)
     labels, labels_from = _labels(info, class_names, earlier)
-    args = _plain(info.model_args())
+    args = _model_args(info)
     if info.layer_scale and isinstance(definition.get("ls_init_value"), float):
         args["ls_init_value"] = definition["ls_init_value"]
-    model.pretrained_cfg = model.default_cfg = _cfg(name, tag, info, chosen)
+    model.pretrained_cfg = model.default_cfg = _cfg(model, name, tag, info, chosen)
     data = _serialize(model)
     rate = {key: value for key, value in definition.items() if key == "train_drop_path_rate"}
-    own = {"name": name.partition(".")[0] or info.name}
+    own = info.definition() if isinstance(info, OtherInfo) else {"name": name.partition(".")[0] or info.name, **args}
     section = {
         "name": name,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -133,14 +141,36 @@ def convert(
         "epoch": info.epoch,
         "assumed": assumed,
         "class_names": labels_from,
-        "variant": {key: value for key, value in {**own, **args, **rate}.items() if key != "name" or value},
+        "variant": {key: value for key, value in {**own, **rate}.items() if key != "name" or value},
         "recipe": _plain(info.recipe),
     }
     return Export(name or info.name or "", model, info, chosen, args, {**labels, SECTION: section}, data, notes)
 
 
-def _cfg(name: str, tag: PretrainedTag | None, info: CheckpointInfo, chosen: Preprocessing) -> dict[str, Any]:
+def _name_of_other(given: str, info: OtherInfo, needs_tag: bool) -> str:
+    """Returns the name of a network of timm's registry, under which no weights but timm's own can be asked for."""
+    if needs_tag or given not in ("", info.network.entry):
+        raise ConfigError(
+            f"--install and --name are for Conv2Former, and this is {info.name}; write a folder (--output) or push it"
+        )
+    return info.network.entry
+
+
+def _model_args(info: CheckpointInfo) -> dict[str, Any]:
+    """Returns the arguments with which an entry point of timm's builds a network."""
+    if isinstance(info, OtherInfo):
+        return dict(info.network.sized(info.preprocessing.size).args)
+    return cast(dict[str, Any], _plain(info.model_args()))
+
+
+def _cfg(
+    model: Any, name: str, tag: PretrainedTag | None, info: CheckpointInfo, chosen: Preprocessing
+) -> dict[str, Any]:
     """Returns timm's `pretrained_cfg` of a file."""
+    if isinstance(info, OtherInfo):
+        about = {key: value for key, value in model.pretrained_cfg.items() if key in _OF_NETWORK}
+        size = {"num_classes": info.num_classes, "input_size": (info.in_chans, *chosen.size)}
+        return {**about, **chosen.to_cfg(), "architecture": info.network.entry.partition(".")[0], **size}
     return {
         **make_cfg(tag),
         **chosen.to_cfg(),
@@ -168,7 +198,7 @@ def _earlier(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return kept
 
 
-def _serialize(model: Conv2Former) -> bytes:
+def _serialize(model: nn.Module) -> bytes:
     import safetensors.torch
 
     return safetensors.torch.save(model.state_dict())
@@ -383,7 +413,7 @@ LABELS = {
 
 def layout_of(source: Mapping[str, Any]) -> str:
     """Returns whose names the tensors of a source file have, as text."""
-    own = {"authors": "the authors'", "birder": "birder's", "conv2former": "this project's"}
+    own = {"authors": "the authors'", "birder": "birder's", "conv2former": "this project's", "timm": "timm's"}
     return own.get(source["layout"], printable(cut(source["layout"])))
 
 

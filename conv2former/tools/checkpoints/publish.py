@@ -17,11 +17,11 @@ from ... import _private
 from ..._store import store_folder
 from ..._yaml import cut, dump_yaml
 from ...errors import CheckpointError, ConfigError, OutputError, closest, first_line, shorten
-from ...models import InstalledModel, list_installed
+from ...models import CheckpointInfo, InstalledModel, list_installed
 from ...models.zoo import register_installed
 from ...text import printable
 from ...variants import names_of_same_file
-from ...weights.description import noted_kind, weights_text
+from ...weights.description import OtherInfo, noted_kind, weights_text
 from ...weights.hub_config import HUB_CONFIG, SECTION
 from ...weights.installed import HUB_FILES, names_installed, published_tag
 from ..output import replacing
@@ -30,10 +30,9 @@ from .convert import LABELS, Export, choose_a_name, layout_of, noted_metric
 __all__ = ["check_folder", "check_hub", "install", "push", "uninstall", "write_folder"]
 
 WEIGHTS, CARD = HUB_FILES[0], "README.md"
-DESCRIPTION = (
-    "Conv2Former, a ConvNet that replaces self-attention by convolutional modulation. Converted from the source file "
-    "below; the result was loaded again and gave the same outputs."
-)
+OWN = "Conv2Former, a ConvNet that replaces self-attention by convolutional modulation."
+OTHER = "A network of timm's registry, trained on the classes below."
+CONVERTED = "Converted from the source file below; the result was loaded again and gave the same outputs."
 CITATION = """@article{hou2024conv2former,
   title   = {Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition},
   author  = {Hou, Qibin and Lu, Cheng-Ze and Cheng, Ming-Ming and Feng, Jiashi},
@@ -91,7 +90,8 @@ def _check_loads(export: Export, folder: Path) -> None:
     """Builds the network from the folder, as timm does, and compares it with the one that was read."""
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     own, theirs = export.model.state_dict(), again.state_dict()
-    images = torch.rand(1, export.info.in_chans, 64, 64, generator=torch.Generator().manual_seed(0))
+    size = export.preprocessing.size if isinstance(export.info, OtherInfo) else (64, 64)
+    images = torch.rand(1, export.info.in_chans, *size, generator=torch.Generator().manual_seed(0))
     is_equal = own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
     if not is_equal or not torch.equal(export.model(images), again(images)):
         has_nan = not all(torch.isfinite(tensor).all() for tensor in own.values())
@@ -109,10 +109,9 @@ def _card(export: Export, where: str) -> dict[str, Any]:
     info, section, tag = export.info, export.section, published_tag(export.name)
     source, assumed = section["source"], section["assumed"]
     images = f"assumed, since the file does not note them: {', '.join(assumed)}" if assumed else "as noted or given"
-    shape = f"dims {list(info.dims)}, depths {list(info.depths)}, kernel size {info.kernel_size}, fusion {info.fusion}"
-    shape += "" if info.stem_stride == 4 else f", stem stride {info.stem_stride}"
+    is_other = isinstance(info, OtherInfo)
     details: dict[str, Any] = {
-        "Architecture": f"{printable(info.name or 'Conv2Former')}: {shape}",
+        "Architecture": printable(_architecture(info)),
         "Parameters": f"{info.num_parameters:,}",
         "Classes": f"{info.num_classes:,}, names {LABELS[section['class_names']]}",
         "Images": f"{export.preprocessing}; {images}",
@@ -132,7 +131,7 @@ def _card(export: Export, where: str) -> dict[str, Any]:
         details["Page of the file"] = tag.page
     usage = [
         "```python",
-        "import conv2former, timm  # importing conv2former registers the network with timm",
+        "import timm" if is_other else "import conv2former, timm  # importing conv2former registers it with timm",
         "",
         f'model = timm.create_model("{where}", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
@@ -143,13 +142,21 @@ def _card(export: Export, where: str) -> dict[str, Any]:
         fence = _fence(recipe, 3)
         usage += ["", "## Recipe noted in the file", "", f"{fence}yaml", recipe, fence]
     return {
-        "tags": ["image-classification", "timm", "conv2former"],
+        "tags": ["image-classification", "timm", *([] if is_other else ["conv2former"])],
         "license": export.model.pretrained_cfg.get("license") or "unknown",
-        "description": DESCRIPTION,
+        "description": f"{OTHER if is_other else OWN} {CONVERTED}",
         "details": details,
         "usage": "\n".join(usage),
-        "citation": CITATION,
+        **({} if is_other else {"citation": CITATION}),
     }
+
+
+def _architecture(info: CheckpointInfo) -> str:
+    if isinstance(info, OtherInfo):
+        return str(info.network)
+    shape = f"dims {list(info.dims)}, depths {list(info.depths)}, kernel size {info.kernel_size}, fusion {info.fusion}"
+    shape += "" if info.stem_stride == 4 else f", stem stride {info.stem_stride}"
+    return f"{info.name or 'Conv2Former'}: {shape}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the store

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ... import _private
 from ..._preprocessing import FIELDS
@@ -18,7 +19,8 @@ from ...data import DataSource, StreamSource, open_val
 from ...data.classes import match_classes, order_in_doubt
 from ...data.real_labels import real_labels
 from ...errors import CheckpointError, ConfigError, DataError, counted, shorten
-from ...models import CheckpointInfo, Conv2Former, load_model
+from ...models import CheckpointInfo, load_model
+from ...models.others import check_size
 from ...weights.preprocessing import Preprocessing
 from ..prediction.predict import check_channels
 from .files import Extras
@@ -51,7 +53,7 @@ class Task:
     views: dict[str, Preprocessing]
     changed: list[str]
     class_names: list[str]
-    model: Conv2Former | None
+    model: nn.Module | None
     among: list[int] | None = None
     real: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
@@ -93,6 +95,8 @@ def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Sourc
     check_channels(path, info.in_chans)
     settings = settings_for(info, path, options)
     views, changed = preprocessings_for(info, settings, options)
+    for view in views.values():
+        check_size(model, path, view.size, info.in_chans)
     names = class_names_for(info, path, settings.data, options)
     notes = []
     where = json.dumps([settings.data.model_dump(mode="json", exclude=set(FIELDS)), names])

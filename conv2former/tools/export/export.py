@@ -7,6 +7,7 @@ the weights are from. docs/export.md lists them.
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -30,8 +31,10 @@ from ...config import apply_overrides
 from ...data.classes import class_names_of, display_names
 from ...errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted, first_line
 from ...models import CheckpointInfo, Conv2Former, Preprocessing, load_model
+from ...models.others import check_size
 from ...printing import print_lines
 from ...text import printable
+from ...weights.description import OtherInfo
 from ...weights.installed import file_sha256
 from ...weights.preprocessing import candidates
 from ...weights.reading import weight_file
@@ -60,7 +63,8 @@ class Options:
 
     Attributes:
         format: one of `FORMATS`; None for that of the output's ending.
-        dynamic: any batch size, and any height and width from 32 pixels on; otherwise `batch_size` and the input size.
+        dynamic: any batch size, and of a Conv2Former any height and width from 32 pixels on; otherwise `batch_size` and
+            the input size.
         img_size: of the input, pixels: one number for a square, or height and width; None for the checkpoint's.
         batch_size: of a file that is not dynamic.
         opset: of ONNX.
@@ -153,6 +157,7 @@ def export(
     say(f"reading {checkpoint}")
     model, info = load_model(checkpoint, options.use_ema)
     preprocessing = chosen_preprocessing(info, options)
+    check_size(model, checkpoint, preprocessing.size, info.in_chans)
     metadata = describe(checkpoint, info, preprocessing, options)
     with replacing(output) as temporary:
         written = write_checked(model, info, preprocessing, metadata, kind, temporary, options, say)
@@ -267,7 +272,7 @@ def read_metadata(path: str | Path, format: str | None = None) -> dict[str, str]
 
 
 def write_checked(
-    model: Conv2Former,
+    model: nn.Module,
     info: CheckpointInfo,
     preprocessing: Preprocessing,
     metadata: dict[str, str],
@@ -290,15 +295,18 @@ def write_checked(
             say("compiling the network")
             # through memory: on a full disk torch's own writing ends the program
             buffer = io.BytesIO()
-            torch.jit.save(torch.jit.script(model), buffer, _extra_files=metadata)
+            with _refusals_of(info, "write .onnx or .pt2"):
+                torch.jit.save(torch.jit.script(model), buffer, _extra_files=metadata)
             path.write_bytes(buffer.getbuffer())
             facts = []
         else:
             say("tracing the network")
-            program = _trace(model, fixed)
+            with _refusals_of(info, "--fixed, for one input shape, may do, or .ts"):
+                program = _trace(model, info.in_chans, preprocessing.size, fixed)
             say(f"writing {kind}")
             if kind == "onnx":
-                facts = _write_onnx(program, path, metadata, options, bool(info.num_classes))
+                names = {0: "batch", 2: "height", 3: "width"} if isinstance(model, Conv2Former) else {0: "batch"}
+                facts = _write_onnx(program, path, metadata, options, bool(info.num_classes), names)
             else:
                 buffer = io.BytesIO()
                 torch.export.save(program, buffer, extra_files=metadata)
@@ -332,36 +340,85 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _trace(model: Conv2Former, shape: tuple[int, ...] | None) -> torch.export.ExportedProgram:
-    """Returns the network's graph for one input shape, or for all of them if it is None."""
-    example = torch.zeros(shape or (2, model.in_chans, 64, 96))
+@contextmanager
+def _refusals_of(info: CheckpointInfo, advice: str) -> Iterator[None]:
+    """Turns what torch says about one of timm's networks, which may have what it cannot write, into one sentence."""
+    try:
+        yield
+    except Exception as e:  # the compilers' errors have no common class
+        if not isinstance(info, OtherInfo):
+            raise
+        raise OutputError(f"torch cannot write {info.name} so ({first_line(e)}): {advice}") from None
+
+
+def _trace(
+    model: nn.Module, in_chans: int, size: tuple[int, int], shape: tuple[int, ...] | None
+) -> torch.export.ExportedProgram:
+    """Returns the network's graph.
+
+    Args:
+        model: the network.
+        in_chans: channels of its input.
+        size: (height, width) of its input.
+        shape: of the input; None for any batch size, and of a Conv2Former any height and width.
+    """
+    if not isinstance(model, Conv2Former):
+        example = torch.zeros(shape or (2, in_chans, *size))
+        name = next(iter(inspect.signature(model.forward).parameters))
+        dynamic = None if shape else _any_shape(in_chans, name, size)
+        return _without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
+    example = torch.zeros(shape or (2, in_chans, 64, 96))
     pool = model.head.global_pool
     # The same mean, without a look at the size: adaptive pooling asks whether the map is one pixel wide.
     model.head.global_pool = SelectAdaptivePool2d(pool_type="fast", flatten=True)
     try:
-        program = torch.export.export(model, (example,), dynamic_shapes=None if shape else _any_shape(model.in_chans))
+        dynamic = None if shape else _any_shape(in_chans)
+        return _without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
     finally:
         model.head.global_pool = pool
+
+
+def _without_paths(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Removes this machine's paths from a graph, and returns it."""
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # with this machine's paths
+        node.meta.pop("stack_trace", None)
     return program
 
 
-def _any_shape(in_chans: int) -> Any:
-    """Returns the sizes that a file is for, in the terms of torch.export."""
+def _any_shape(in_chans: int, name: str = "x", size: tuple[int, int] | None = None) -> Any:
+    """Returns the sizes that a file is for, in the terms of torch.export.
+
+    Args:
+        in_chans: channels of the images.
+        name: of the argument that takes them.
+        size: (height, width); None for any.
+    """
     try:
         from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
     except ImportError:  # an older torch, which then holds for maps of the last stage of more than one pixel
         dynamic = torch.export.Dim.DYNAMIC
-        return ({0: dynamic, 2: dynamic, 3: dynamic},)
-    height, width = (ShapeVar(name, min=MIN_SIZE) for name in ("height", "width"))
-    return ShapesSpec(params=ParamsSpec({"x": TensorSpec([ShapeVar("batch", min=1), in_chans, height, width])}))
+        return ({0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic},)
+    sides = size or [ShapeVar(side, min=MIN_SIZE) for side in ("height", "width")]
+    return ShapesSpec(params=ParamsSpec({name: TensorSpec([ShapeVar("batch", min=1), in_chans, *sides])}))
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str], options: Options, has_classes: bool
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: dict[str, str],
+    options: Options,
+    has_classes: bool,
+    names: dict[int, str],
 ) -> list[str]:
     """Writes one ONNX file, and returns its opset and number of nodes.
+
+    Args:
+        program: what to write.
+        path: of the file.
+        metadata: the texts in the file.
+        options: how.
+        has_classes: whether the answer are logits.
+        names: of the input's dimensions that a dynamic file leaves open.
 
     Raises:
         UserError: it would be too large, or the opset cannot be written.
@@ -374,7 +431,7 @@ def _write_onnx(
             f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds {MAX_ONNX_BYTES / 1e9:.1f}; "
             "write .pt2 or .ts"
         )
-    names = {0: "batch", 2: "height", 3: "width"} if options.dynamic else {}
+    (argument,) = program.graph_signature.user_inputs
     try:
         exported = torch.onnx.export(
             program,
@@ -384,7 +441,7 @@ def _write_onnx(
             input_names=["images"],
             output_names=["logits" if has_classes else "features"],
             opset_version=options.opset,
-            dynamic_shapes={"x": names} if names else None,
+            dynamic_shapes={argument: names} if options.dynamic else None,
         )
     except torch.onnx.errors.OnnxExporterError as e:
         raise ConfigError(f"--opset {options.opset}: torch cannot write it ({first_line(e)})") from None
@@ -450,12 +507,14 @@ def open_onnx(path: Path) -> tuple[Run, dict[str, str]]:
 def shapes_of(info: CheckpointInfo, preprocessing: Preprocessing, options: Options) -> list[tuple[int, ...]]:
     """Returns the input shapes that a file is tried with.
 
-    A dynamic file is tried with two batch sizes, each with the input size and two others that are neither square nor
-    multiples of 32; another with its one shape, twice.
+    A dynamic file is tried with two batch sizes, of a Conv2Former each with the input size and two others that are
+    neither square nor multiples of 32; another with its one shape, twice.
     """
     height, width = preprocessing.size
     if not options.dynamic:
         return [(options.batch_size, info.in_chans, height, width)] * 2
+    if isinstance(info, OtherInfo):
+        return [(batch, info.in_chans, height, width) for batch in (1, 3)]
     sizes = ((height, width), (height + 26, max(width - 34, 33)), (max(height // 2, 32) + 1, width + 7))
     return [(batch, info.in_chans, *size) for size in sizes for batch in (1, 3)]
 

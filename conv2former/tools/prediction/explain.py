@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ...engine.pictures import seen_pixels
-from ...errors import UserError
+from ...errors import ConfigError, UserError
 from ...models import Conv2Former
 from ...text import clipped
 from ..output import save_figure
@@ -210,6 +210,10 @@ class Explainer:
         stages: Sequence[int] | None = None,
     ) -> None:
         _grad_cam()
+        if not isinstance(predictor.model, Conv2Former):
+            raise ConfigError(
+                f"--explain: {predictor.info.name} has no modulation to show; it is for Conv2Former alone"
+            )
         self.predictor = predictor
         self.class_index = None if class_name is None else predictor.class_index(class_name)
         size = min(predictor.settings.preprocessing.size)

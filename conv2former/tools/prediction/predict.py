@@ -23,6 +23,7 @@ from ...data.workers import Sent, portable_errors
 from ...errors import CheckpointError, ConfigError, DataError, closest, counted
 from ...inference import capture
 from ...models import Preprocessing, load_model
+from ...models.others import check_size
 from ...text import printable
 from ...weights.description import weights_text
 from .inputs import STANDARD_INPUT, ImageFile
@@ -234,9 +235,10 @@ class Predictor:
         if not self.info.num_classes:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
         check_channels(checkpoint, self.info.in_chans)
+        self.settings = read_settings(self.info.preprocessing, overrides, self.info.recipe.get("data"))
+        check_size(model, checkpoint, self.settings.preprocessing.size, self.info.in_chans)
         self.model = model.to(self.device)
         self._answer = capture(self.model)  # whole batches come often, and the last one once
-        self.settings = read_settings(self.info.preprocessing, overrides, self.info.recipe.get("data"))
         self.class_names = class_names_of(self.info.num_classes, self.info.class_names)
         numbered = [f"class {i}" for i in range(self.info.num_classes)]
         self.names = display_names(self.class_names) if self.class_names else numbered

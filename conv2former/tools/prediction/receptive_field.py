@@ -278,6 +278,8 @@ def _networks(
     """Goes over the networks, one at a time in memory, each with what to call it and how images become its input."""
     for path in checkpoints:
         model, info = load_model(path)
+        if not isinstance(model, Conv2Former):
+            raise CheckpointError(f"{path} holds {info.name}; the receptive field is measured of Conv2Former alone")
         yield (
             f"{info.name or 'a network of its own'} of {printable(path)}",
             model,
