@@ -49,6 +49,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     weights.add_argument("--raw", action="store_true", help="the raw weights although the file has averaged ones")
     parser.add_argument("--preprocessing", choices=("imagenet", "inception"), help="instead of what the file notes")
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="a class name in each line, in index order")
+    parser.add_argument("--half", action="store_true", help="weights in float16, for half the size")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     args, overrides = parser.parse_known_args()
     if args.checkpoint is None and args.install and os.path.exists(args.install):  # --install FILE
@@ -79,6 +80,7 @@ def main() -> None:
         overrides,
         _class_list(args.class_names) if args.class_names else None,
         needs_tag=args.install is not None,
+        half=args.half,
     )
     print_lines(*summary(export).split("\n"))
     if args.install is not None:

@@ -174,6 +174,24 @@ def test_a_network_of_ones_own_where_nobody_registered_it(tmp_path):
     assert conv2former.inspect_checkpoint(tmp_path / "out").name == "my_net"
 
 
+def test_half_the_size(tmp_path):
+    """The file has the weights rounded to float16; what is built from it computes in float32."""
+    model = network()
+    torch.save({"model": model.state_dict(), "variant": {"name": "x", **SHAPE}}, tmp_path / "x.pt")
+    whole, half = (convert(tmp_path / "x.pt", half=rounds) for rounds in (False, True))
+    assert half.section["bytes"] == len(half.weights) < 0.55 * len(whole.weights)
+    write_folder(half, tmp_path / "half")
+    again = conv2former.load_model(tmp_path / "half")[0]
+    assert {value.dtype for value in again.parameters()} == {torch.float32}
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value.half().to(value.dtype)), key
+    model.head.fc.bias.data[0] = 1e6
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pt")
+    convert(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"head.fc.bias has values beyond float16's range; leave --half out"):
+        convert(tmp_path / "x.pt", half=True)
+
+
 def test_averaged_or_raw(tmp_path):
     raw, averaged = network(0), network(1)
     path = tmp_path / "x.pt"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from timm.data import ImageNetInfo
 from timm.models import is_model
 from torch import nn
@@ -78,6 +79,7 @@ def convert(
     overrides: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
     needs_tag: bool = False,
+    half: bool = False,
 ) -> Export:
     """Reads a weight file, and puts together all that its folder in timm's hub layout will hold.
 
@@ -89,9 +91,10 @@ def convert(
         overrides: single values of it, `data.mean=[0.5,0.5,0.5]`.
         class_names: in index order, instead of those in the file.
         needs_tag: it is to be installed; a missing tag is then said before the work.
+        half: round the weights to float16, for half the size. Who loads them computes in float32 as before.
 
     Raises:
-        CheckpointError: the file cannot be read, or is not what its name says.
+        CheckpointError: the file cannot be read, is not what its name says, or has weights beyond float16's range.
         ConfigError: an override is wrong, or the tag is missing; says which it could have.
         DataError: the class names are more or fewer than the classes.
     """
@@ -128,7 +131,9 @@ def convert(
     if info.layer_scale and isinstance(definition.get("ls_init_value"), float):
         args["ls_init_value"] = definition["ls_init_value"]
     model.pretrained_cfg = model.default_cfg = _cfg(model, name, tag, info, chosen)
-    data = _serialize(model)
+    if half:
+        _round_to_half(model, checkpoint)
+    data = _serialize(model, half)
     rate = {key: value for key, value in definition.items() if key == "train_drop_path_rate"}
     own = info.definition() if isinstance(info, OtherInfo) else {"name": name.partition(".")[0] or info.name, **args}
     section = {
@@ -198,10 +203,23 @@ def _earlier(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return kept
 
 
-def _serialize(model: nn.Module) -> bytes:
+def _round_to_half(model: nn.Module, path: object) -> None:
+    """Rounds a network's weights to what float16 has, and leaves their type."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            half = value.half()
+            if not torch.equal(value.isfinite(), half.isfinite()):
+                raise CheckpointError(f"{path}: {key} has values beyond float16's range; leave --half out")
+            value.copy_(half)
+
+
+def _serialize(model: nn.Module, half: bool) -> bytes:
     import safetensors.torch
 
-    return safetensors.torch.save(model.state_dict())
+    tensors = model.state_dict()
+    if half:
+        tensors = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+    return safetensors.torch.save(tensors)
 
 
 def _entry_point(info: CheckpointInfo) -> str:
