@@ -52,7 +52,9 @@ def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict
         node: Any = raw
         *parents, last = key.split(".")
         for parent in parents:
-            if not isinstance(node.setdefault(parent, {}), dict):
+            if node.get(parent) is None:  # a section that may be null, such as train.early_stop
+                node[parent] = {}
+            if not isinstance(node[parent], dict):
                 raise ConfigError(f"{cut(key)}: '{cut(parent)}' is not a section")
             node = node[parent]
         node[last] = value
