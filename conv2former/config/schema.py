@@ -44,6 +44,11 @@ def _as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+Trackers = Annotated[
+    tuple[Literal["wandb", "trackio", "mlflow"], ...],
+    Field(max_length=10),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 Metric = Literal["top1", "loss", "macro_f1", "balanced_accuracy"]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
 
@@ -266,6 +271,8 @@ class LogConfig(Section):
 
     every_steps: Positive = 50
     tensorboard: bool = True
+    trackers: Trackers = ()  # of wandb, trackio and mlflow, each a package that is installed apart; docs/tracking.md
+    project: str | None = None  # to which the trackers count the run; null: what their variables say, or conv2former
 
 
 class Config(Section):

@@ -21,7 +21,7 @@ from .._yaml import cut
 from ..compiling import private_folder
 from ..config import Config, Plan
 from ..data import train_transforms
-from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes
+from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes, shorten
 from ..models import Conv2Former
 from ..models.backbone import Stage
 from ..models.compiled import compile_blocks
@@ -30,6 +30,7 @@ from .distributed import World, wrap
 from .loss import build_criterion, build_mixup
 from .network import SMALLER, find_variant_of, freeze
 from .optimizer import build_optimizer, build_scheduler, optimizer_args
+from .trackers import missing_trackers
 
 __all__ = ["Run", "autocast_for", "build_run", "check_names"]
 
@@ -161,6 +162,9 @@ def check_names(config: Config, device: torch.device) -> None:
         mistakes.append("train.batchnorm: sync needs GPUs; use average on CPUs")
     if config.train.cuda_graph == "on" and not graphs.can_capture(device):
         mistakes.append("train.cuda_graph: on needs an NVIDIA GPU, and torch sees none here; leave it at auto")
+    if missing := missing_trackers(config.log.trackers):
+        packages = " ".join(missing)
+        mistakes.append(f"log.trackers: not installed: {shorten(missing)}; pip install {packages}, or leave it out")
     if len(mistakes) == 1:
         raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)

@@ -18,7 +18,7 @@ NAMES = {"top1": "top-1", "loss": "the loss", "macro_f1": "macro-F1", "balanced_
 
 
 def is_better(metric: str, value: float, best: float, min_delta: float = 0.0) -> bool:
-    """Returns whether a value is better than the best so far by more than `min_delta`: lower of the loss, else higher."""
+    """Returns whether a value is better than the best one by more than `min_delta`: lower of the loss, else higher."""
     return value < best - min_delta if metric == "loss" else value > best + min_delta
 
 

@@ -87,7 +87,9 @@ class TrainState:
         Returns:
             Whether they are the best so far by `checkpoint.metric`, or as good and of the lower loss.
         """
-        before = [kept for kept in self.history if kept[0] < self.epochs]  # one that is made up for may be there already
+        before = [
+            kept for kept in self.history if kept[0] < self.epochs
+        ]  # one that is made up for may be there already
         self.history = [*before, as_history_row(self.epochs, row, self.prefix)]
         if not self._is_best(row):
             return False

@@ -152,7 +152,9 @@ class Trainer:
         if self.world.is_main:
             lines = describe_job(self.job, self.world.size, self.kernels, self.state.kernels)
             self.log.say(*lines, *filter(None, [self.run.about_graphs]))
+        is_done = False
         try:
+            self.log.begin(self.config.to_dict(), self.config.log.trackers, self.config.log.project)
             if self._misses_evaluation():
                 self._evaluate_and_save()
             for epoch in range(self.state.epochs, self.plan.epochs):
@@ -162,9 +164,11 @@ class Trainer:
                 self._end_epoch(epoch)
             if not self.world.is_main:
                 return {}
-            return finish(self.state, self.curves, self.log, self.loader.num_workers, self.kernels)
+            report = finish(self.state, self.curves, self.log, self.loader.num_workers, self.kernels)
+            is_done = True
+            return report
         finally:
-            self.log.close()
+            self.log.close(is_done)
             self.run.release()
 
     def train_epoch(self, epoch: int) -> None:
@@ -284,7 +288,7 @@ class Trainer:
         self._exchange_skipped(int(row["n"]))
         self._check_evaluation(row)
         is_best = state.note_evaluation(row, result)
-        self.log.evaluation(state.step, state.epochs, row)
+        self.log.evaluation(state.step, state.epochs, row, state.prefix if is_best else None)
         self.log.say(self._evaluation_line(row))
         if len(state.history) == 1 and (
             missing := about_missing(ClassMetrics.of(result.per_class).rows(self.job.class_names))
@@ -334,9 +338,9 @@ class Trainer:
         prefix = self.state.prefix
         top5 = f"  top-5 {row['top5']:.2f} %" if has_top5(len(self.job.class_names)) else ""
         ema = f"  averaged weights {with_error(row['ema_top1'], n)}" if self.run.ema else ""
-        classes = f"macro-F1 {row[f'{prefix}macro_f1']:.2f} %, balanced {row[f'{prefix}balanced_accuracy']:.2f} %"
+        classes = f"macro-F1 {row[f'{prefix}macro_f1']:.2f} %  balanced {row[f'{prefix}balanced_accuracy']:.2f} %"
         return (
-            f"epoch {self.state.epochs}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema} ({classes})  "
+            f"epoch {self.state.epochs}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  {classes}  "
             f"loss {row['loss']:.4f}  ({counted(n, 'image')})"
         )
 
