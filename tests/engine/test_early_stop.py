@@ -104,7 +104,7 @@ def quick(raw_config):
 @pytest.mark.slow
 def test_a_run_ends_early_and_is_as_one_that_was_killed(quick, played, tmp_path, monkeypatch, capsys):
     """Killed after epoch 3, it has seen no progress for one evaluation, and needs two more."""
-    accuracies = [40.0, 60.0, 50.0, 60.0, 55.0, 99.0]
+    accuracies = [40.0, 60.0, 50.0, 60.0, 55.0, 99.0, 98.0, 98.0, 98.0, 98.0]
     played.update({epoch: {"top1": top1, "loss": 1.0} for epoch, top1 in enumerate(accuracies, 1)})
     config = configure(quick, train__early_stop={"patience": 3})
     report = train(config, tmp_path / "whole")
@@ -136,8 +136,8 @@ def test_a_run_ends_early_and_is_as_one_that_was_killed(quick, played, tmp_path,
     assert text + hint in capsys.readouterr().out.split("\n")
     assert (again["steps"], again["top1"]) == (5, 60.0)
     more = train(configure(quick, train__early_stop={"patience": 4}), tmp_path / "whole")
-    assert (more["epoch"], more["steps"], more["stopped_early"]) == (6, 10, "top-1 has not risen for 4 evaluations "
-        "(best: 99.00 % at epoch 6)") or (more["epoch"], more["steps"], more["stopped_early"]) == (6, 10, "")  # fmt: skip
+    # no progress for four evaluations at the last epoch is an end like any other
+    assert (more["epoch"], more["steps"], more["stopped_early"]) == (6, 10, "")
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_the_lost_best_of_a_run_that_ended_early(quick, played, tmp_path, capsys
     ("metric", "best"), [("top1", 3), ("loss", 2), ("macro_f1", 1), ("balanced_accuracy", 4)]
 )  # fmt: skip
 def test_what_is_the_best(quick, played, tmp_path, metric, best):
-    """Of epochs 2 and 4, with the same balanced accuracy, the lower loss; but epoch 2's is another here."""
+    """Epochs 3 and 4 have the same balanced accuracy: the one of the lower loss."""
     played.update({
         1: {"top1": 10.0, "loss": 4.0, "macro_f1": 90.0, "balanced_accuracy": 10.0},
         2: {"top1": 20.0, "loss": 1.0, "macro_f1": 20.0, "balanced_accuracy": 10.0},
