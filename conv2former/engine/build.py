@@ -163,8 +163,10 @@ def check_names(config: Config, device: torch.device) -> None:
     if config.train.cuda_graph == "on" and not graphs.can_capture(device):
         mistakes.append("train.cuda_graph: on needs an NVIDIA GPU, and torch sees none here; leave it at auto")
     if missing := missing_trackers(config.log.trackers):
-        packages = " ".join(missing)
-        mistakes.append(f"log.trackers: not installed: {shorten(missing)}; pip install {packages}, or leave it out")
+        extras = ",".join(missing)
+        mistakes.append(
+            f'log.trackers: not installed: {shorten(missing)}; pip install "conv2former[{extras}]", or leave it out'
+        )
     if len(mistakes) == 1:
         raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)

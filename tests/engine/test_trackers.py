@@ -1,4 +1,4 @@
-"""Trackers and TensorBoard's tab HParams: the packages' few functions that are used, played by fakes, and by real ones."""
+"""Trackers, played by fakes with the few functions that are used, and by real ones; and TensorBoard's tab HParams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imsave
 
 from conv2former import ConfigError
 from conv2former.engine import trackers, train
@@ -220,20 +222,39 @@ def test_one_that_hangs_holds_nothing_up(tmp_path, monkeypatch, most_waiting):
 
 def test_one_that_is_not_installed_is_a_mistake(raw_config, tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # which wandb makes beside the runs, and is no package
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    finders = [finder for finder in sys.meta_path if finder is not importlib.machinery.PathFinder]
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert missing_trackers(["wandb", "mlflow"]) == ["wandb", "mlflow"]
-    assert finders
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        assert missing_trackers(["wandb", "mlflow"]) == ["wandb", "mlflow"]
     monkeypatch.setattr("conv2former.engine.build.missing_trackers", list)
-    with pytest.raises(ConfigError, match=r"log\.trackers: not installed: mlflow; pip install mlflow, or leave it out"):
+    with pytest.raises(
+        ConfigError, match=r'log\.trackers: not installed: mlflow; pip install "conv2former\[mlflow\]", or'
+    ):
         train(configure(raw_config, log__trackers="mlflow"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"log\.trackers.*: input should be 'wandb', 'trackio' or 'mlflow'"):
         configure(raw_config, log__trackers=["neptune"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_one_without_a_network(tmp_path, monkeypatch, name):
+    """Where it is installed: two attempts are one run, and nothing goes wrong."""
+    for variable, value in (
+        ("WANDB_MODE", "offline"), ("TRACKIO_DIR", str(tmp_path)), ("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db"),
+    ):  # fmt: skip
+        monkeypatch.setenv(variable, value)
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    imsave(tmp_path / "curves.png", np.zeros((4, 4, 3)))
+    said, ids = [], []
+    for attempt in range(2):
+        board = start(tmp_path / "run", [name], said=said)
+        board.numbers(attempt, {"train/loss": 1.0, "recall/a+b": 1.0})
+        board.picture(attempt, "curves", tmp_path / "curves.png")
+        board.close(attempt == 1)
+        ids.append((tmp_path / "run" / "trackers.json").read_text())
+    assert said == []
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.slow
