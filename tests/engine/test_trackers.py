@@ -178,7 +178,10 @@ def test_the_project(fake, tmp_path, monkeypatch):
 def test_one_that_fails_is_said_once_and_the_others_go_on(fake, tmp_path, name):
     fake.broken, said = name, []
     board = start(tmp_path / "run", said=said)
-    for step in range(20):
+    threads = {thread.name: thread for thread in threading.enumerate()}
+    board.numbers(0, {"train/loss": 1.0})
+    threads[name].join(20)  # it has failed, and is then no longer asked
+    for step in range(1, 20):
         board.numbers(step, {"train/loss": 1.0})
     board.close(True)
     assert said == [f"warning: {name}: no route; the run goes on without {name}"]

@@ -48,6 +48,8 @@ def test_overrides_from_python(tmp_path):
     assert override_config(load_config(file), nested) == expected
     assert load_config(file, {}) == load_config(file)
     assert load_config(file, {"optim": {}}) == load_config(file)
+    shape = {"model.variant": {"name": "mine", "dims": (np.int64(8), 16, 24, 40), "depths": (1, 1, 2, 1)}}
+    assert load_config(file, shape).model.variant == {"name": "mine", "dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1]}
 
 
 @pytest.mark.parametrize(
