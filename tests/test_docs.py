@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -165,6 +166,7 @@ def known(key: str) -> bool:
         if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
             return False
         model = model.model_fields[part].annotation
+        model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)  # of a section or None
     return True
 
 

@@ -7,7 +7,7 @@ except ModuleNotFoundError as e:
         'training and evaluation need more packages: pip install "conv2former[train]"', name=e.name
     ) from e
 
-from .load import apply_overrides, check_config, differences, load_config
+from .load import apply_overrides, check_config, differences, load_config, override_config
 from .resolve import Plan, fit_batch, img_size_at, make_plan
 from .schema import Config
 
@@ -21,4 +21,5 @@ __all__ = [
     "img_size_at",
     "load_config",
     "make_plan",
+    "override_config",
 ]

@@ -21,18 +21,19 @@ from ..errors import ConfigError, closest, raise_mistakes
 from .schema import ONE, TWO, Config
 from .suggest import suggest_key
 
-__all__ = ["apply_overrides", "check_config", "differences", "load_config"]
+__all__ = ["apply_overrides", "check_config", "differences", "load_config", "override_config"]
 
 MAX_FILES = 30  # of one configuration: bases of bases can be very many
 MAX_WORDS = 10  # in a dotted key
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Reads a configuration.
 
     Args:
         path: the YAML file, or the name of a recipe, `finetune/folder`; None for the defaults alone.
-        overrides: `a.b=value`, `--a.b=value`, or `--a.b` followed by the value; values are read as YAML.
+        overrides: `a.b=value`, `--a.b=value`, or `--a.b` followed by the value; values are read as YAML. Or a mapping
+            of plain types: `{"a.b": value}`, or nested, `{"a": {"b": value}}`.
 
     Raises:
         ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
@@ -41,18 +42,31 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return check_config(apply_overrides(raw, overrides), path or "the configuration")
 
 
-def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override_config(config: Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+    """Returns a checked configuration from one, or from plain types, with overrides as for `load_config`.
+
+    Raises:
+        ConfigError: it has mistakes.
+    """
+    raw = config.to_dict() if isinstance(config, Config) else config
+    return check_config(apply_overrides(raw, overrides), "the configuration")
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Returns a plain, unchecked configuration with overrides applied; see `load_config`.
 
     Raises:
         ConfigError: an override is not `key=value`, or its key goes through something that is not a section.
     """
     raw = copy.deepcopy(dict(config))
-    for key, value in _split_overrides(overrides):
+    given = _pairs_of(overrides) if isinstance(overrides, Mapping) else _split_overrides(overrides)
+    for key, value in given:
         node: Any = raw
         *parents, last = key.split(".")
         for parent in parents:
-            if not isinstance(node.setdefault(parent, {}), dict):
+            if node.get(parent) is None:  # a section that may be null, such as train.early_stop
+                node[parent] = {}
+            if not isinstance(node[parent], dict):
                 raise ConfigError(f"{cut(key)}: '{cut(parent)}' is not a section")
             node = node[parent]
         node[last] = value
@@ -143,13 +157,37 @@ def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not word.startswith("--") or not rest:
                 raise ConfigError(f"'{cut(word)}': expected key=value without blanks, for example optim.base_lr=1e-3")
             text = rest.pop(0)
-        parts = key.split(".")
-        if not all(parts) or len(parts) > MAX_WORDS:
-            raise ConfigError(f"'{cut(word)}': not a key; expected words with dots between, for example optim.base_lr")
+        _check_key(key, word)
         if not text.strip():
             raise ConfigError(f"'{cut(word)}': no value; write {cut(key)}=null for none")
         pairs.append((key, parse_yaml_value(text)))
     return pairs
+
+
+def _pairs_of(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and plain values of overrides from Python. Mappings are merged, as those in files are."""
+    for name, value in overrides.items():
+        key = f"{above}{name}"
+        _check_key(key, key)
+        if isinstance(value, Mapping):
+            yield from _pairs_of(value, f"{key}.")
+        else:
+            yield key, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Returns what YAML would have: text for a path, a list for a tuple, a number for one of NumPy's."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
+
+
+def _check_key(key: str, word: str) -> None:
+    parts = key.split(".")
+    if not all(parts) or len(parts) > MAX_WORDS:
+        raise ConfigError(f"'{cut(word)}': not a key; expected words with dots between, for example optim.base_lr")
 
 
 def _valid_keys(location: Sequence[str | int]) -> list[str]:

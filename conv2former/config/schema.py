@@ -44,6 +44,12 @@ def _as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+Trackers = Annotated[
+    tuple[Literal["wandb", "trackio", "mlflow"], ...],
+    Field(max_length=10),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+Metric = Literal["top1", "loss", "macro_f1", "balanced_accuracy"]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
 
 
@@ -215,6 +221,14 @@ class ScheduleConfig(Section):
     cooldown_epochs: Epochs = 10  # further ones at min_lr, after `epochs`; 0 for none
 
 
+class EarlyStopConfig(Section):
+    """When a run that gets no better ends before its last epoch."""
+
+    patience: Positive  # evaluations in a row without progress, after which it ends
+    metric: Metric | None = None  # of the weights that best.pt is chosen by; null: checkpoint.metric
+    min_delta: NonNegative = 0.0  # what counts as progress is more than this: percentage points, or loss
+
+
 class TrainConfig(Section):
     """One step and the order of the run."""
 
@@ -223,6 +237,7 @@ class TrainConfig(Section):
     accum_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     eval_batch_size: BatchSize | None = None  # null: batch_size
     eval_every: Positive = 1  # epochs; the last epoch is always evaluated
+    early_stop: EarlyStopConfig | None = None  # end the run before its last epoch; docs/tracking.md
     # let a training set that is smaller than the global batch have a smaller batch; the rate follows it
     shrink_batch: bool = False
     # weight of a class in the training loss: by one over its images, or over their square root; 1 in the mean over them
@@ -255,6 +270,7 @@ class CheckpointConfig(Section):
 
     every_steps: Positive | None = None  # also every so many optimizer steps
     keep: Positive = 2  # newest ones to keep, besides the best
+    metric: Metric = "top1"  # decides which is the best; of equal ones it is that of the lower loss
     # what may differ from the run that is continued, such as [optim.base_lr, augment]; it then ends differently
     allow_changes: Annotated[tuple[str, ...], Field(max_length=100)] = ()
 
@@ -264,6 +280,8 @@ class LogConfig(Section):
 
     every_steps: Positive = 50
     tensorboard: bool = True
+    trackers: Trackers = ()  # of wandb, trackio and mlflow, each a package that is installed apart; docs/tracking.md
+    project: str | None = None  # to which the trackers count the run; null: what their variables say, or conv2former
 
 
 class Config(Section):

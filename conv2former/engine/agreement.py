@@ -69,4 +69,4 @@ def check_best(job: Job, world: World) -> None:
         f"warning: {why}. The best weights so far, of epoch {row['epoch']}, are lost: the best from here on take their "
         f"place, and {folder / 'last.pt'} has the last ones",
     )
-    saved["best_metric"] = saved["best_row"] = saved["confusion"] = None
+    saved["best_metric"] = saved["best_row"] = saved["per_class"] = saved["confusion"] = None

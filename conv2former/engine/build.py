@@ -22,12 +22,13 @@ from .._yaml import cut
 from ..compiling import private_folder
 from ..config import Config, Plan
 from ..data import train_transforms
-from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes
+from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes, shorten
 from .cuda_graph import StepGraphs, plan_graphs
 from .distributed import World, wrap
 from .loss import build_criterion, build_mixup
 from .network import SMALLER, compile_network, find_network, freeze
 from .optimizer import build_optimizer, build_scheduler, optimizer_args
+from .trackers import missing_trackers
 
 __all__ = ["Run", "autocast_for", "build_run", "check_names"]
 
@@ -159,6 +160,11 @@ def check_names(config: Config, device: torch.device) -> None:
         mistakes.append("train.batchnorm: sync needs GPUs; use average on CPUs")
     if config.train.cuda_graph == "on" and not graphs.can_capture(device):
         mistakes.append("train.cuda_graph: on needs an NVIDIA GPU, and torch sees none here; leave it at auto")
+    if missing := missing_trackers(config.log.trackers):
+        extras = ",".join(missing)
+        mistakes.append(
+            f'log.trackers: not installed: {shorten(missing)}; pip install "conv2former[{extras}]", or leave it out'
+        )
     if len(mistakes) == 1:
         raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)

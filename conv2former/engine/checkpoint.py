@@ -7,8 +7,10 @@ step, epoch          optimizer steps done, epochs done
 model, model_ema     state dicts of the raw module and of the average (None without one)
 optimizer, scaler    state dicts (scaler None unless fp16)
 metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
-best_row             epoch and all metrics of the best so far; its loss decides between equal top-1
+best_row             epoch and all metrics of the best so far, which checkpoint.metric chooses
 losses               of each process, the sum and the number of the training losses since the last logged step
+per_class            of the best so far: rows of counts of every class (images, right by top-1 and top-5, answered)
+history              a row for every evaluation: epoch, top1, loss, macro_f1, balanced_accuracy
 confusion            of the best so far: rows of counts, a row per true class (None with many classes)
 class_names          names in index order
 skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`

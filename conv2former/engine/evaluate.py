@@ -15,8 +15,9 @@ from torch import nn
 from ..data import Batch, Skipped
 from ..errors import counted
 from ..inference import Captured
+from .class_metrics import ClassMetrics
 from .distributed import World
-from .tallies import Answers, Tally
+from .tallies import Answers, PerClass, Tally
 from .terminal import bar
 
 __all__ = [
@@ -80,8 +81,10 @@ class Evaluation:
     """What an evaluation found, over all processes.
 
     Attributes:
-        metrics: `top1` and `top5` in percent, the mean cross-entropy `loss`, and the number of images `n`. With fewer
-            than five classes `top5` is over all of them.
+        metrics: `top1` and `top5` in percent, the mean cross-entropy `loss`, `macro_f1` and `balanced_accuracy` in
+            percent, see `ClassMetrics`, and the number of images `n`. With fewer than five classes `top5` is over all
+            of them.
+        per_class: (4, classes) counts, see `PerClass`.
         confusion: (classes, classes) counts, a row per true class; None with more than `MAX_CONFUSION_CLASSES`, or
             than the `Score` was told.
         skipped: this process's unreadable images, which are in none of the counts.
@@ -89,6 +92,7 @@ class Evaluation:
     """
 
     metrics: dict[str, float]
+    per_class: torch.Tensor
     confusion: torch.Tensor | None
     skipped: list[Skipped]
     tallies: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +119,7 @@ class Score:
         self.evaluator = ClassificationEvaluator(device)
         self.device, self.max_confusion_classes, self.tallies = device, max_confusion_classes, dict(tallies or {})
         self.among = None if among is None else torch.tensor(among, device=device)
+        self.per_class: PerClass | None = None
         self.confusion: torch.Tensor | None = None
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
@@ -126,6 +131,9 @@ class Score:
         self.evaluator.update(logits, labels)
         answers = Answers(logits.float(), labels, indices)
         classes = logits.shape[1]
+        if self.per_class is None:
+            self.per_class = PerClass(classes, self.device)
+        self.per_class.update(answers)
         if classes <= self.max_confusion_classes:
             if self.confusion is None:
                 self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
@@ -136,16 +144,21 @@ class Score:
 
     def total(self, world: World, skipped: list[Skipped]) -> Evaluation:
         """Returns the result over all processes; every one must call it."""
+        classes = max(world.gather(self.per_class.counts.shape[1] if self.per_class else 0))
+        # a process without images knows no number of classes
+        per_class = (self.per_class or PerClass(classes, self.device)).total(world)
         confusion = self.confusion
-        classes = max(world.gather(0 if confusion is None else len(confusion)))
-        if classes and confusion is None:  # a process without images
+        if confusion is None and 0 < classes <= self.max_confusion_classes:
             confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         if confusion is not None:
             confusion = world.sum(confusion).cpu()
-        metrics = self.evaluator.compute(distributed=world.size > 1)
-        n = int(world.sum(self.evaluator.counts[0]))
-        counted = {name: tally.total(world) for name, tally in self.tallies.items()}
-        return Evaluation({**{k: metrics[k] for k in ("top1", "top5", "loss")}, "n": n}, confusion, skipped, counted)
+        found = self.evaluator.compute(distributed=world.size > 1)
+        by_class = ClassMetrics.of(per_class)
+        metrics = {key: found[key] for key in ("top1", "top5", "loss")}
+        metrics |= {"macro_f1": by_class.macro_f1, "balanced_accuracy": by_class.balanced_accuracy}
+        metrics["n"] = int(world.sum(self.evaluator.counts[0]))
+        tallied = {name: tally.total(world) for name, tally in self.tallies.items()}
+        return Evaluation(metrics, per_class, confusion, skipped, tallied)
 
 
 def evaluate(

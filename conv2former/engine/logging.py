@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,14 @@ from ..text import printable
 from .fonts import drawing
 from .tensorboard import TensorBoard
 from .terminal import Bar, PlainProgress, bar_size, clock, say
+from .trackers import Trackers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["RunLog", "read_metrics", "writing"]
+
+_BEST = ("top1", "loss", "macro_f1", "balanced_accuracy")  # of the best weights so far, by which runs are compared
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -79,6 +82,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self._start, self._first_step = time.perf_counter(), first_step
         self._tensorboard: TensorBoard | None = None
+        self._trackers: Trackers | None = None
         self._bar: Any = None
         if not is_main:
             return
@@ -94,6 +98,23 @@ class RunLog:
             self._bar = Bar(total=total_steps, initial=first_step, unit="step", smoothing=0.05, **bar_size())
         if tensorboard:
             self._tensorboard = TensorBoard(folder / "tensorboard", first_step, self.say)
+
+    def begin(self, config: Mapping[str, Any], trackers: Sequence[str], project: str | None) -> None:
+        """Tells TensorBoard the configuration, and trackers, which begin with it: their threads start here.
+
+        Args:
+            config: the run, as plain types.
+            trackers, project: `log.trackers` and `log.project`.
+        """
+        if not self.is_main:
+            return
+        settings = dict(_flat(config))
+        if self._tensorboard:
+            texts = {key: value if _is_number(value) else _text(value) for key, value in settings.items()}
+            names = [f"best/{key}" for key in ("epoch", *_BEST)]
+            self._tensorboard.settings(texts, names)
+        if trackers:
+            self._trackers = Trackers(trackers, self.folder, project, settings, self.say)
 
     def say(self, *lines: str) -> None:
         """Prints lines, above the bar if there is one, and writes each to `train.log` with the time; see `say`."""
@@ -128,9 +149,18 @@ class RunLog:
             self._plain.rest()
         self._log(line)
 
-    def evaluation(self, step: int, epoch: int, row: dict[str, float]) -> None:
-        """Writes an evaluation row: top1, top5, loss, n, and the same of the average as ema_top1, ..."""
+    def evaluation(self, step: int, epoch: int, row: dict[str, float], best_prefix: str | None = None) -> None:
+        """Writes an evaluation row: top1, top5, loss, n, ..., and the same of the average as ema_top1, ...
+
+        Args:
+            step, epoch: done.
+            row: the metrics.
+            best_prefix: what the keys of the metrics begin with that are the best so far; None where none are.
+        """
         self._write(step, {"kind": "eval", "epoch": epoch, **row}, "eval")
+        if self.is_main and best_prefix is not None:
+            best = {f"best/{key}": row[f"{best_prefix}{key}"] for key in _BEST}
+            self._send(step, {"best/epoch": epoch, **best})
 
     def picture(self, name: str, figure: Figure, step: int, in_tensorboard: bool = True) -> Path:
         """Writes a picture to `NAME.png`, whole or not at all, and to TensorBoard."""
@@ -148,14 +178,18 @@ class RunLog:
             os.replace(temporary, path)
         if self._tensorboard and in_tensorboard:
             self._tensorboard.picture(step, name, pixels[..., :3])
+        if self._trackers and in_tensorboard:
+            self._trackers.picture(step, name, path)
         return path
 
-    def close(self) -> None:
-        """Ends the bar and flushes TensorBoard."""
+    def close(self, is_done: bool = False) -> None:
+        """Ends the bar, TensorBoard and the trackers; `is_done` is whether the run has come to its own end."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            self._tensorboard.close(is_done)
+        if self._trackers:
+            self._trackers.close(is_done)
 
     def _log(self, *lines: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -167,9 +201,36 @@ class RunLog:
             return
         with writing(self.folder), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        shown = {_tag(group, key): value for key, value in row.items() if key not in self._hidden}
+        self._send(step, shown)
+
+    def _send(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._tensorboard:
-            shown = {f"{group}/{key}": value for key, value in row.items() if key not in self._hidden}
-            self._tensorboard.numbers(step, shown)
+            self._tensorboard.numbers(step, numbers)
+        if self._trackers:
+            self._trackers.numbers(step, numbers)
+
+
+def _tag(group: str, key: str) -> str:
+    """Returns the name of a number: `eval/top1`, and apart from these, one for each class, `recall/cat`."""
+    return printable(key) if "recall/" in key else f"{group}/{key}"
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and values of nested settings."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ _HARMLESS = (
     "train.batch_size",
     "train.accum_steps",
     "train.cuda_graph",
+    "train.early_stop",
     "train.timeout_minutes",
 )
 
@@ -244,7 +245,9 @@ def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, 
     if resume in ("auto", "never"):
         return None, None, []
     saved = read_training_checkpoint(Path(resume))
-    saved["best_metric"] = saved["best_row"] = saved["confusion"] = None  # the best of this folder is yet to come
+    # the best of this folder is yet to come
+    saved["best_metric"] = saved["best_row"] = saved["per_class"] = saved["confusion"] = None
+    saved["history"] = []
     return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..data import Batch
 from .checkpoint import check_best_and_last
+from .class_metrics import ClassMetrics
+from .early_stop import stop_reason
 from .logging import RunLog, read_metrics, writing
 from .meter import describe_waiting
 from .network import find_network
@@ -93,15 +95,22 @@ def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) ->
     job, best, prefix = state.job, state.best_row, state.prefix
     assert best is not None
     return {
+        "folder": str(job.output),
         "model": find_network(job.config).name,
         "started_from": job.config.model.checkpoint,
         "top1": best[f"{prefix}top1"],
         "top5": best[f"{prefix}top5"],
         "loss": best[f"{prefix}loss"],
+        # None and an empty list where the best is of a version that did not count classes
+        "macro_f1": best.get(f"{prefix}macro_f1"),
+        "balanced_accuracy": best.get(f"{prefix}balanced_accuracy"),
+        "classes": ClassMetrics.of(state.per_class).rows(job.class_names) if state.per_class else [],
         "n": best["n"],
         "weights": "average" if state.run.ema else "raw",
         "epoch": best["epoch"],
         "epochs": job.plan.epochs,
+        "epochs_done": state.epochs,
+        "stopped_early": stop_reason(job.config, state.history) if state.epochs < job.plan.epochs else "",
         "steps": state.step,
         "skipped": len(state.skipped),
         "seconds": round(state.seconds, 1),

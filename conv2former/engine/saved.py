@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .early_stop import COLUMNS
+
 __all__ = ["first_not_finite", "wrong_fields"]
 
 
@@ -39,6 +41,17 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(row, (list, tuple)) and all(map(_is_number, row)) for row in value
     )
+
+
+def _is_per_class(value: Any) -> bool:
+    """Returns whether a value is (4, classes) counts as `tallies.PerClass` has them."""
+    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(row, list) for row in value):
+        return False
+    return len({len(row) for row in value}) == 1 and all(map(_is_count, (count for row in value for count in row)))
+
+
+def _is_history(value: Any) -> bool:
+    return _is_table(value) and all(len(row) == len(COLUMNS) for row in value)
 
 
 def _has_texts(value: Any) -> bool:
@@ -86,7 +99,9 @@ _REQUIRED: dict[str, Callable[[Any], bool]] = {
 _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "metric": _or_none(_is_number),
     "best_row": _or_none(lambda value: _of_texts(_is_number)(value) and _is_count(value.get("epoch"))),
+    "per_class": _or_none(_is_per_class),
     "confusion": _or_none(_is_table),
+    "history": _is_history,
     "losses": _or_none(_is_table),
     "skipped": _or_none(_of_texts(_of_texts(lambda value: isinstance(value, str)))),
     "seconds": _is_number,

@@ -60,9 +60,12 @@ class PerClass:
         self.counts = torch.zeros(4, num_classes, dtype=torch.int64, device=device)
 
     def update(self, answers: Answers) -> None:
-        labels, hits = answers.labels, answers.hits
-        for row, classes in enumerate((labels, labels[hits[:, 0]], labels[hits.any(1)], answers.top[:, 0])):
-            self.counts[row] += torch.bincount(classes, minlength=self.counts.shape[1])
+        labels, hits = answers.labels, answers.hits.long()
+        one = torch.ones_like(labels)
+        for row, (classes, times) in enumerate(
+            ((labels, one), (labels, hits[:, 0]), (labels, hits.sum(1)), (answers.top[:, 0], one))
+        ):
+            self.counts[row].index_add_(0, classes, times)  # not bincount, for which a GPU is waited for
 
     def total(self, world: World) -> torch.Tensor:
         return world.sum(self.counts).cpu()

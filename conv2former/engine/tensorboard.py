@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,27 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
         self._folder, self._warn = folder, warn
         self._writer: Any = None
+        self._end: Any = None
         self._hook = threading.excepthook
         threading.excepthook = self._on_error
         self._try(lambda: self._open(first_step))
+
+    def settings(self, values: Mapping[str, str | int | float], metrics: Sequence[str]) -> None:
+        """Writes what the tab HParams compares runs by.
+
+        Args:
+            values: the settings of this run.
+            metrics: names of the numbers that count.
+        """
+        self._do(lambda: self._write_settings(dict(values), dict.fromkeys(metrics, 0.0)))
+
+    def _write_settings(self, values: dict[str, str | int | float], metrics: dict[str, float]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        # not add_hparams, which makes a run of its own of them
+        experiment, start, self._end = hparams(values, metrics)
+        for summary in (experiment, start):
+            self._writer.file_writer.add_summary(summary)
 
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -49,8 +67,10 @@ class TensorBoard:
         """Writes a picture, (height, width, 3) 8-bit."""
         self._do(lambda: self._writer.add_image(name, pixels, step, dataformats="HWC"))
 
-    def close(self) -> None:
-        """Writes what is still waiting, and ends the thread."""
+    def close(self, is_done: bool = False) -> None:
+        """Writes what is still waiting, and ends the thread; `is_done` is whether the run has come to its own end."""
+        if is_done and self._end is not None:
+            self._do(lambda: self._writer.file_writer.add_summary(self._end))
         self._do(lambda: self._writer.close())
         self._writer = None
         threading.excepthook = self._hook

@@ -21,8 +21,10 @@ from .agreement import check_agreement, check_best
 from .build import Run, build_run
 from .cache import cache_images
 from .checkpoint import save_checkpoint
+from .class_metrics import ClassMetrics, about_missing
 from .distributed import World, join_world
-from .evaluate import Evaluation, evaluate, has_top5, shown, with_error
+from .early_stop import stop_reason
+from .evaluate import MAX_CONFUSION_CLASSES, Evaluation, evaluate, has_top5, shown, with_error
 from .kernels_used import kernels_used
 from .logging import RunLog
 from .meter import peak_memory
@@ -105,6 +107,7 @@ class Trainer:
         if job.saved:
             self.state.restore(job.saved)
             job.saved = None  # its memory
+        self._first_step = self.state.step
         self.log = RunLog(
             job.output,
             self.plan.total_steps,
@@ -151,17 +154,23 @@ class Trainer:
         if self.world.is_main:
             lines = describe_job(self.job, self.world.size, self.kernels, self.state.kernels)
             self.log.say(*lines, *filter(None, [self.run.about_graphs]))
+        is_done = False
         try:
+            self.log.begin(self.config.to_dict(), self.config.log.trackers, self.config.log.project)
             if self._misses_evaluation():
                 self._evaluate_and_save()
             for epoch in range(self.state.epochs, self.plan.epochs):
+                if self._stops_early():
+                    break
                 self.train_epoch(epoch)
                 self._end_epoch(epoch)
             if not self.world.is_main:
                 return {}
-            return finish(self.state, self.curves, self.log, self.loader.num_workers, self.kernels)
+            report = finish(self.state, self.curves, self.log, self.loader.num_workers, self.kernels)
+            is_done = True
+            return report
         finally:
-            self.log.close()
+            self.log.close(is_done)
             self.run.release()
 
     def train_epoch(self, epoch: int) -> None:
@@ -248,26 +257,45 @@ class Trainer:
     def _misses_evaluation(self) -> bool:
         """Returns whether an evaluation is due before the next step.
 
-        The run was stopped before the one at the end of an epoch, or is a finished one in a new folder, without a best.
+        The run was stopped before the one at the end of an epoch, or is one without a best although it has ended: in a
+        new folder, or where best.pt is lost.
         """
         state = self.state
         if not state.step or not state.is_epoch_done or not self._is_evaluated(state.epochs - 1):
             return False
-        return state.metric is None or (state.best_metric is None and state.epochs == self.plan.epochs)
+        has_ended = state.epochs == self.plan.epochs or bool(stop_reason(self.config, state.history))
+        return state.metric is None or (state.best_metric is None and has_ended)
+
+    def _stops_early(self) -> bool:
+        """Returns the same on every process: whether `train.early_stop` ends the run here, which it then says."""
+        state = self.state
+        if self.config.train.early_stop is None or not state.is_epoch_done:
+            return False
+        self.world.at("whether to stop early")
+        why = self.world.gather(stop_reason(self.config, state.history))[0]
+        if why:
+            has_trained = state.step > self._first_step
+            hint = "" if has_trained else "; to go on, raise train.early_stop.patience or set train.early_stop=null"
+            self.log.say(f"stopped early after epoch {state.epochs} of {self.plan.epochs}: {why}{hint}")
+        return bool(why)
 
     def _evaluate_and_save(self) -> None:
         """Evaluates the weights, and their average if there is one, and saves the run with the metrics."""
         state = self.state
         result = self._evaluate(self.run.model)
-        row = dict(result.metrics)
+        row = self._metrics_of(result)
         if self.run.ema:
             result = self._evaluate(self.run.ema.module)
-            row |= {f"ema_{key}": value for key, value in result.metrics.items() if key != "n"}
+            row |= {f"ema_{key}": value for key, value in self._metrics_of(result).items() if key != "n"}
         self._exchange_skipped(int(row["n"]))
         self._check_evaluation(row)
         is_best = state.note_evaluation(row, result)
-        self.log.evaluation(state.step, state.epochs, row)
+        self.log.evaluation(state.step, state.epochs, row, state.prefix if is_best else None)
         self.log.say(self._evaluation_line(row))
+        if len(state.history) == 1 and (
+            missing := about_missing(ClassMetrics.of(result.per_class).rows(self.job.class_names))
+        ):
+            self.log.say(f"validation: {missing}")
         self._save(row[f"{state.prefix}top1"], is_best)
         if self.world.is_main and self.curves.are_due:
             self.curves.draw(False)
@@ -291,6 +319,12 @@ class Trainer:
         self.state.skipped.note("validation", result.skipped)
         return result
 
+    def _metrics_of(self, result: Evaluation) -> dict[str, float]:
+        """Returns the metrics, and the recall of every class where there are few enough to look at."""
+        names = self.job.class_names
+        has_few = len(names) <= MAX_CONFUSION_CLASSES
+        return result.metrics | (ClassMetrics.of(result.per_class).recalls(names) if has_few else {})
+
     def _check_evaluation(self, row: Mapping[str, float]) -> None:
         if not row["n"]:
             raise DataError(f"{self.job.val_source.name}: not one image could be read")
@@ -303,10 +337,12 @@ class Trainer:
 
     def _evaluation_line(self, row: Mapping[str, float]) -> str:
         n = int(row["n"])
+        prefix = self.state.prefix
         top5 = f"  top-5 {row['top5']:.2f} %" if has_top5(len(self.job.class_names)) else ""
         ema = f"  averaged weights {with_error(row['ema_top1'], n)}" if self.run.ema else ""
+        classes = f"macro-F1 {row[f'{prefix}macro_f1']:.2f} %  balanced {row[f'{prefix}balanced_accuracy']:.2f} %"
         return (
-            f"epoch {self.state.epochs}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  "
+            f"epoch {self.state.epochs}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  {classes}  "
             f"loss {row['loss']:.4f}  ({counted(n, 'image')})"
         )
 

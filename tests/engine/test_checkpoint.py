@@ -312,6 +312,8 @@ WRONG = {
     "kernels": [5, {"network": 5}],
     "best_row": [5, {"epoch": "x"}, {5: 5}, {"epoch": 1e300}, {"loss": 1.0}],
     "confusion": [5, [[1], 2], [["x"]]],
+    "per_class": [5, [[1]] * 3, [[1], [1], [1], [1, 2]], [[1.5]] * 4, [[-1]] * 4],
+    "history": [5, [[1, 2]], [["x"] * 5]],
     "losses": [5, [["x", 1]]],
     "skipped": [5, {"training": 5}, {"training": {"a": 5}}],
     "seconds": ["x", float("inf")],

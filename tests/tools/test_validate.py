@@ -223,7 +223,7 @@ def test_several_processes_have_the_same_numbers(lettered, photos, tmp_path):
         alone, three = (json.loads((tmp_path / f"{n}{count}" / "results.json").read_text()) for n in ("alone", "three"))
         for one, other in zip(alone, three, strict=True):
             assert (one["processes"], other["processes"], one["n"]) == (1, 3, count)
-            for key in ("top1", "top5", "n", "worst_classes"):
+            for key in ("top1", "top5", "n", "worst_classes", "macro_f1", "balanced_accuracy", "per_class"):
                 assert one[key] == other[key]
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
             assert one["ece"] == pytest.approx(other["ece"], rel=1e-5)
@@ -340,11 +340,15 @@ def test_everything_that_is_written(lettered, photos, tmp_path):
         assert [line["class"] for line in classes] == LETTERS
         assert sum(int(line["n"]) for line in classes) == sum(int(line["answered"]) for line in classes) == 30
         assert sum(float(line["top1"]) for line in classes) / 10 == pytest.approx(row["top1"])
+        assert [float(line["f1"] or "nan") for line in classes] == pytest.approx([c["f1"] for c in row["per_class"]])
+        assert row["balanced_accuracy"] == pytest.approx(row["top1"])  # three images of each class
+        assert row["macro_f1"] == pytest.approx(sum(c["f1"] for c in row["per_class"]) / 10)
         assert [w["loss"] for w in row["worst"]] == sorted((w["loss"] for w in row["worst"]), reverse=True)
         assert all(Path(w["image"]).is_file() and w["true"] != w["predicted"] for w in row["worst"])
         assert all(Path(w["image"]).parent.name == w["true"] for w in row["worst"])
     text = "\n".join(summary(rows, tmp_path / "out"))
     assert text.count("lowest classes") == 2
+    assert text.count(f"{rows[0]['macro_f1']:.2f}  ") >= 2
     assert all(path in text for path in files)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".")]
 

@@ -17,6 +17,7 @@ import torch
 from ...data import DataSource, StreamSource
 from ...data.classes import display_names
 from ...data.images import UnreadableImage
+from ...engine.class_metrics import ClassMetrics, about_missing
 from ...engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image
 from ...engine.tallies import Mistake, calibration_error
 from ...errors import OutputError, counted, shorten
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 WORST_CLASSES = 10  # shown on a terminal
+_NESTED = ("notes", "worst", "worst_classes", "per_class", "files", "changed")  # what has no column in results.csv
 PICTURE_SIDE = 320  # pixels, at most, of a mistake's image
 NOT_FINITE = "the loss is not a finite number: so are some of the network's answers, or its weights"
 
@@ -116,7 +118,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     with replacing(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(_plain(rows), indent=2) + "\n", "utf-8")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [key for key in columns if key not in ("notes", "worst", "worst_classes", "files", "changed")]
+    columns = [key for key in columns if key not in _NESTED]
     columns = [key for key in columns if not key.endswith("top5") or any(row.get(key) is not None for row in rows)]
     cells = ([_cell(row.get(key)) for key in columns] for row in rows)
     write_csv(folder / "results.csv", columns, cells)
@@ -210,13 +212,15 @@ def _class_rows(result: Evaluation, class_names: Sequence[str], shown: Sequence[
     """Returns a line for each class; percentages are None where there are no images."""
     rows = []
     confusion = result.confusion
-    for i, (n, top1, top5, answered) in enumerate(result.tallies["per_class"].T.tolist()):
+    f1 = ClassMetrics.of(result.per_class).f1.tolist()
+    for i, (n, top1, top5, answered) in enumerate(result.per_class.T.tolist()):
         line: dict[str, Any] = {"class": class_names[i], "name": shown[i], "n": n}
         line["top1"] = 100 * top1 / n if n else None
         if has_top5(len(class_names)):
             line["top5"] = 100 * top5 / n if n else None
         line["answered"] = answered  # how often it was the network's answer
         line["precision"] = 100 * top1 / answered if answered else None
+        line["f1"] = None if math.isnan(f1[i]) else f1[i]
         if confusion is not None:
             others = confusion[i].clone()
             others[i] = 0
@@ -309,6 +313,8 @@ def _result_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"note: {NOT_FINITE}")
         if 0 < row["n"] < SMALL_SPLIT:
             lines.append(f"note: {one_image(row['n'])} of top-1; ± is its standard error, sqrt(p (1 - p) / n)")
+        if missing := about_missing(row["per_class"]):
+            lines.append(f"note: {missing}")
     return list(dict.fromkeys(lines))
 
 
@@ -325,12 +331,14 @@ def _data_line(row: dict[str, Any]) -> str:
 def _results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     has_real, has_ece = (any(key in row for row in rows) for key in ("real_top1", "ece"))
     has_top5, is_small = any(row["top5"] is not None for row in rows), any(row["n"] < SMALL_SPLIT for row in rows)
-    header = ["checkpoint", "preprocessing", "top-1", *["±"] * is_small, *["top-5"] * has_top5, "loss"]
+    header = ["checkpoint", "preprocessing", "top-1", *["±"] * is_small, *["top-5"] * has_top5]
+    header += ["macro-F1", "balanced", "loss"]
     header += ["ReaL"] * has_real + ["ReaL top-5"] * (has_real and has_top5) + ["ECE"] * has_ece
     body = []
     for row in rows:
         line = [row["checkpoint"], row["preprocessing"], f"{row['top1']:.2f}"]
-        line += [f"{row['top1_error']:.2f}"] * is_small + [_percent(row["top5"])] * has_top5 + [f"{row['loss']:.4f}"]
+        line += [f"{row['top1_error']:.2f}"] * is_small + [_percent(row["top5"])] * has_top5
+        line += [f"{row['macro_f1']:.2f}", f"{row['balanced_accuracy']:.2f}", f"{row['loss']:.4f}"]
         line += [_percent(row.get("real_top1"))] * has_real + [_percent(row.get("real_top5"))] * (has_real and has_top5)
         line += [_percent(row.get("ece"))] * has_ece
         body.append([*line, str(row["n"]), f"{row['images_per_second']:,.0f}"])

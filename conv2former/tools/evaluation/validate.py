@@ -15,10 +15,11 @@ import torch
 from ...data import DataSource, batches, eval_loader
 from ...data.tables import TABLE_ENDINGS
 from ...engine.build import autocast_for
+from ...engine.class_metrics import ClassMetrics
 from ...engine.distributed import World, join_world
 from ...engine.evaluate import Evaluation, Score, evaluate_views, has_top5, shown, standard_error
 from ...engine.skipped import SkippedImages
-from ...engine.tallies import Calibration, PerClass, RealLabels, Tally, Worst
+from ...engine.tallies import Calibration, RealLabels, Tally, Worst
 from ...errors import ConfigError, DataError, before_processes_meet
 from ...models import load_model
 from ...weights.preprocessing import Preprocessing
@@ -71,8 +72,9 @@ def validate_files(
 
     Returns:
         A row for each file and preprocessing, the same on all processes but for `files`, which only the main one has:
-        `top1`, `top5` (None with five classes or fewer), `loss` and `n`, as `evaluate`; `top1_error`, the standard
-        error of `top1`; `variant`, `weights`, `data`, `preprocessing` and `precision`, what was evaluated;
+        `top1`, `top5` (None with five classes or fewer), `loss`, `macro_f1`, `balanced_accuracy` and `n`, as
+        `evaluate`; `top1_error`, the standard error of `top1`; `per_class`, a row for each class as
+        `ClassMetrics.rows` has them; `variant`, `weights`, `data`, `preprocessing` and `precision`, what was evaluated;
         `images_per_second`; `skipped`, a sentence for each unreadable image; and more, as in docs/evaluate.md.
 
     Raises:
@@ -105,7 +107,7 @@ def validate_files(
             results, shared = _evaluate(task, world, options)
             first = len(rows)
             for (name, view), result in zip(task.views.items(), results, strict=True):
-                rows.append(_row(_known(task, name, view, world, options), result) | shared)
+                rows.append(_row(_known(task, name, view, world, options), result, task.class_names) | shared)
             if folder:
                 write = partial(_write, task, results, rows, first, folders, folder, extras)
                 world.on_main(write)  # after every file, so that nothing is lost if a later one fails
@@ -168,10 +170,7 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
 
 
 def _score(task: Task, extras: Extras, device: torch.device) -> Score:
-    classes = len(task.class_names)
     tallies: dict[str, Tally] = {}
-    if extras.per_class:
-        tallies["per_class"] = PerClass(classes, device)
     if extras.calibration:
         tallies["calibration"] = Calibration(device)
     if extras.worst:
@@ -202,9 +201,9 @@ def _known(task: Task, name: str, view: Preprocessing, world: World, options: Ev
     }
 
 
-def _row(known: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+def _row(known: dict[str, Any], result: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
     """Returns a row with its metrics; top-5 of five classes or fewer is always 100 %, and None."""
-    row = {**known, **result.metrics}
+    row = {**known, **result.metrics, "per_class": ClassMetrics.of(result.per_class).rows(class_names)}
     if not math.isfinite(row["loss"]):
         row["notes"] = [*known["notes"], NOT_FINITE]
     row["top1_error"] = standard_error(row["top1"], row["n"])

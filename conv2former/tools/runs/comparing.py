@@ -19,8 +19,8 @@ __all__ = ["Part", "compare_runs", "comparison_text", "differing", "differing_ru
 
 TIMING = ("images_per_second", "data_wait", "memory_gib")  # what no two runs have the same
 STATE = (
-    "step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "best_row", "confusion",
-    "losses",
+    "step", "epoch", "model", "model_ema", "optimizer", "scaler", "metric", "best_metric", "best_row", "per_class",
+    "confusion", "history", "losses",
 )  # fmt: skip
 _ABSENT = object()
 
