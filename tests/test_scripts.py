@@ -48,7 +48,7 @@ def script(name: str, *words, **kwargs) -> subprocess.CompletedProcess:
 
 def accuracy(text: str) -> tuple[str, int]:
     """Returns the top-1 accuracy, as printed, and the number of images."""
-    match = re.search(r"^\S+ +checkpoint +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +(\d+) +[\d,]+$", text, re.MULTILINE)
+    match = re.search(r"^\S+ +checkpoint +([\d.]+)(?: +[\d.]+){5} +(\d+) +[\d,]+$", text, re.MULTILINE)
     assert match, text
     return match[1], int(match[2])
 
@@ -206,7 +206,7 @@ def test_the_last_lines_of_a_run_can_be_copied(tmp_path):
     report = {
         "top1": 50.0, "n": 48, "last_top1": 45.83, "weights": "raw", "epoch": 8, "epochs": 26, "seconds": 61.0,
         "skipped": 0, "checkpoint": f"{folder}/checkpoints/best.pt", "last_checkpoint": f"{folder}/checkpoints/last.pt",
-        "tensorboard": None, "curves": "curves.png", "confusion": None,
+        "tensorboard": None, "curves": "curves.png", "confusion": None, "stopped_early": "", "classes": [],
     }  # fmt: skip
     lines = summary(report, folder)
     assert shlex.split(lines[-1])[-2:] == ["--checkpoint", report["checkpoint"]]
