@@ -29,10 +29,10 @@ from conv2former.tools.runs.killing import RunProcesses
 
 __all__ = [
     "Say",
+    "changes_of",
     "check_alone",
     "deviation",
     "final_row",
-    "has_config",
     "is_finished",
     "table",
     "top1_of",
@@ -49,14 +49,18 @@ PATIENCE = 60.0  # seconds that processes have to save and end
 # -------------------------------------------------------------------------------------------------------- the runs
 
 
-def has_config(folder: Path, config: Config) -> bool:
-    """Returns whether a folder holds a run of this configuration, finished or not, but for what changes nothing."""
+def changes_of(folder: Path, config: Config) -> list[str] | None:
+    """Returns how a configuration differs from that of the run in a folder, but for what changes nothing.
+
+    Returns:
+        `dotted.key: old -> new` lines; None if there is no run, or one that this version cannot go on with.
+    """
     try:
         noted = check_config(read_yaml(folder / "config.yaml"), folder).to_dict()
         now = settle_images(name_network(config))[0].to_dict()
     except (ConfigError, CheckpointError):  # no run; of another version; without the weights that it started from
-        return False
-    return not changed_keys(noted, now)
+        return None
+    return changed_keys(noted, now)
 
 
 def is_finished(folder: Path, config: Config, processes: int = 1) -> bool:
@@ -72,7 +76,7 @@ def is_finished(folder: Path, config: Config, processes: int = 1) -> bool:
     except (OSError, ValueError):
         return False
     batch = config.train.batch_size * config.train.accum_steps * processes
-    return report.get("global_batch_size", batch) == batch and has_config(folder, config)
+    return report.get("global_batch_size", batch) == batch and changes_of(folder, config) == []
 
 
 def train_quietly(config: Config, folder: Path, processes: int = 1) -> None:
