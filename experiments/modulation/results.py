@@ -127,13 +127,15 @@ def tuning_table(study: Study, results: Results, markdown: bool = False) -> str:
 
 
 def write_results(study: Study, results: Results, costs: Mapping[str, Cost]) -> list[Path]:
-    """Writes results.json, results.csv (a row per run), table.md and accuracy.png, and returns their paths.
+    """Writes results.json, results.csv (a row per run) and table.md, and returns their paths.
+
+    With the first final run accuracy.png is one of them.
 
     Raises:
         OutputError: they cannot be written.
     """
     rows = rows_of(study, results, costs)
-    paths = [study.output / name for name in ("results.json", "results.csv", "table.md", "accuracy.png")]
+    paths = [study.output / name for name in ("results.json", "results.csv", "table.md")]
     runs = [
         {"network": run.network, "part": "final" if run.is_final else "tuning", "seed": run.seed}
         | dict(run.setting or ())
@@ -147,7 +149,9 @@ def write_results(study: Study, results: Results, costs: Mapping[str, Cost]) -> 
     write_csv(paths[1], keys, [["" if run.get(key) is None else run[key] for key in keys] for run in runs])
     with replacing(paths[2]) as new:
         new.write_text(_page(study, results, rows))
-    save_figure(_figure(study, results, rows), paths[3])
+    if any(row.top1 for row in rows):
+        paths.append(study.output / "accuracy.png")
+        save_figure(_figure(study, results, rows), paths[-1])
     return paths
 
 
