@@ -41,6 +41,7 @@ def whole(output=Path("runs/x"), **changes):
 # -------------------------------------------------------------------------------------------------------- the plan
 
 
+@pytest.mark.slow
 def test_the_networks_cost_the_same_and_see_the_same_maps():
     study = whole()
     macs, size = {}, study.recipe.data.preprocessing.size
@@ -274,6 +275,7 @@ def test_time_in_turns():
     assert [len(values) for values in seconds.values()] == [3, 3]
 
 
+@pytest.mark.slow
 def test_costs_are_measured_once(tiny, tmp_path, monkeypatch):
     study, lines = tiny(), []
     monkeypatch.setattr(cost, "ROUNDS", 1)
