@@ -109,12 +109,8 @@ def _train_together(config: Config, folder: Path, count: int) -> None:
     with StopSignal() as signalled:
         running = RunProcesses(partial(_train_rank, config, folder), count, log, "forkserver")
         try:
-            while not running.wait(0.5):
-                if signalled.name or running.has_failed:
-                    break
-            else:
-                if not running.has_failed:
-                    return
+            while not (running.wait(0.5) or running.has_failed or signalled.name):
+                pass
             if signalled.name:
                 running.stop()
             running.wait(PATIENCE)
@@ -126,7 +122,8 @@ def _train_together(config: Config, folder: Path, count: int) -> None:
             running.kill()
     if signalled.name:
         raise RunStopped(f"stopped by {signalled.name}, and saved; the same command goes on from there")
-    raise _error_of(log, running.exit_codes)
+    if running.has_failed:
+        raise _error_of(log, running.exit_codes)
 
 
 def _train_rank(config: Config, folder: Path) -> None:

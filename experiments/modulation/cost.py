@@ -28,7 +28,7 @@ from .runs import Results, choose
 __all__ = ["Cost", "estimate", "measure_costs"]
 
 CLASSES = 10
-ROUNDS = 9
+ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def estimate(study: Study, results: Results, costs: Mapping[str, Cost], images: 
     for run, outcome in results.items():
         if outcome.top1 is not None:
             per_step.setdefault(run.network, []).append(outcome.seconds / steps(run))
-    known = {name: statistics.mean(values) for name, values in per_step.items()}
+    known = {name: statistics.median(values) for name, values in per_step.items()}
     factor = statistics.mean(known[name] / costs[name].seconds for name in known) if known else 1.0
     of = {name: known.get(name, factor * cost.seconds) for name, cost in costs.items()}
     return {run: steps(run) * of[run.network] for run in study.plan(choose(study, results)) if run not in results}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from conv2former.errors import counted
@@ -36,7 +36,7 @@ class Row:
         mean, std: of `top1`; None of no runs, and of one.
         minus_first: mean and standard deviation of the difference to the first network, seed by seed, points; None
             where they have no seed in common, and of the first network.
-        minutes: of training, on average.
+        minutes: of training, the median.
         setting: that was chosen; None as long as the tuning is not done.
     """
 
@@ -77,7 +77,7 @@ def rows_of(study: Study, results: Results, costs: Mapping[str, Cost]) -> list[R
                 mean(values) if values else None,
                 deviation(values),
                 (mean(pairs), deviation(pairs)) if pairs and name != study.networks[0].name else None,
-                mean(minutes) if minutes else None,
+                median(minutes) if minutes else None,
                 chosen.get(name),
                 costs[name],
             )

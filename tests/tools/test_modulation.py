@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import signal
 import sys
 from pathlib import Path
 
@@ -18,9 +16,8 @@ from conv2former._yaml import dump_yaml, read_yaml
 from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
 from conv2former.engine.network import build_model, name_network
-from conv2former.errors import ConfigError, RunStopped, TrainingError
+from conv2former.errors import ConfigError, TrainingError
 from conv2former.tools.benchmark.networks import count_macs
-from experiments import study as common
 from experiments.modulation import command, cost, runs
 from experiments.modulation.cost import Cost, estimate, time_in_turns
 from experiments.modulation.plan import Run, read_study
@@ -337,68 +334,6 @@ def test_a_study(file, photos, monkeypatch, capfd):
     lines.clear()
     command.list_runs(study, lines.append)
     assert [line.split()[-1] for line in lines[:3]] == ["done"] * 3
-
-
-class Processes:
-    """In the place of RunProcesses: trainings that never end, or that end with codes at once."""
-
-    def __init__(self, codes, during=lambda: None) -> None:
-        self.exit_codes, self.during, self.done = codes, during, []
-
-    def __call__(self, action, count, log, start):
-        log.write_text("some line\nerror: data.root: missing\n  more of it\n")
-        assert (len(self.exit_codes), start) == (count, "forkserver")
-        return self
-
-    @property
-    def has_failed(self):
-        return any(code not in (0, None) for code in self.exit_codes)
-
-    def wait(self, seconds):
-        if not self.done:
-            self.during()
-        return None not in self.exit_codes
-
-    def stop(self):
-        self.done.append("stop")
-        self.exit_codes = [75, 75]
-
-    def kill(self):
-        self.done.append("kill")
-
-
-def test_several_processes(tiny, tmp_path, monkeypatch):
-    study = tiny()
-    config = study.config(study.plan({})[0])
-
-    def train_with(codes, during=lambda: None) -> list[str]:
-        monkeypatch.setattr(common, "RunProcesses", processes := Processes(codes, during))
-        try:
-            common.train_quietly(config, tmp_path / "run", 2)
-        finally:
-            done.extend(processes.done)
-        return processes.done
-
-    done: list[str] = []
-    train_with([0, 0])
-    assert done == ["kill"]
-    with pytest.raises(ConfigError, match=r"run: data.root: missing\n  more of it$"):
-        train_with([2, None])
-    with pytest.raises(TrainingError, match=r"run: data.root: missing"):
-        train_with([3, 3])
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    def end():
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    done.clear()
-    with pytest.raises(KeyboardInterrupt):
-        train_with([None, None], interrupt)
-    with pytest.raises(RunStopped, match="stopped by SIGTERM, and saved; the same command goes on"):
-        train_with([None, None], end)
-    assert done == ["stop", "kill"] * 2
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
