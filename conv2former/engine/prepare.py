@@ -6,7 +6,7 @@ import fcntl
 import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .images import fill_images, settle_images
 from .logging import writing
 from .network import build_model
 
-__all__ = ["Job", "as_config", "prepare"]
+__all__ = ["Job", "as_config", "changed_keys", "prepare"]
 
 SPLIT_FILE = "split.csv"  # which images are trained on and which are held out
 
@@ -48,6 +48,23 @@ _HARMLESS = (
     "train.early_stop",
     "train.timeout_minutes",
 )
+
+
+def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[str]:
+    """Returns `dotted.key: old -> new` for all that makes a configuration another run than the one that noted it.
+
+    Args:
+        noted: in the run folder or a checkpoint, perhaps by another version.
+        now: the configuration, as plain types, with what it leaves open of the images filled in.
+        allowed: keys that may differ, besides those that change nothing.
+    """
+    # a key, or a section, that this version has and that one had not is at its default, which is what was done then
+    defaults = fill_images(Config()).to_dict()
+    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
+    allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
+    return [
+        line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
+    ]
 
 
 @dataclass
@@ -260,22 +277,14 @@ def _check_continuation(
         ConfigError: lists the keys that differ.
         DataError: the classes differ.
     """
-    allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
-    # a key, or a section, that this version has and that one had not is at its default, which is what was done then
-    defaults, noted = fill_images(type(config)()).to_dict(), saved["config"]
-    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
-    now = config.to_dict()
-    held_out = [content["data"].pop("holdout_sha256") for content in (before, now)]
-    changed = [
-        line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
-    ]
+    changed = changed_keys(saved["config"], config.to_dict(), config.checkpoint.allow_changes)
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "
             "or allow it (checkpoint.allow_changes=[KEY, ...]):",
             *bullets(changed),
         )
-    if held_out[0] != held_out[1]:
+    if saved["config"].get("data", {}).get("holdout_sha256") != config.data.holdout_sha256:
         raise DataError(
             "the images have changed since this run was started: other ones would be held out for validation (which "
             f"were is in its {SPLIT_FILE}); put them back, or start a new run with another --output"
