@@ -8,7 +8,7 @@ except ModuleNotFoundError as e:
     ) from e
 
 from .load import apply_overrides, check_config, differences, load_config, override_config
-from .resolve import Plan, fit_batch, img_size_at, make_plan
+from .resolve import Plan, fit_auto, fit_batch, img_size_at, make_plan
 from .schema import Config
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "apply_overrides",
     "check_config",
     "differences",
+    "fit_auto",
     "fit_batch",
     "img_size_at",
     "load_config",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .._preprocessing import as_img_size
-from ..errors import DataError, counted
+from ..errors import DataError, counted, raise_mistakes
+from .auto import AUTO, fitted, value_at, with_values
 from .schema import Config
 
-__all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
+__all__ = ["Plan", "fit_auto", "fit_batch", "is_noted", "img_size_at", "make_plan"]
+
+
+MANY = 10**6  # images of a set that is not small
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,45 @@ def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
         return config
     smaller = train.model_copy(update={"batch_size": batch_size, "accum_steps": accum_steps})
     return config.model_copy(update={"train": smaller})
+
+
+def fit_auto(
+    config: Config, world_size: int, num_train_images: int | None, noted: Mapping[str, Any] | None = None
+) -> tuple[Config, list[str]]:
+    """Returns the configuration with the values that fit the training set in the place of `auto`, and lines about them.
+
+    Args:
+        config: with the batch that it has in the end.
+        world_size: devices.
+        num_train_images: None if they are not counted: then what fits sets that are not small.
+        noted: the configuration of the run that is continued, as plain types, whose values it keeps.
+
+    Raises:
+        ConfigError: what results has conflicts, such as more epochs of warm-up than of training.
+    """
+    if not config.auto:
+        return config, []
+    batch = config.train.batch_size * config.train.accum_steps * world_size
+    epochs = None if "schedule.epochs" in config.auto else config.schedule.epochs
+    images = MANY if num_train_images is None else num_train_images
+    kept = {key: value_at(noted, key) for key in config.auto if is_noted(noted, key)} if noted else {}
+    values = {key: value for key, value in fitted(images, batch, epochs).items() if key in config.auto} | kept
+    settled = Config.model_validate(with_values(config.to_dict(), {**values, "train.fitted": config.auto}))
+    raise_mistakes("the configuration", [text for text in settled.conflicts() if text not in config.conflicts()])
+    return settled, [_about_auto(values, batch, num_train_images)]
+
+
+def is_noted(noted: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a run has found the value of a key by itself, where `auto` stood."""
+    return key in (value_at(noted, "train.fitted") or ())
+
+
+def _about_auto(values: Mapping[str, Any], batch: int, images: int | None) -> str:
+    texts = " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in values.items())
+    if images is None:
+        return f"{AUTO}, of a large training set, as the images were not counted: {texts}"
+    steps = counted(images // batch, "step")
+    return f"{AUTO}, by {counted(images, 'training image')} and {steps} in an epoch: {texts}"
 
 
 def img_size_at(config: Config, epoch: int) -> int | tuple[int, int]:

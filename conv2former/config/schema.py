@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 
 from .._preprocessing import FIELDS, Preprocessing, as_img_size, channels_text
 from ..errors import ConfigError, counted
+from .auto import AUTO, AutoKeys, with_values
 
 __all__ = ["NO_SPLIT", "Config"]
 
@@ -240,6 +241,8 @@ class TrainConfig(Section):
     early_stop: EarlyStopConfig | None = None  # end the run before its last epoch; docs/tracking.md
     # let a training set that is smaller than the global batch have a smaller batch; the rate follows it
     shrink_batch: bool = False
+    # filled in by the run: the keys that were `auto`, and now have the values that fit the training set
+    fitted: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     # weight of a class in the training loss: by one over its images, or over their square root; 1 in the mean over them
     class_weight: Literal["none", "balanced", "sqrt"] = "none"
     keep_tail: bool = False  # also train on an epoch's last batches that do not fill all accumulation steps
@@ -284,8 +287,8 @@ class LogConfig(Section):
     project: str | None = None  # to which the trackers count the run; null: what their variables say, or conv2former
 
 
-class Config(Section):
-    """A whole run."""
+class Config(AutoKeys, Section):
+    """A whole run. Keys may be `auto`, see auto.py, until the number of training images is known."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -312,7 +315,8 @@ class Config(Section):
         found += self._conflicts_of_network()
         if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
-        if self.schedule.warmup_epochs >= self.schedule.epochs:
+        is_open = {*self.auto} & {"schedule.epochs", "schedule.warmup_epochs"}
+        if not is_open and self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
         if self.data.streaming and self.data.source != "hf":
@@ -351,9 +355,10 @@ class Config(Section):
             key, length = next(iter(lengths.items()))
             takes = channels_text(self.model.in_chans)
             found.append(f"data.{key}: {counted(length, 'number')} for images of {takes}; give one for each channel")
-        if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
+        last = self.schedule.epochs + self.schedule.cooldown_epochs
+        if "schedule.epochs" not in self.auto and self.augment.mix_off_epochs > last:
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
-        if self.schedule.min_lr > self.optim.base_lr:
+        if "optim.base_lr" not in self.auto and self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
         if self.train.cuda_graph == "on" and self.model.grad_checkpointing:
             found.append("train.cuda_graph: not with model.grad_checkpointing, which no graph can hold; leave one out")
@@ -381,4 +386,4 @@ class Config(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole configuration as plain built-in types, for YAML and for checkpoints."""
-        return self.model_dump(mode="json")
+        return with_values(self.model_dump(mode="json"), dict.fromkeys(self.auto, AUTO))

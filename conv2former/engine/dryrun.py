@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, fit_batch, make_plan
+from ..config import Config, fit_auto, fit_batch, make_plan
 from ..data import Batch, open_train_and_val
 from ..errors import before_processes_meet, counted
 from .build import build_run, check_names
@@ -47,6 +47,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
         class_names, num_images = source.class_names, len(source)
         num_classes = len(class_names)
         config = fit_batch(config, world.size, num_images)
+    config, about_auto = fit_auto(config, world.size, num_images)
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
     model = build_model(config, num_classes, class_names)
@@ -73,6 +74,7 @@ def dry_run(config: Config | Mapping[str, Any] | str | Path) -> list[str]:
         lines[-1] = length_of(config, plan)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
+        *about_auto,
         *about_images,
         *lines,
         *filter(None, [run.about_graphs]),

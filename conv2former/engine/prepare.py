@@ -16,7 +16,9 @@ import numpy as np
 from torch import nn
 
 from .._yaml import dump_yaml
-from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
+from ..config import Config, Plan, apply_overrides, check_config, differences, fit_auto, fit_batch, load_config, make_plan
+from ..config.auto import AUTO, AUTO_KEYS, value_at, with_values
+from ..config.resolve import is_noted
 from ..data import DataSource, StreamSource, open_train_and_val
 from ..data.holdout import relative_names
 from ..data.sources import VAL_NAMES, is_bare
@@ -46,6 +48,7 @@ _HARMLESS = (
     "train.accum_steps",
     "train.cuda_graph",
     "train.early_stop",
+    "train.fitted",
     "train.timeout_minutes",
 )
 
@@ -61,10 +64,16 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
     # a key, or a section, that this version has and that one had not is at its default, which is what was done then
     defaults = fill_images(Config()).to_dict()
     before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
+    now = with_values(now, {key: value_at(before, key) for key in AUTO_KEYS if _is_found_again(before, now, key)})
     allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
     return [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
     ]
+
+
+def _is_found_again(noted: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a key is `auto` now, and was when the run was started, whose value it then has."""
+    return value_at(now, key) == AUTO and is_noted(noted, key)
 
 
 @dataclass
@@ -144,15 +153,17 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
     _check_beside_images(output, config)
     train_source, val_source = open_train_and_val(config.data)
     given, config = config, _settle(config, world.size, train_source, val_source)
-    plan = make_plan(config, world.size, len(train_source))
-    model = build_model(config, len(train_source.class_names), train_source.class_names)
     with ExitStack() as stack:  # an error lets go of the lock, although a notebook keeps the exception and its frames
         lock = stack.enter_context(_lock(output)) if world.is_main and output.is_dir() else None
         saved, started_from, notes = _find_checkpoint(output, resume)
+        noted = saved["config"] if saved else None
+        config, about_auto = fit_auto(config, world.size, len(train_source), noted)
+        plan = make_plan(config, world.size, len(train_source))
+        model = build_model(config, len(train_source.class_names), train_source.class_names)
         notes += [
             source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
         ]
-        notes += [*_settled(given, config, len(train_source), output), *about_images] if world.is_main else []
+        notes += [*_settled(given, config, len(train_source), output), *about_auto, *about_images] if world.is_main else []
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,

@@ -1,0 +1,109 @@
+"""Values that fit the number of training images: which keys of a configuration may be `auto`, and what they become.
+
+What fits was chosen by a study, experiments/small_sets/; docs/finetune.md has its table. Everything that it decides is in
+this file: `fitted` alone knows numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ModelWrapValidatorHandler, PrivateAttr, model_validator
+
+__all__ = ["AUTO", "AUTO_KEYS", "AutoKeys", "fitted", "value_at", "with_values"]
+
+AUTO = "auto"
+
+MIN_STEPS = 600  # optimizer steps of a run, however few the images are
+MIN_EPOCHS = 30  # and how often each image is seen at least
+WARMUP = 0.1  # of the run
+EVALUATIONS = 30  # of a run
+EMA_SHARE = 0.05  # of the run is what an average looks back on
+
+AUTO_KEYS = (
+    "model.drop_path_rate",
+    "augment.scale",
+    "augment.auto_augment",
+    "augment.re_prob",
+    "optim.base_lr",
+    "schedule.epochs",
+    "schedule.warmup_epochs",
+    "train.eval_every",
+    "ema.decay",
+)
+
+
+def fitted(images: int, batch: int, epochs: int | None = None) -> dict[str, Any]:
+    """Returns what fits a training set, for each of `AUTO_KEYS`.
+
+    Args:
+        images: that are trained on.
+        batch: images per optimizer step, over all devices and accumulation steps.
+        epochs: if they are given; other values then fit to a run of so many.
+    """
+    steps = max(1, images // batch)  # of an epoch
+    epochs = epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps))
+    is_small = images < 2000
+    return {
+        "model.drop_path_rate": 0.0 if is_small else None,
+        "augment.scale": [0.5, 1.0] if is_small else [0.25, 1.0],
+        "augment.auto_augment": None if is_small else "rand-m9-mstd0.5-inc1",
+        "augment.re_prob": 0.0 if is_small else 0.25,
+        "optim.base_lr": 1e-3,
+        "schedule.epochs": epochs,
+        "schedule.warmup_epochs": min(math.ceil(WARMUP * epochs), epochs - 1),
+        "train.eval_every": max(1, epochs // EVALUATIONS),
+        "ema.decay": round(1 - 1 / max(2.0, EMA_SHARE * epochs * steps), 4),
+    }
+
+
+def value_at(plain: Mapping[str, Any], key: str) -> Any:
+    """Returns the value of a dotted key in a configuration as plain types, None where there is none."""
+    section, _, name = key.partition(".")
+    inner = plain.get(section)
+    return inner.get(name) if isinstance(inner, Mapping) else None
+
+
+def with_values(plain: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration as plain types with other values of some dotted keys."""
+    changed = copy.deepcopy(dict(plain))
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        changed[section][name] = value
+    return changed
+
+
+class AutoKeys(BaseModel):
+    """A configuration in which keys may be `auto` until the number of training images is known.
+
+    Such a key has its default for as long; `auto` says that this means nothing.
+    """
+
+    _auto: frozenset[str] = PrivateAttr(frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take_auto(cls, raw: Any, handler: ModelWrapValidatorHandler[AutoKeys]) -> AutoKeys:
+        keys = [key for key in AUTO_KEYS if isinstance(raw, Mapping) and value_at(raw, key) == AUTO]
+        if not keys:
+            return handler(raw)
+        config = handler(_without(raw, keys))
+        config._auto = frozenset(keys)
+        return config
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The dotted keys that are still `auto`."""
+        return tuple(key for key in AUTO_KEYS if key in self._auto)
+
+
+def _without(raw: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    sections = {key.partition(".")[0] for key in keys}
+    kept = {
+        section: {name: value for name, value in raw[section].items() if f"{section}.{name}" not in keys}
+        for section in sections
+    }
+    return {**raw, **kept}
