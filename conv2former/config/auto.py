@@ -56,7 +56,7 @@ def fitted(images: int, batch: int, epochs: int | None = None) -> dict[str, Any]
         "schedule.epochs": epochs,
         "schedule.warmup_epochs": min(math.ceil(WARMUP * epochs), epochs - 1),
         "train.eval_every": max(1, epochs // EVALUATIONS),
-        "ema.decay": round(1 - 1 / max(2.0, EMA_SHARE * epochs * steps), 4),
+        "ema.decay": min(0.9999, round(1 - 1 / max(2.0, EMA_SHARE * epochs * steps), 4)),
     }
 
 
