@@ -17,14 +17,15 @@ __all__ = ["AUTO", "AUTO_KEYS", "AutoKeys", "fitted", "value_at", "with_values"]
 
 AUTO = "auto"
 
-MIN_STEPS = 600  # optimizer steps of a run, however few the images are
+MIN_STEPS = 400  # optimizer steps of a run, however few the images are
 MIN_EPOCHS = 30  # and how often each image is seen at least
+FEW_STEPS_LR = 2e-3  # the rate of a run of so few steps; that of a longer one falls with the square root of its steps
+LEAST_LR = 1e-4
 WARMUP = 0.1  # of the run
 EVALUATIONS = 30  # of a run
-EMA_SHARE = 0.05  # of the run is what an average looks back on
+SMALL = 2000  # images; of fewer, crops are larger, and there are neither RandAugment nor erasing
 
 AUTO_KEYS = (
-    "model.drop_path_rate",
     "augment.scale",
     "augment.auto_augment",
     "augment.re_prob",
@@ -32,7 +33,6 @@ AUTO_KEYS = (
     "schedule.epochs",
     "schedule.warmup_epochs",
     "train.eval_every",
-    "ema.decay",
 )
 
 
@@ -46,17 +46,16 @@ def fitted(images: int, batch: int, epochs: int | None = None) -> dict[str, Any]
     """
     steps = max(1, images // batch)  # of an epoch
     epochs = epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps))
-    is_small = images < 2000
+    rate = FEW_STEPS_LR * math.sqrt(min(1.0, MIN_STEPS / (epochs * steps)))
+    is_small = images < SMALL
     return {
-        "model.drop_path_rate": 0.0 if is_small else None,
         "augment.scale": [0.5, 1.0] if is_small else [0.25, 1.0],
         "augment.auto_augment": None if is_small else "rand-m9-mstd0.5-inc1",
         "augment.re_prob": 0.0 if is_small else 0.25,
-        "optim.base_lr": 1e-3,
+        "optim.base_lr": max(LEAST_LR, float(f"{rate:.2g}")),
         "schedule.epochs": epochs,
         "schedule.warmup_epochs": min(math.ceil(WARMUP * epochs), epochs - 1),
         "train.eval_every": max(1, epochs // EVALUATIONS),
-        "ema.decay": min(0.9999, round(1 - 1 / max(2.0, EMA_SHARE * epochs * steps), 4)),
     }
 
 

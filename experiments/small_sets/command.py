@@ -12,7 +12,7 @@ from .runs import find_results, passes, run_study, seconds_of, write_tables
 
 __all__ = ["list_runs", "part_of", "run"]
 
-EACH = 1 / 350  # seconds for a training image of 32 x 32 pixels, about, on one core; until a run is done
+EACH = 1 / 400  # seconds for a training image of 32 x 32 pixels, about, on one core; until a run is done
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -38,12 +38,21 @@ class SmallSet:
 
 @dataclass(frozen=True)
 class Setting:
-    """A column of the table: a recipe, and what is changed in it, by dotted keys."""
+    """A column of the table.
+
+    Attributes:
+        name: of its folders.
+        label: in tables.
+        recipe: that is trained.
+        overrides: what is changed in it, by dotted keys.
+        is_extra: whether it is left out unless it is asked for.
+    """
 
     name: str
     label: str
     recipe: str
     overrides: Mapping[str, Any]
+    is_extra: bool
 
 
 @dataclass(frozen=True)
@@ -134,14 +143,15 @@ def read_study(
     Args:
         path: of the YAML file.
         photos, cells, output, seeds: see `Study`.
-        sets, settings: names; none for all. Without `cells` the sets of cells are left out.
+        sets, settings: names; none for all but the settings that are extra. Without `cells` the sets of cells are left
+            out.
 
     Raises:
         ConfigError: a mistake in one of these.
     """
     raw = read_yaml(path)
     try:
-        columns = {name: Setting(name, one["label"], one["recipe"], one.get("overrides", {}))
+        columns = {name: Setting(name, one["label"], one["recipe"], one.get("overrides", {}), bool(one.get("extra")))
                    for name, one in raw["settings"].items()}  # fmt: skip
         rows = {
             name: SmallSet(name, one["label"], one["images"], int(one["per_class"]),
@@ -151,7 +161,8 @@ def read_study(
         study = Study(
             {name: row for name, row in rows.items()
              if name in (sets or rows) and (row.images != "cells" or cells is not None or sets)},
-            {name: column for name, column in columns.items() if name in (settings or columns)},
+            {name: column for name, column in columns.items()
+             if (name in settings if settings else not column.is_extra)},
             seeds, tuple(raw["pretraining"]["classes"]), path.parent / raw["pretraining"]["recipe"],
             raw["validation"], raw["common"], photos, cells, output,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from conv2former.config import Config, fit_auto, fit_batch, make_plan
 from conv2former.errors import ConfigError, bullets
 from conv2former.tools.output import check_writable
 
-from ..study import Say, changes_of, check_alone, final_row, is_finished, top1_of, train_quietly
+from ..study import Say, changes_of, check_alone, final_row, top1_of, train_quietly
 from .images import Pool, cells, digits, photos, write_choice
 from .plan import PRETRAINING, Run, Study
 
@@ -94,17 +94,19 @@ def _outcome(study: Study, run: Run) -> Outcome | None:
     Raises:
         ConfigError: its folder holds another one.
     """
+    # not study.is_finished, which compares batches: that of a set with fewer images than one is smaller than given
     folder = study.folder(run)
     if not (folder / "report.json").is_file():
         return None
     config = study.config(run)
-    if changes := changes_of(folder, config):
+    changes = changes_of(folder, config)
+    if changes is None:
+        return None
+    if changes:
         raise ConfigError(
             f"{folder} holds a run with another configuration; give another --output, or undo the change:",
             *bullets(changes),
         )
-    if not is_finished(folder, config):
-        return None
     row, report = final_row(folder), json.loads((folder / "report.json").read_text())
     return Outcome(top1_of(row), row["n"], row["epoch"], row["step"], report["seconds"], str(folder))
 

@@ -72,7 +72,7 @@ def test_what_is_given_stays_and_a_line_says_the_rest():
     assert settled.schedule.epochs == expected["schedule.epochs"]
     assert settled.train.fitted == config.auto
     (line,) = lines
-    assert line.startswith("auto, by 240 training images and 7 steps in an epoch: model.drop_path_rate=")
+    assert line.startswith("auto, by 240 training images and 7 steps in an epoch: augment.scale=[0.5,1.0] ")
     assert f" schedule.epochs={expected['schedule.epochs']} " in line
     assert "base_lr" not in line
     # what it says can be given, and is the same run

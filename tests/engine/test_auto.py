@@ -22,7 +22,6 @@ AUTO = {
     "schedule__warmup_epochs": "auto",
     "optim__base_lr": "auto",
     "augment__auto_augment": "auto",
-    "ema__decay": "auto",
     "train__eval_every": "auto",
 }
 

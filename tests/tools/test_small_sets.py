@@ -36,6 +36,7 @@ settings:
   probe: {label: probe, recipe: linear_probe/csv, overrides: {schedule.epochs: 1}}
   auto: {label: adaptive, recipe: finetune/csv}
   more: {label: more, recipe: finetune/csv, overrides: {schedule.epochs: 3}}
+  extra: {label: extra, recipe: finetune/csv, extra: true}
 """
 PRETRAIN = f"""
 model: {{variant: {{name: conv2former_small_sets, ls_init_value: null, {SHAPE}}}}}
@@ -91,6 +92,8 @@ def tiny(data, tmp_path):
 def test_the_whole_study(tmp_path):
     study = read_study(STUDY, tmp_path, tmp_path, Path("out"))
     plan = study.plan()
+    extra = read_study(STUDY, tmp_path, tmp_path, Path("out"), settings=["frozen", "average"])
+    assert len(extra.plan()) == 1 + 2 * 8 * 3
     assert plan[0] == PRETRAINING
     assert len({study.folder(run) for run in plan}) == len(plan)
     for one in study.sets.values():
@@ -108,8 +111,9 @@ def test_the_whole_study(tmp_path):
 def test_a_part_of_the_study(tiny):
     assert [run.set for run in tiny(cells=None, seeds=1).plan()] == ["", *["p4"] * 4, *["p8"] * 3]
     assert tiny(sets=["p8"], settings=["auto"], seeds=1).plan() == [PRETRAINING, Run("p8", "auto", 0)]
+    assert Run("p4", "extra", 1) in tiny(settings=["extra"]).plan()  # where it is asked for, alone
     for changes, message in (
-        ({"sets": ["p5"]}, r"--sets: no 'p5' \(did you mean 'p4'\?\): p4, p8, c2"),
+        ({"sets": ["p5"]}, r"--sets: no 'p5': p4, p8, c2"),
         ({"settings": ["autp"]}, r"--settings: no 'autp' \(did you mean 'auto'\?\)"),
         ({"seeds": 0}, "--seeds 0: give at least one"),
         ({"sets": ["c2"], "cells": None}, "give its folder, --cells"),
@@ -150,7 +154,7 @@ def test_cells_are_cut_out(data, tmp_path):
     for path in pool["val"]["red"] + pool["val"]["white"]:
         with Image.open(tmp_path / "cells" / path) as image:
             sizes[Path(path).stem] = image.size
-    assert sizes == {"00007_000000": (10, 9), "00007_000001": (20, 17), "00007_000003": (5, 5)}
+    assert sizes == {"00007_000000": (10, 9), "00007_000001": (10, 17), "00007_000003": (5, 5)}
     (data / "cells" / "val.json").rename(data / "cells" / "old.json")
     assert images.cells(data / "cells", tmp_path / "cells") == pool  # they are there
     with pytest.raises(ConfigError, match=r"val\.json: No such file or directory; --cells is the folder"):
