@@ -8,7 +8,7 @@ from conv2former.tools.benchmark.progress import duration
 from ..study import Say
 from .plan import PRETRAINING, Study
 from .results import progress_text, small_sets_table, write_results
-from .runs import find_results, passes, run_study, seconds_of, write_tables
+from .runs import find_results, passes, run_study, seconds_of, settled_config, write_tables
 
 __all__ = ["list_runs", "part_of", "run"]
 
@@ -47,8 +47,8 @@ def list_runs(study: Study, say: Say) -> None:
         UserError: a mistake in the configurations or the data.
     """
     counts = write_tables(study)
-    costs = {run: passes(study.config(run), counts[run]) for run in study.plan()}
-    results = find_results(study)
+    costs = {run: passes(settled_config(study, run, images), images) for run, images in counts.items()}
+    results = find_results(study, counts)
     seconds = seconds_of(study, results, costs, EACH)
     for number, one in enumerate(study.plan(), 1):
         what = "pre-training" if one == PRETRAINING else f"{one.set:12s}  {one.setting:12s}  seed {one.seed}"

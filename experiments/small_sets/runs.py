@@ -12,11 +12,11 @@ from conv2former.config import Config, fit_auto, fit_batch, make_plan
 from conv2former.errors import ConfigError, bullets
 from conv2former.tools.output import check_writable
 
-from ..study import Say, changes_of, check_alone, final_row, top1_of, train_quietly
+from ..study import Say, changes_of, check_alone, final_row, is_finished, top1_of, train_quietly
 from .images import Pool, cells, digits, photos, write_choice
 from .plan import PRETRAINING, Run, Study
 
-__all__ = ["Outcome", "Results", "find_results", "passes", "run_study", "seconds_of", "write_tables"]
+__all__ = ["Outcome", "Results", "find_results", "passes", "run_study", "seconds_of", "settled_config", "write_tables"]
 
 PATIENCE = 5.0  # seconds between two looks at the pre-training of another process
 FROZEN_COST = 0.4  # of an image whose gradients end at the classifier, by what other images cost
@@ -77,36 +77,52 @@ def _write_table(study: Study, run: Run, pools: Mapping[str, Pool]) -> int:
     return write_choice(path, pools[one.images], classes, one.per_class, study.held[one.images], run.seed)
 
 
-def find_results(study: Study, known: Results | None = None) -> dict[Run, Outcome]:
-    """Returns what is done, in the order of the plan; what is `known` is not looked at again.
+def settled_config(study: Study, run: Run, images: int) -> Config:
+    """Returns the configuration of a run with nothing left open.
+
+    So a run with values that another version found fitting is another run.
+
+    Args:
+        study: of the run.
+        run: one of its plan.
+        images: that it is trained on.
+    """
+    return fit_auto(fit_batch(study.config(run), 1, images), 1, images)[0]
+
+
+def find_results(study: Study, counts: Mapping[Run, int], known: Results | None = None) -> dict[Run, Outcome]:
+    """Returns what is done, in the order of the plan.
+
+    Args:
+        study: all runs.
+        counts: of the images that each is trained on.
+        known: what is not looked at again.
 
     Raises:
         ConfigError: a run's folder holds another one.
     """
     known = known or {}
-    found = {run: known.get(run) or _outcome(study, run) for run in study.plan()}
+    found = {run: known.get(run) or _outcome(study, run, images) for run, images in counts.items()}
     return {run: outcome for run, outcome in found.items() if outcome}
 
 
-def _outcome(study: Study, run: Run) -> Outcome | None:
+def _outcome(study: Study, run: Run, images: int) -> Outcome | None:
     """Returns what a run came to, None if it is not done.
 
     Raises:
         ConfigError: its folder holds another one.
     """
-    # not study.is_finished, which compares batches: that of a set with fewer images than one is smaller than given
     folder = study.folder(run)
     if not (folder / "report.json").is_file():
         return None
-    config = study.config(run)
-    changes = changes_of(folder, config)
-    if changes is None:
-        return None
-    if changes:
+    config = settled_config(study, run, images)
+    if changes := changes_of(folder, config):
         raise ConfigError(
-            f"{folder} holds a run with another configuration; give another --output, or undo the change:",
+            f"{folder} holds a run with another configuration; remove it, give another --output, or undo the change:",
             *bullets(changes),
         )
+    if not is_finished(folder, config):
+        return None
     row, report = final_row(folder), json.loads((folder / "report.json").read_text())
     return Outcome(top1_of(row), row["n"], row["epoch"], row["step"], report["seconds"], str(folder))
 
@@ -128,8 +144,8 @@ def run_study(study: Study, say: Say, note: Callable[[Results], None], part: tup
     """
     check_alone()
     check_writable(study.output / "table.md")
-    write_tables(study)
-    results = find_results(study)
+    counts = write_tables(study)
+    results = find_results(study, counts)
     note(results)
     plan = study.plan()
     for number, run in enumerate(plan):
@@ -137,13 +153,13 @@ def run_study(study: Study, say: Say, note: Callable[[Results], None], part: tup
             continue
         if run == PRETRAINING and part[0] != 1:
             say("waiting for the pre-training, which part 1 does")
-            while not _outcome(study, run):
+            while not _outcome(study, run, counts[run]):
                 time.sleep(PATIENCE)
             continue
-        train_quietly(study.config(run), study.folder(run))
+        train_quietly(settled_config(study, run, counts[run]), study.folder(run))
         if run != PRETRAINING:
             shutil.rmtree(study.folder(run) / "checkpoints")
-        results = find_results(study, results)  # the other parts', too
+        results = find_results(study, counts, results)  # the other parts', too
         say(f"[{len(results):{len(str(len(plan)))}d}/{len(plan)}]  {_line(run, results[run])}")
         note(results)
     return results
@@ -156,7 +172,6 @@ def _line(run: Run, outcome: Outcome) -> str:
 
 def passes(config: Config, images: int) -> float:
     """Returns about how much a run costs, in training images of which all gradients are computed."""
-    config = fit_auto(fit_batch(config, 1, images), 1, images)[0]
     plan = make_plan(config, 1, images)
     each = 1.0 if config.model.freeze == "nothing" else FROZEN_COST
     return plan.total_steps * plan.global_batch_size * each

@@ -16,7 +16,7 @@ from conv2former.errors import ConfigError
 from experiments.small_sets import command, images, runs
 from experiments.small_sets.plan import PRETRAINING, Run, read_study
 from experiments.small_sets.results import comparison, small_sets_table, write_results
-from experiments.small_sets.runs import Outcome, find_results, passes, run_study, seconds_of, write_tables
+from experiments.small_sets.runs import Outcome, find_results, passes, run_study, seconds_of, settled_config, write_tables
 
 from ..conftest import ROOT, TINY_YAML
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
@@ -228,7 +228,7 @@ def test_runs_and_their_table(tiny, played, tmp_path):
     assert lines[1] == "[2/9]  p4            before        seed 0  top-1  50.00 %  (6 steps, 2 s)"
     kept = [study.folder(run) for run in study.plan() if (study.folder(run) / "checkpoints").exists()]
     assert kept == [study.folder(PRETRAINING)]
-    assert find_results(study) == results
+    assert find_results(study, write_tables(study)) == results
     assert comparison(study, results, "p4") == (5.0, 0.0)  # the probe is the better one
     table = small_sets_table(study, results, markdown=True).splitlines()
     assert table[0] == (
@@ -241,10 +241,10 @@ def test_runs_and_their_table(tiny, played, tmp_path):
     assert len(paths[1].read_text().splitlines()) == 10
     half = {run: outcome for run, outcome in results.items() if run.seed == 0 and run.setting != "auto"}
     assert small_sets_table(study, half, True).splitlines()[2] == "| 4 photos | 50.0 | 60.0 | - | 70.0 | - |"
-    with pytest.raises(ConfigError, match=r"before/seed0 holds a run with another configuration; give another"):
+    with pytest.raises(ConfigError, match=r"before/seed0 holds a run with another configuration; remove it"):
         folder = study.folder(Run("p4", "before", 0))
         (folder / "config.yaml").write_text("{}")
-        find_results(study)
+        find_results(study, write_tables(study))
 
 
 def test_two_share_the_work(tiny, played, monkeypatch):
@@ -267,7 +267,8 @@ def test_two_share_the_work(tiny, played, monkeypatch):
 
 def test_the_time_that_is_left(tiny):
     study = tiny(cells=None, seeds=1)
-    costs = {run: passes(study.config(run), 12 if run == PRETRAINING else 8) for run in study.plan()}
+    counts = {run: 12 if run == PRETRAINING else 8 for run in study.plan()}
+    costs = {run: passes(settled_config(study, run, images), images) for run, images in counts.items()}
     assert costs[PRETRAINING] == 12
     assert costs[Run("p8", "before", 0)] == 16
     assert costs[Run("p8", "probe", 0)] == pytest.approx(8 * runs.FROZEN_COST)
