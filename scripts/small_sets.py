@@ -1,7 +1,7 @@
 """The study of docs/finetune.md: which settings make the most of 30 to 4,000 images.
 
 python scripts/small_sets.py --photos data/cifar10                       an hour on one core; stop and start it at will
-python scripts/small_sets.py --photos data/cifar10 --list                the runs, and about how long those left will take
+python scripts/small_sets.py --photos data/cifar10 --list                the runs, and about how long they take
 python scripts/small_sets.py --photos data/cifar10 --cells data/bccd     with cells of a blood smear, in COCO's format
 python scripts/small_sets.py --photos data/cifar10 --sets photos_160     this set alone
 python scripts/small_sets.py --photos data/cifar10 --part 1/2            with --part 2/2 beside it: two at a time

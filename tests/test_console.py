@@ -263,7 +263,7 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["benchmark", "models", "conv2former_n"], "train"),
         *(
             ([ROOT / "scripts" / name], "train")
-            for name in ("kill_test.py", "modulation.py", "transfer.py", "sample_digits.py")
+            for name in ("kill_test.py", "modulation.py", "small_sets.py", "transfer.py", "sample_digits.py")
         ),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)

@@ -1,7 +1,6 @@
 """Values that fit the number of training images: which keys of a configuration may be `auto`, and what they become.
 
-What fits was chosen by a study, experiments/small_sets/; docs/finetune.md has its table. Everything that it decides is in
-this file: `fitted` alone knows numbers.
+All numbers are in this file. The study of experiments/small_sets/ measures them; docs/finetune.md has the result.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ..errors import DataError, counted, raise_mistakes
 from .auto import AUTO, fitted, value_at, with_values
 from .schema import Config
 
-__all__ = ["Plan", "fit_auto", "fit_batch", "is_noted", "img_size_at", "make_plan"]
+__all__ = ["Plan", "fit_auto", "fit_batch", "img_size_at", "is_noted", "make_plan"]
 
 
 MANY = 10**6  # images of a set that is not small

@@ -16,9 +16,9 @@ import numpy as np
 from torch import nn
 
 from .._yaml import dump_yaml
-from ..config import Config, Plan, apply_overrides, check_config, differences, fit_auto, fit_batch, load_config, make_plan
+from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
 from ..config.auto import AUTO, AUTO_KEYS, value_at, with_values
-from ..config.resolve import is_noted
+from ..config.resolve import fit_auto, is_noted
 from ..data import DataSource, StreamSource, open_train_and_val
 from ..data.holdout import relative_names
 from ..data.sources import VAL_NAMES, is_bare
@@ -163,7 +163,8 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
         notes += [
             source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
         ]
-        notes += [*_settled(given, config, len(train_source), output), *about_auto, *about_images] if world.is_main else []
+        about = [*about_auto, *about_images]
+        notes += [*_settled(given, config, len(train_source), output), *about] if world.is_main else []
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,

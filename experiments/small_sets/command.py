@@ -55,4 +55,5 @@ def list_runs(study: Study, say: Say) -> None:
         left = "done" if one in results else f"about {duration(seconds[one])}"
         say(f"{number:3d}  {what:36s}  {left}")
     basis = "the runs that are done" if results else f"{1 / EACH:.0f} training images a second"
-    say(f"{progress_text(study, results)} done; the others train for about {duration(sum(seconds.values()))}, by {basis}")
+    left = duration(sum(seconds.values()))
+    say(f"{progress_text(study, results)} done; the others train for about {left}, by {basis}")

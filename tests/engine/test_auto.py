@@ -62,7 +62,9 @@ def test_a_run_with_auto(raw_config, tmp_path, monkeypatch, capsys, short):
     # a study asks whether a run is that of its configuration
     assert changed_keys(noted, settle_images(config)[0].to_dict()) == []
     given = configure(raw_config, **{**AUTO, "optim__base_lr": 1e-5}, schedule__cooldown_epochs=0)
-    assert [text.partition(":")[0] for text in changed_keys(noted, settle_images(given)[0].to_dict())] == ["optim.base_lr"]
+    assert [text.partition(":")[0] for text in changed_keys(noted, settle_images(given)[0].to_dict())] == [
+        "optim.base_lr"
+    ]
 
     # a trial of fewer epochs was another run
     trial = configure(raw_config, **{**AUTO, "schedule__epochs": 1}, schedule__cooldown_epochs=0)

@@ -16,7 +16,15 @@ from conv2former.errors import ConfigError
 from experiments.small_sets import command, images, runs
 from experiments.small_sets.plan import PRETRAINING, Run, read_study
 from experiments.small_sets.results import comparison, small_sets_table, write_results
-from experiments.small_sets.runs import Outcome, find_results, passes, run_study, seconds_of, settled_config, write_tables
+from experiments.small_sets.runs import (
+    Outcome,
+    find_results,
+    passes,
+    run_study,
+    seconds_of,
+    settled_config,
+    write_tables,
+)
 
 from ..conftest import ROOT, TINY_YAML
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
@@ -130,7 +138,7 @@ def test_a_part_of_the_study(tiny):
 
 
 def test_tables(tiny):
-    """A seed's larger set holds its smaller one; the classes of the pre-training are in none; all are held out alike."""
+    """A seed's larger set holds its smaller one; no class of the pre-training is in one; all are held out alike."""
     study = tiny()
     counts = write_tables(study)
     assert counts[PRETRAINING] == 12
