@@ -56,7 +56,10 @@ def main() -> None:
     args = parser.parse_args()
     part = part_of(args.part)
     study = read_study(args.study, args.photos, args.cells, args.output, args.seeds, args.sets, args.settings)
-    list_runs(study, print_lines) if args.list else run(study, print_lines, part)
+    if args.list:
+        list_runs(study, print_lines)
+    else:
+        run(study, print_lines, part)
 
 
 if __name__ == "__main__":

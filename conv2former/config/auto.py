@@ -18,8 +18,10 @@ AUTO = "auto"
 
 MIN_STEPS = 400  # optimizer steps of a run, however few the images are
 MIN_EPOCHS = 30  # and how often each image is seen at least
-FEW_STEPS_LR = 2e-3  # the rate of a run of so few steps; that of a longer one falls with the square root of its steps
-LEAST_LR = 1e-4
+# The rate of a run of so few steps with batches of 32; that of a longer one falls with the square root of its steps, and
+# that of other batches follows the square root of their images, as suits Adam.
+FEW_STEPS_LR, LR_BATCH = 2e-3, 32
+LEAST_LR = 1e-4  # likewise
 WARMUP = 0.1  # of the run
 EVALUATIONS = 30  # of a run
 SMALL = 2000  # images; of fewer, crops are larger, and there are neither RandAugment nor erasing
@@ -35,23 +37,25 @@ AUTO_KEYS = (
 )
 
 
-def fitted(images: int, batch: int, epochs: int | None = None) -> dict[str, Any]:
+def fitted(images: int, batch: int, epochs: int | None = None, base_batch: int = LR_BATCH) -> dict[str, Any]:
     """Returns what fits a training set, for each of `AUTO_KEYS`.
 
     Args:
         images: that are trained on.
         batch: images per optimizer step, over all devices and accumulation steps.
         epochs: if they are given; other values then fit to a run of so many.
+        base_batch: `optim.base_batch_size`.
     """
     steps = max(1, images // batch)  # of an epoch
     epochs = epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps))
-    rate = FEW_STEPS_LR * math.sqrt(min(1.0, MIN_STEPS / (epochs * steps)))
+    rate = max(LEAST_LR, FEW_STEPS_LR * math.sqrt(min(1.0, MIN_STEPS / (epochs * steps))))
+    base_lr = rate * math.sqrt(batch / LR_BATCH) * base_batch / batch  # which is scaled by the batch, not by its root
     is_small = images < SMALL
     return {
         "augment.scale": [0.5, 1.0] if is_small else [0.25, 1.0],
         "augment.auto_augment": None if is_small else "rand-m9-mstd0.5-inc1",
         "augment.re_prob": 0.0 if is_small else 0.25,
-        "optim.base_lr": max(LEAST_LR, float(f"{rate:.2g}")),
+        "optim.base_lr": float(f"{base_lr:.2g}"),
         "schedule.epochs": epochs,
         "schedule.warmup_epochs": min(math.ceil(WARMUP * epochs), epochs - 1),
         "train.eval_every": max(1, epochs // EVALUATIONS),

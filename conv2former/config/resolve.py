@@ -119,7 +119,8 @@ def fit_auto(
     epochs = None if "schedule.epochs" in config.auto else config.schedule.epochs
     images = MANY if num_train_images is None else num_train_images
     kept = {key: value_at(noted, key) for key in config.auto if is_noted(noted, key)} if noted else {}
-    values = {key: value for key, value in fitted(images, batch, epochs).items() if key in config.auto} | kept
+    found = fitted(images, batch, epochs, config.optim.base_batch_size)
+    values = {key: value for key, value in found.items() if key in config.auto} | kept
     settled = Config.model_validate(with_values(config.to_dict(), {**values, "train.fitted": config.auto}))
     raise_mistakes("the configuration", [text for text in settled.conflicts() if text not in config.conflicts()])
     return settled, [_about_auto(values, batch, num_train_images)]

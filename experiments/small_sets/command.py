@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from conv2former.errors import ConfigError
 from conv2former.tools.benchmark.progress import duration
 
 from ..study import Say
 from .plan import PRETRAINING, Study
 from .results import progress_text, small_sets_table, write_results
-from .runs import find_results, passes, run_study, seconds_of, settled_config, write_tables
+from .runs import Results, find_results, passes, run_study, seconds_of, settled_config, write_tables
 
 __all__ = ["list_runs", "part_of", "run"]
 
@@ -33,11 +35,16 @@ def run(study: Study, say: Say, part: tuple[int, int] = (1, 1)) -> None:
     Raises:
         UserError, TrainingError, RunStopped: see `run_study`.
     """
-    results = run_study(study, say, lambda results: write_results(study, results) and None, part)
+    paths: list[Path] = []
+
+    def note(results: Results) -> None:
+        paths[:] = write_results(study, results)
+
+    results = run_study(study, say, note, part)
     for line in ("", progress_text(study, results), *small_sets_table(study, results).split("\n")):
         say(line)
     say("")
-    say(f"written: {', '.join(map(str, write_results(study, results)))}")
+    say(f"written: {', '.join(map(str, paths))}")
 
 
 def list_runs(study: Study, say: Say) -> None:

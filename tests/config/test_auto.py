@@ -6,7 +6,7 @@ import pytest
 
 from conv2former import ConfigError
 from conv2former.config import check_config, fit_auto, fit_batch, load_config, make_plan
-from conv2former.config.auto import AUTO_KEYS, MIN_EPOCHS, MIN_STEPS, fitted, value_at
+from conv2former.config.auto import AUTO_KEYS, FEW_STEPS_LR, LEAST_LR, MIN_EPOCHS, MIN_STEPS, SMALL, fitted, value_at
 
 from ..conftest import ROOT
 
@@ -35,7 +35,7 @@ def test_every_key_has_a_value_for_every_size():
         assert epochs // values["train.eval_every"] <= 60
         if before:  # larger sets: fewer epochs, a lower rate
             assert epochs <= before["schedule.epochs"]
-            assert values["optim.base_lr"] <= before["optim.base_lr"]
+            assert values["optim.base_lr"] <= before["optim.base_lr"]  # of these batches, all relative to 32 images
         before = values
         config = settle(load_config(FINETUNE), images)
         assert config.auto == ()
@@ -50,6 +50,28 @@ def test_what_fits_follows_the_epochs_that_are_given():
         assert values["train.eval_every"] == 1
     config = settle(load_config(FINETUNE, ["schedule.epochs=2"]), 240)
     assert (config.schedule.epochs, config.schedule.warmup_epochs) == (2, 1)
+
+
+def test_the_rate_follows_the_root_of_the_batch():
+    rates = {batch: make_plan(settle(load_config(FINETUNE, [f"train.batch_size={batch}"]), 2**14), 1, 2**14).lr
+             for batch in (8, 32, 128)}  # fmt: skip
+    steps = {batch: MIN_EPOCHS * 2**14 // batch for batch in rates}
+    for batch, lr in rates.items():
+        expected = FEW_STEPS_LR * (MIN_STEPS / steps[batch]) ** 0.5 * (batch / 32) ** 0.5
+        assert lr == pytest.approx(max(expected, LEAST_LR * (batch / 32) ** 0.5), rel=0.05)
+    words = ["optim.base_batch_size=1024"]  # in other words, the same
+    assert make_plan(settle(load_config(FINETUNE, words), 240), 1, 240).lr == pytest.approx(FEW_STEPS_LR, rel=0.05)
+
+
+def test_the_page_shows_what_is_printed():
+    page = (ROOT / "docs" / "finetune.md").read_text()
+    assert fit_auto(load_config(FINETUNE), 1, 240)[1][0] in page
+    for text in (
+        f"{MIN_STEPS} steps, at least {MIN_EPOCHS}",
+        f"{FEW_STEPS_LR:g} for {MIN_STEPS} steps",
+        f"{SMALL:,} images",
+    ):
+        assert text.replace("0.002", "2e-3") in page
 
 
 def test_a_recipe_keeps_auto_until_then():
