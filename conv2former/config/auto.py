@@ -18,8 +18,8 @@ AUTO = "auto"
 
 MIN_STEPS = 400  # optimizer steps of a run, however few the images are
 MIN_EPOCHS = 30  # and how often each image is seen at least
-# The rate of a run of so few steps with batches of 32; that of a longer one falls with the square root of its steps, and
-# that of other batches follows the square root of their images, as suits Adam.
+# The rate of a run of so few steps with batches of 32. That of a longer one falls with the square root of its steps, that
+# of other batches follows the square root of their images, as suits Adam.
 FEW_STEPS_LR, LR_BATCH = 2e-3, 32
 LEAST_LR = 1e-4  # likewise
 WARMUP = 0.1  # of the run
@@ -89,12 +89,19 @@ class AutoKeys(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _take_auto(cls, raw: Any, handler: ModelWrapValidatorHandler[AutoKeys]) -> AutoKeys:
-        keys = [key for key in AUTO_KEYS if isinstance(raw, Mapping) and value_at(raw, key) == AUTO]
+        keys = [key for key in AUTO_KEYS if isinstance(raw, Mapping) and value_at(raw, key) == AUTO and cls._has(key)]
         if not keys:
             return handler(raw)
         config = handler(_without(raw, keys))
         config._auto = frozenset(keys)
         return config
+
+    @classmethod
+    def _has(cls, key: str) -> bool:
+        """Returns whether the configuration has a key; what it has not is a mistake, whatever stands there."""
+        section, _, name = key.partition(".")
+        field = cls.model_fields.get(section)
+        return field is not None and name in getattr(field.annotation, "model_fields", {})
 
     @property
     def auto(self) -> tuple[str, ...]:

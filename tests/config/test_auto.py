@@ -124,6 +124,8 @@ def test_a_run_that_goes_on_keeps_what_it_found():
 
 
 def test_mistakes():
+    with pytest.raises(ConfigError, match=r"optim: input should be .*found 'auto'"):
+        configure(optim="auto")
     with pytest.raises(ConfigError, match=r"train\.batch_size: input should be a valid integer.*found 'auto'"):
         configure(train={"batch_size": "auto"})  # no key that may be
     with pytest.raises(ConfigError, match=r"schedule\.epochs: input should be a valid integer.*found 'automatic'"):
