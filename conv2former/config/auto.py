@@ -18,8 +18,8 @@ AUTO = "auto"
 
 MIN_STEPS = 400  # optimizer steps of a run, however few the images are
 MIN_EPOCHS = 30  # and how often each image is seen at least
-# The rate of a run of so few steps with batches of 32. That of a longer one falls with the square root of its steps, that
-# of other batches follows the square root of their images, as suits Adam.
+# The rate of a run of so few steps with batches of 32. That of a longer one falls with the square root of its steps;
+# that of other batches follows the square root of their images, as suits Adam.
 FEW_STEPS_LR, LR_BATCH = 2e-3, 32
 LEAST_LR = 1e-4  # likewise
 WARMUP = 0.1  # of the run
