@@ -1,4 +1,4 @@
-"""Imports go one way: scripts, commands -> tools -> engine -> data -> config; engine, tools -> models -> weights, ops.
+"""Imports go one way: scripts, commands -> tools -> engine -> tasks -> data -> config; tasks -> models -> weights, ops.
 
 Every import counts, wherever in a file it stands: one inside a function, or for types alone, is an arrow like others.
 """
@@ -23,9 +23,10 @@ ALLOWED = {
     "models": {"ops", "weights"},
     "config": set(),
     "data": {"config"},
-    "engine": {"config", "data", "models", "ops", "weights"},
-    "tools": {"config", "data", "engine", "models", "ops", "weights"},
-    "commands": {"config", "data", "engine", "models", "ops", "tools", "weights"},
+    "tasks": {"config", "data", "models", "weights"},
+    "engine": {"config", "data", "models", "ops", "tasks", "weights"},
+    "tools": {"config", "data", "engine", "models", "ops", "tasks", "weights"},
+    "commands": {"config", "data", "engine", "models", "ops", "tasks", "tools", "weights"},
 }
 ENTRIES = {"__init__.py", "__main__.py", "train.py"}  # beside the folders, and above them
 # What the zoo may import: `pip install conv2former` brings no more.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .._preprocessing import as_img_size
 from ..errors import DataError, counted
+from .base import BaseConfig
 from .schema import Config
+
+C = TypeVar("C", bound=BaseConfig)
 
 __all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
 
@@ -35,7 +39,7 @@ class Plan:
         return self.steps_per_epoch * self.epochs
 
 
-def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
+def make_plan(config: BaseConfig, world_size: int, num_train_images: int) -> Plan:
     """Works out batch, rate and steps.
 
     Raises:
@@ -61,9 +65,9 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
     )
 
 
-def _smaller_batch(config: Config, world_size: int, num_train_images: int) -> str:
+def _smaller_batch(config: BaseConfig, world_size: int, num_train_images: int) -> str:
     """Returns what to do about a training set that is smaller than a global batch."""
-    unit = 2 if config.augment.mixup or config.augment.cutmix else 1  # they pair images
+    unit = 2 if config.pairs_images else 1  # they pair images
     if num_train_images >= unit * world_size:
         fewer = ", or train.accum_steps" if config.train.accum_steps > 1 else ""
         return f"lower train.batch_size{fewer}"
@@ -74,16 +78,16 @@ def _smaller_batch(config: Config, world_size: int, num_train_images: int) -> st
     return f"each process needs {each}, so start fewer processes: {most} at most"
 
 
-def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
+def fit_batch(config: C, world_size: int, num_train_images: int) -> C:
     """Returns the configuration with a batch that the training set fills, where `train.shrink_batch` asks for it.
 
     Accumulation steps are kept as long as each has an image, with mixup or cutmix a pair, for every device. A set that
     is too small even for one step is left to `make_plan`, which refuses it.
     """
-    train, augment = config.train, config.augment
+    train = config.train
     if not train.shrink_batch or num_train_images >= train.batch_size * train.accum_steps * world_size:
         return config
-    unit = 2 if augment.mixup or augment.cutmix else 1  # they pair images
+    unit = 2 if config.pairs_images else 1  # they pair images
     accum_steps = min(train.accum_steps, max(1, num_train_images // (unit * world_size)))
     batch_size = num_train_images // (world_size * accum_steps) // unit * unit
     if not batch_size:

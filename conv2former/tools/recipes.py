@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from .._configs import find_recipes
-from ..config import Config, Plan, load_config, make_plan
+from ..config import BaseConfig, Plan, load_config, make_plan
 from ..config.schema import DataConfig
 from ..errors import ConfigError
 
@@ -31,7 +31,7 @@ class Recipe:
     """
 
     path: Path
-    config: Config
+    config: BaseConfig
     header: str
     published: str
     devices: int

@@ -14,11 +14,12 @@ from timm.models import save_for_hf
 import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import Batch
-from conv2former.engine import dry_run, others, train, trainer
+from conv2former.engine import dry_run, train, trainer
 from conv2former.engine.images import settle_images
-from conv2former.engine.network import build_model, find_network, freeze, name_network
 from conv2former.errors import OutputError
 from conv2former.models import others as models_others
+from conv2former.tasks import others
+from conv2former.tasks.network import build_model, find_network, freeze, name_network
 from conv2former.tools.checkpoints.average import average
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.checkpoints.publish import write_folder

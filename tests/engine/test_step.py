@@ -7,11 +7,13 @@ from timm.optim import Lookahead
 from conv2former import ConfigError
 from conv2former.config import make_plan
 from conv2former.data import Batch
-from conv2former.engine import World, network
+from conv2former.engine import World
 from conv2former.engine.build import autocast_for, build_run, check_names
-from conv2former.engine.network import build_model, freeze
-from conv2former.engine.step import FiniteCheck, mix, train_step
+from conv2former.engine.step import FiniteCheck, train_step
+from conv2former.engine.step import prepare_batch as mix
 from conv2former.errors import TrainingError, UserError
+from conv2former.tasks import network
+from conv2former.tasks.network import build_model, freeze
 
 from .conftest import configure
 
