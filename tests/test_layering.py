@@ -129,6 +129,18 @@ def test_the_zoo_needs_little(folder):
             assert imports(path, known)[1] <= ZOO_NEEDS | more, path
 
 
+def test_the_engine_knows_no_task():
+    """It finds tasks by name: no file of it imports one, or has a word that is one's own."""
+    words = {"top1", "top5", "macro_f1", "mixup", "cutmix", "confusion", "per_class", "labels", "segmentation", "augment"}
+    known = modules()
+    for path in (PACKAGE / "engine").glob("*.py"):
+        assert not [file for file in imports(path, known)[0] if file.parent.parent == PACKAGE / "tasks"], path
+        tree = ast.parse(path.read_text("utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not words & (names | texts), path
+
+
 def test_ops_know_no_modules_of_ours():
     """They see tensors: no class of PyTorch's modules is named there, and none of timm's."""
     for path in (PACKAGE / "ops").glob("**/*.py"):

@@ -207,11 +207,6 @@ def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, 
     return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
 
 
-def _merged(default: Any, noted: Any) -> Any:
-    """Returns a section with its defaults, or the name of a task, which a run of an earlier version had not."""
-    return {**default, **noted} if isinstance(default, dict) else noted or default
-
-
 def _check_continuation(
     config: BaseConfig, saved: dict[str, Any], class_names: list[str], plan_of_data: dict[str, int]
 ) -> None:
@@ -223,9 +218,13 @@ def _check_continuation(
     """
     allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
     # a key, or a section, that this version has and that one had not is at its default, which is what was done then
-    defaults, noted = fill_images(type(config).model_validate({})).to_dict(), saved["config"]
-    before = {key: _merged(defaults.get(key, {}), noted.get(key, {})) for key in {**defaults, **noted}}
+    defaults, noted = fill_images(type(config).model_validate({})).to_dict(), dict(saved["config"])
     now = config.to_dict()
+    del defaults["task"], now["task"]
+    task = noted.pop("task", "classification")  # which all were before there were others
+    if task != config.task:
+        raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
+    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
     held_out = [content["data"].pop("holdout_sha256", None) for content in (before, now)]
     changed = [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)

@@ -3,7 +3,7 @@
 `engine/` has the one loop, and knows a task by `Task` alone; `registry.py` finds it by the configuration's key `task`.
 A task is told what it needs, holds nothing of a run, and is the same in every process. Who calls what, in order:
 
-    prepare.py     check, check_output, open_data, settle_data, build_model: all that can be wrong, before processes meet
+    prepare.py     check, check_output, open_data, settle_data, build_model: what can be wrong, before processes meet
     build.py       objective, freeze, compile_model; no_graph says why steps can be no CUDA graph
     trainer.py     statistics, train_loader, eval_loader, hidden_metrics; evaluator and result_line for an evaluation
     step.py        Objective.prepare and Objective.loss, once for each accumulation step
