@@ -57,12 +57,11 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     config = configure(raw)
     report = train(config, tmp_path / "whole")
     assert (report["task"], report["steps"], report["n"]) == ("colour", 10, 7)
-    assert report["error"] < 0.5
     assert f"epoch {report['epoch']} of 2" in "\n".join(summary(report, tmp_path))
     assert json.loads((tmp_path / "whole" / "report.json").read_text()) == report
     rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if row["kind"] == "eval"]
     assert [set(row) for row in rows] == [{"kind", "step", "epoch", "error", "ema_error", "n"}] * 2
-    assert report["error"] == min(row["ema_error"] for row in rows)
+    assert report["error"] == min(row["ema_error"] for row in rows) == rows[1]["ema_error"] < rows[0]["ema_error"]
     saved = read_training_checkpoint(tmp_path / "whole" / "checkpoints" / "best.pt")
     assert saved["best_metric"] == report["error"]
     assert saved["history"][-1] == [saved["epoch"], saved["metric"]]
@@ -102,7 +101,7 @@ def test_two_processes_gather_what_they_found(raw, tmp_path):
 def test_it_stops_early_by_its_own_metric(raw, tmp_path):
     config = configure(raw, train__early_stop={"patience": 1, "min_delta": 9.0}, schedule__epochs=9, ema__decay=None)
     report = train(config, tmp_path / "run")
-    assert report["stopped_early"].startswith("the error has not fallen by more than 9 for 1 evaluation (best: 0.")
+    assert report["stopped_early"].startswith("the error has not fallen by more than 9 for 1 evaluation (best: ")
 
 
 @pytest.mark.slow
@@ -117,7 +116,7 @@ def test_its_configuration_is_checked_by_its_own_sections(raw):
         (["task=colur"], "task: no task 'colur' (did you mean 'colour'?): classification, colour"),
         (["task=[colour]"], "task: no task ['colour']: classification, colour"),
         (["task=colour", "data.root=x", "loss.bta=1"], "loss.bta: unknown key (did you mean 'beta'?)"),
-        (["task=colour", "data.root=x", "beat=1"], "beat: unknown key (did you mean 'loss.beta'?)"),
+        (["task=colour", "data.root=x", "betaa=1"], "betaa: unknown key (did you mean 'loss.beta'?)"),
         (["task=colour", "data.root=x", "augment.mixup=0"], "augment: unknown key"),
         (["task=colour", "data.root=x", "checkpoint.metric=top1"], "checkpoint.metric: input should be 'error'"),
         (["task=colour"], "data.root: missing"),
