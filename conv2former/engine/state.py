@@ -100,10 +100,8 @@ class TrainState:
             return True
         task, metric = self.job.task, self.job.config.checkpoint.metric
         key, loss = f"{self.prefix}{metric}", f"{self.prefix}loss"
-        best = {
-            f"{self.prefix}{task.headline}": self.best_metric,
-            **(self.best_row or {}),
-        }  # older checkpoints may have no row
+        # older checkpoints may have no row
+        best = {f"{self.prefix}{task.headline}": self.best_metric, **(self.best_row or {})}
         if key not in best:  # of a version that did not count it: the best from here on
             return True
         if row[key] != best[key]:

@@ -565,7 +565,7 @@ def test_five_classes_have_no_five_best(photos, tmp_path):
 def test_the_picture_of_the_worst_names_folders_and_has_a_title(lettered, photos, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "conv2former.engine.pictures.grid_figure",
+        "conv2former.tasks.pictures.grid_figure",
         lambda images, captions, **more: drawn.update(more, captions=captions),
     )
     monkeypatch.setattr("conv2former.tools.evaluation.files.save_figure", lambda figure, path: None)
