@@ -145,8 +145,8 @@ def test_damage_is_found_before_the_work(installed):
 def test_the_command(installed, monkeypatch, capsys, top1, code):
     found = {
         **row(top1), "checkpoint": "pub_a.one", "variant": "pub_a", "weights": "not noted",
-        "preprocessing": "checkpoint", "changed": [], "top1_error": 0.2, "loss": 1.0, "notes": [], "processes": 1,
-        "images_per_second": 1.0, "skipped": [],
+        "preprocessing": "checkpoint", "changed": [], "top1_error": 0.2, "macro_f1": top1, "balanced_accuracy": top1,
+        "loss": 1.0, "notes": [], "processes": 1, "images_per_second": 1.0, "skipped": [], "per_class": [],
     }  # fmt: skip
 
     def validate_files(*args, announce, **kwargs) -> list:
