@@ -34,7 +34,7 @@ objective and its evaluator. What a task must promise, and what it then has for 
                               best, where there is a loss
     metrics.jsonl, TensorBoard, trackers    flat names to numbers; `recall/cat` is a curve of its own
     report.json, checkpoints  plain types; `details` of the best evaluation are in every checkpoint
-    kill test, comparison of runs, benchmark loop    nothing
+    kill test, comparison of runs    nothing; the benchmark of the loop times classification, through its objective
 
 Detection, on paper: images of different sizes are a list, targets a list of dicts. Its loaders collate to lists,
 `prepare` moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, `no_graph` says

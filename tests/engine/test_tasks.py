@@ -21,6 +21,7 @@ from conv2former.tasks.registry import find_task, register_task
 from conv2former.tools.runs.comparing import differing_runs
 from conv2former.tools.runs.killing import RunProcesses
 
+from ..graphs_on_cpu import CpuRecorder, capture_with
 from .colour_task import ColourTask
 from .conftest import SHAPE, configure
 
@@ -98,10 +99,14 @@ def test_two_processes_gather_what_they_found(raw, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_stops_early_by_its_own_metric(raw, tmp_path):
+def test_it_stops_early_by_its_own_metric_and_goes_without_graphs(raw, tmp_path, monkeypatch, capsys):
+    capture_with(monkeypatch, CpuRecorder)
     config = configure(raw, train__early_stop={"patience": 1, "min_delta": 9.0}, schedule__epochs=9, ema__decay=None)
     report = train(config, tmp_path / "run")
     assert report["stopped_early"].startswith("the error has not fallen by more than 9 for 1 evaluation (best: ")
+    assert "CUDA graphs: not used: its images differ in size" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="train.cuda_graph: on, but its images differ in size"):
+        dry_run(configure(raw, train__cuda_graph="on"))
 
 
 @pytest.mark.slow
