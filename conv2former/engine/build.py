@@ -108,7 +108,7 @@ def build_run(config: BaseConfig, plan: Plan, world: World, model: nn.Module, st
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = build_optimizer(config, plan, model)
     through = _compile(task, model) if config.train.compile else model
-    step_graphs, about_graphs = plan_graphs(config, world, model, task.no_graph)
+    step_graphs, about_graphs = plan_graphs(config, world, model)
     if step_graphs and world.size > 1:  # the wrapper keeps nodes of autograd, which belong to a stream
         forward = step_graphs.recorder.warm_up(partial(wrap, through, world))
     else:

@@ -23,6 +23,7 @@ from ..config import BaseConfig
 from ..errors import ConfigError, first_line
 from ..graphs import Graph, Layout, Places, Recorder, layout_of
 from ..models.fusion import has_hooks
+from ..tasks.registry import find_task
 from .distributed import World
 
 __all__ = ["StepGraphs", "plan_graphs"]
@@ -197,9 +198,7 @@ class StepGraphs:
         self.recorder.close()
 
 
-def plan_graphs(
-    config: BaseConfig, world: World, model: nn.Module, no_graph: str = ""
-) -> tuple[StepGraphs | None, str]:
+def plan_graphs(config: BaseConfig, world: World, model: nn.Module) -> tuple[StepGraphs | None, str]:
     """Returns what computes the microbatches of a run through graphs, or None, and a line about it for the log.
 
     The line is empty where there is no GPU. A compiled network is captured like any other: `torch.compile` in its
@@ -209,7 +208,6 @@ def plan_graphs(
         config: the run.
         world: the processes.
         model: the network, on its device.
-        no_graph: why the task's steps cannot be captured, '' if they can.
 
     Raises:
         ConfigError: it must be captured and cannot.
@@ -219,7 +217,7 @@ def plan_graphs(
         return None, ""
     if mode == "off":
         return None, "CUDA graphs: off (train.cuda_graph)"
-    reason = no_graph or _obstacle(config, world, model)
+    reason = find_task(config).no_graph or _obstacle(config, world, model)
     if reason and mode == "on":
         raise ConfigError(f"train.cuda_graph: on, but {reason}; set it to auto or off")
     if reason:

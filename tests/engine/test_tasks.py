@@ -105,7 +105,7 @@ def test_it_stops_early_by_its_own_metric_and_goes_without_graphs(raw, tmp_path,
     report = train(config, tmp_path / "run")
     assert report["stopped_early"].startswith("the error has not fallen by more than 9 for 1 evaluation (best: ")
     assert "CUDA graphs: not used: its images differ in size" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="train.cuda_graph: on, but its images differ in size"):
+    with pytest.raises(ConfigError, match=r"train\.cuda_graph: on, but its images differ in size"):
         dry_run(configure(raw, train__cuda_graph="on"))
 
 
