@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import OutputError
+from ..tasks.registry import is_result
 from ..text import printable
 from .fonts import drawing
 from .tensorboard import TensorBoard
@@ -46,8 +47,8 @@ def _is_row(row: Any) -> bool:
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
         return False
     counts = (row.get("step"), row.get("epoch", 1))
-    needed = {"loss"} if row["kind"] == "train" else {"epoch"}
-    return needed <= row.keys() and all(type(count) is int and 0 < count < 2**53 for count in counts)
+    is_whole = "loss" in row if row["kind"] == "train" else "epoch" in row and is_result(row)
+    return is_whole and all(type(count) is int and 0 < count < 2**53 for count in counts)
 
 
 class RunLog:

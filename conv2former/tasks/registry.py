@@ -11,7 +11,7 @@ from ..errors import CheckpointError, shorten
 from .classification.task import Classification
 from .task import Task
 
-__all__ = ["find_task", "register_task", "task_in", "task_named"]
+__all__ = ["find_task", "is_result", "register_task", "task_in", "task_named"]
 
 _tasks: dict[str, Task] = {}
 
@@ -30,6 +30,11 @@ def find_task(config: BaseConfig) -> Task:
 def task_named(name: str) -> Task:
     """Returns the task of a name, as a report has it."""
     return _tasks[name]
+
+
+def is_result(metrics: Mapping[str, Any]) -> bool:
+    """Returns whether metrics have what an evaluation of any task, also one of an earlier version, has at least."""
+    return any({task.headline, *({"loss"} & task.metrics.keys())} <= metrics.keys() for task in _tasks.values())
 
 
 def task_in(content: Mapping[str, Any]) -> Task:
