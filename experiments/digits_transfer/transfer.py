@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conv2former._yaml import read_yaml
-from conv2former.config import Config, apply_overrides, check_config, load_config
+from conv2former.config import BaseConfig, apply_overrides, check_config, load_config
 from conv2former.engine import train
 from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
@@ -245,7 +245,7 @@ class _Runs:
         raw["data"]["root"], raw["train"]["seed"] = str(images), seed
         return raw
 
-    def _train(self, raw: dict[str, Any], folder: Path, what: str) -> tuple[dict[str, Any], Config]:
+    def _train(self, raw: dict[str, Any], folder: Path, what: str) -> tuple[dict[str, Any], BaseConfig]:
         """Trains, unless it was done before; returns the last evaluation's row of metrics.jsonl."""
         config = check_config(raw, folder)
         before = _is_done(folder, config)
@@ -283,7 +283,7 @@ def _keep_steps(raw: dict[str, Any], per_class: int) -> None:
     schedule["warmup_epochs"] = min(round(schedule["warmup_epochs"] * ratio), schedule["epochs"] - 1)
 
 
-def _is_done(folder: Path, config: Config) -> bool:
+def _is_done(folder: Path, config: BaseConfig) -> bool:
     """Whether a folder holds a finished run of this configuration."""
     if not (folder / "report.json").is_file():
         return False
