@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class RunLog:
         is_main: bool,
         must_evaluate: bool = False,
         hidden: Sequence[str] = (),
-        best: Sequence[str] = (),
+        best: Iterable[str] = (),
     ) -> None:
         self._hidden, self._best = {"kind", "n", *hidden}, tuple(best)
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main

@@ -116,7 +116,7 @@ class Trainer:
             world.is_main,
             self._misses_evaluation(),
             self.task.hidden_metrics(len(job.class_names)),
-            tuple(self.task.metrics),
+            self.task.metrics,
         )
         if self.run.graphs:
             self.run.graphs.say = self.log.say
