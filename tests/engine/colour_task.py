@@ -148,7 +148,9 @@ class ColourTask(Task):
         sampler = EpochSampler(
             len(source), train.batch_size, train.accum_steps, world.rank, world.size, train.seed, train.keep_tail
         )
-        return sampler, DataLoader(source, batch_sampler=sampler, collate_fn=collate, num_workers=config.data.workers)
+        workers = config.data.workers  # persistent: one that ends while its batch is on the way takes it along
+        options = {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
+        return sampler, DataLoader(source, batch_sampler=sampler, **options)
 
     def eval_loader(self, config, source, world, worker_init):
         return DataLoader(source, 3, sampler=range(world.rank, len(source), world.size), collate_fn=collate)
