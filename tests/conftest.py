@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import gc
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +113,21 @@ def official_content(official_file) -> dict:
     from conv2former.weights.reading import read_checkpoint
 
     return read_checkpoint(official_file)
+
+
+def parse_python(code: str) -> ast.Module:
+    """As `ast.parse`, without collecting garbage meanwhile.
+
+    Some releases of Python 3.11 raise a SystemError where what a collection calls parses code, too (CPython's issue
+    106905).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(code)
+    finally:
+        if collects:
+            gc.enable()
 
 
 @pytest.fixture

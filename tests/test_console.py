@@ -45,7 +45,7 @@ def test_every_script_is_a_command_and_the_other_way_round():
         script = SCRIPTS.get(name, name)
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
-    assert scripts.keys() == {"kill_test", "sample_digits", "transfer"}  # of the clone alone
+    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "transfer"}  # of the clone alone
 
 
 def test_help_and_version(monkeypatch, capsys):
@@ -261,7 +261,10 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["receptive-field", "--checkpoint", file], "train"),
         (["compare-runs", "a", "b"], "train"),
         (["benchmark", "models", "conv2former_n"], "train"),
-        *(([ROOT / "scripts" / name], "train") for name in ("kill_test.py", "transfer.py", "sample_digits.py")),
+        *(
+            ([ROOT / "scripts" / name], "train")
+            for name in ("kill_test.py", "modulation.py", "transfer.py", "sample_digits.py")
+        ),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)
     environment = {**os.environ, "CONV2FORMER_COMPILE": "0"}

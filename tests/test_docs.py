@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from conv2former.commands import console
 from conv2former.config import Config, load_config
 
-from .conftest import ROOT
+from .conftest import ROOT, parse_python
 
 
 def name_of(path: Path) -> str:
@@ -286,7 +286,7 @@ def test_every_page_is_linked_from_the_readme():
 def test_python(path):
     """Blocks of Python can be parsed, and what they import from this package is there."""
     for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
+        for node in ast.walk(parse_python(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("conv2former"):
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, parse_python
 
 PACKAGE = ROOT / "conv2former"
 # What a folder may import besides itself, and the files beside the folders, which import each other alone.
@@ -53,7 +53,7 @@ def imports(path: Path, known: dict[tuple[str, ...], Path]) -> tuple[set[Path], 
     module = module_of(path)
     package = module if path.name == "__init__.py" else module[:-1]
     files, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(parse_python(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

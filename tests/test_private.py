@@ -22,7 +22,7 @@ from conv2former.ops.cpu import onednn
 from conv2former.ops.tensors import is_transformed
 from conv2former.tools.benchmark.machine import OperatorTraffic
 
-from .conftest import ROOT
+from .conftest import ROOT, parse_python
 
 FILES = sorted([*(ROOT / "conv2former").glob("**/*.py"), *(ROOT / "scripts").glob("**/*.py")])
 # Python's own: documented, or unchanged in argparse since it exists
@@ -74,7 +74,7 @@ def foreign_names(tree, own: set[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_private_names_are_in_one_file():
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
+    trees = {path: parse_python(path.read_text("utf-8")) for path in FILES}
     own = own_names(trees.values()) | {"_private", "_configs", "_yaml", "_clock"}
     touched = {path.relative_to(ROOT): foreign_names(tree, own) for path, tree in trees.items()}
     (names,) = [touched.pop(path) for path in list(touched) if path.name == "_private.py"]
@@ -84,7 +84,7 @@ def test_private_names_are_in_one_file():
 
 def test_foreign_names_are_found():
     code = "import a._b\nfrom torch._c import d\nx._e()\ngetattr(x, '_f')\nown['_g']\nself._own = self._h\n"
-    tree = ast.parse(code)
+    tree = parse_python(code)
     assert sorted(foreign_names(tree, own_names([tree]))) == ["_e", "_f", "_g", "_h", "a._b", "torch._c.d"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from .._yaml import dump_yaml
 from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
+from ..config.registry import config_class
 from ..data import StreamSource
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
 from ..tasks.registry import find_task
@@ -26,7 +27,7 @@ from .images import fill_images, settle_images
 from .logging import writing
 from .saved import forget_best
 
-__all__ = ["Job", "as_config", "prepare"]
+__all__ = ["Job", "as_config", "changed_keys", "prepare"]
 
 # What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
 # global batch, which the plan guards and other numbers of devices need.
@@ -43,6 +44,24 @@ _HARMLESS = (
     "train.early_stop",
     "train.timeout_minutes",
 )
+
+
+def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[str]:
+    """Returns `dotted.key: old -> new` for all that makes a configuration another run than the one that noted it.
+
+    Args:
+        noted: in the run folder or a checkpoint, perhaps by another version.
+        now: the configuration, as plain types, with what it leaves open of the images filled in.
+        allowed: keys that may differ, besides those that change nothing.
+    """
+    # a key, or a section, that this version has and that one had not is at its default, which is what was done then
+    defaults = fill_images(config_class(now).model_validate({})).to_dict()
+    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted} if key != "task"}
+    before["task"] = noted.get("task", "classification")  # which all were before there were others
+    allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
+    return [
+        line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
+    ]
 
 
 @dataclass
@@ -216,26 +235,17 @@ def _check_continuation(
         ConfigError: lists the keys that differ.
         DataError: the classes differ.
     """
-    allowed = (*_HARMLESS, *config.checkpoint.allow_changes)
-    # a key, or a section, that this version has and that one had not is at its default, which is what was done then
-    defaults, noted = fill_images(type(config).model_validate({})).to_dict(), dict(saved["config"])
-    now = config.to_dict()
-    del defaults["task"], now["task"]
-    task = noted.pop("task", "classification")  # which all were before there were others
-    if task != config.task:
+    now, noted = config.to_dict(), saved["config"]
+    if (task := noted.get("task", "classification")) != config.task:  # which all were before there were others
         raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
-    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
-    held_out = [content["data"].pop("holdout_sha256", None) for content in (before, now)]
-    changed = [
-        line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
-    ]
+    changed = changed_keys(noted, now, config.checkpoint.allow_changes)
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "
             "or allow it (checkpoint.allow_changes=[KEY, ...]):",
             *bullets(changed),
         )
-    if held_out[0] != held_out[1]:
+    if noted.get("data", {}).get("holdout_sha256") != now["data"].get("holdout_sha256"):
         raise DataError(
             "the images have changed since this run was started: other ones would be held out for validation (which "
             "were is in its split.csv); put them back, or start a new run with another --output"

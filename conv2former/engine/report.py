@@ -99,6 +99,7 @@ def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) ->
         "epochs_done": state.epochs,
         "stopped_early": stop_reason(job.config, state.history) if state.epochs < job.plan.epochs else "",
         "steps": state.step,
+        "global_batch_size": job.plan.global_batch_size,
         "skipped": len(state.skipped),
         "seconds": round(state.seconds, 1),
         "data_wait": waited,

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conv2former._yaml import read_yaml
 from conv2former.config import BaseConfig, apply_overrides, check_config, load_config
-from conv2former.engine import train
-from conv2former.engine.images import settle_images
-from conv2former.engine.logging import read_metrics
-from conv2former.errors import CheckpointError, ConfigError, OutputError, TrainingError, counted, shorten
+from conv2former.errors import ConfigError, OutputError, counted, shorten
 from conv2former.printing import print_lines
-from conv2former.tools.output import check_writable, replacing, save_figure, text_table, write_csv
+from conv2former.tools.output import check_writable, replacing, save_figure, write_csv
+
+from ..study import (
+    Say,
+    check_alone,
+    deviation,
+    final_row,
+    is_finished,
+    table,
+    top1_of,
+    train_quietly,
+    with_deviation,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +61,6 @@ RATES = {
 }
 EPOCHS = (10, 30)
 _OWN_KEYS = ("data.root", "model.checkpoint", "train.seed")  # what a comparison sets itself
-
-Say = Callable[[str], None]
 
 
 # ------------------------------------------------------------------------------------------------------ the images
@@ -238,7 +242,7 @@ class _Runs:
         what = "  ".join([f"seed {seed}  {per_class:3d} per class  {WAYS[way]:12s}", *words])
         row, config = self._train(raw, folder, what)
         lr = config.optim.base_lr * config.train.batch_size / config.optim.base_batch_size
-        return Result(way, per_class, seed, lr, row["epoch"], row["step"], _top1(row), row["n"], str(folder))
+        return Result(way, per_class, seed, lr, row["epoch"], row["step"], top1_of(row), row["n"], str(folder))
 
     def _read(self, name: str, images: Path, seed: int) -> dict[str, Any]:
         raw = load_config(self.configs / f"digits_{name}.yaml", self.overrides).to_dict()
@@ -248,24 +252,15 @@ class _Runs:
     def _train(self, raw: dict[str, Any], folder: Path, what: str) -> tuple[dict[str, Any], BaseConfig]:
         """Trains, unless it was done before; returns the last evaluation's row of metrics.jsonl."""
         config = check_config(raw, folder)
-        before = _is_done(folder, config)
+        before = is_finished(folder, config)
         if not before:
-            try:
-                with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                    train(config, folder)  # what it says is in folder/train.log
-            except (ConfigError, TrainingError) as e:
-                raise e.below(folder) from None
+            train_quietly(config, folder)
         self.done += 1
-        row = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "eval"][-1]
+        row = final_row(folder)
         count = f"[{self.done:{len(str(self.total))}d}/{self.total}]"
         again = ", done before" if before else ""
-        self.say(f"{count}  {what}  top-1 {_top1(row):6.2f} %  ({row['n']} images, {row['step']} steps{again})")
+        self.say(f"{count}  {what}  top-1 {top1_of(row):6.2f} %  ({row['n']} images, {row['step']} steps{again})")
         return row, config
-
-
-def _top1(row: Mapping[str, Any]) -> float:
-    """Returns the accuracy of an evaluation's row, of the averaged weights if there are any, as in the report."""
-    return row.get("ema_top1", row["top1"])
 
 
 def _keep_steps(raw: dict[str, Any], per_class: int) -> None:
@@ -281,16 +276,6 @@ def _keep_steps(raw: dict[str, Any], per_class: int) -> None:
     schedule = raw["schedule"]
     schedule["epochs"] = max(1, round(schedule["epochs"] * ratio))
     schedule["warmup_epochs"] = min(round(schedule["warmup_epochs"] * ratio), schedule["epochs"] - 1)
-
-
-def _is_done(folder: Path, config: BaseConfig) -> bool:
-    """Whether a folder holds a finished run of this configuration."""
-    if not (folder / "report.json").is_file():
-        return False
-    try:
-        return check_config(read_yaml(folder / "config.yaml"), folder) == settle_images(config)[0]
-    except (ConfigError, CheckpointError):  # of another version; without the weights that it started from
-        return False
 
 
 def compare(
@@ -376,8 +361,7 @@ def _check(
     own = [key for key in _OWN_KEYS if key.split(".")[1] in given.get(key.split(".")[0], {})]
     if own:
         raise ConfigError(f"{', '.join(own)}: has no effect here; the comparison sets it for every run")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("a comparison is one process; start it without torchrun")
+    check_alone()
     check_writable(output / "results.json")
 
 
@@ -431,20 +415,12 @@ def summarise(results: Sequence[Result]) -> tuple[list[Summary], list[Difference
         for way in WAYS:
             runs = [of[number, way, seed] for seed in seeds]
             values = [run.top1 for run in runs]
-            summaries.append(Summary(way, number, runs[0].held_out, mean(values), _std(values), len(values)))
+            summaries.append(Summary(way, number, runs[0].held_out, mean(values), deviation(values), len(values)))
         for better, worse in DIFFERENCES:
             values = [of[number, better, seed].top1 - of[number, worse, seed].top1 for seed in seeds]
             wins = sum(value > 0 for value in values)
-            differences.append(Difference(better, worse, number, mean(values), _std(values), wins, len(values)))
+            differences.append(Difference(better, worse, number, mean(values), deviation(values), wins, len(values)))
     return summaries, differences
-
-
-def _std(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
-
-
-def _cell(value: float, std: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
 
 
 def comparison_table(results: Sequence[Result], markdown: bool = False) -> str:
@@ -455,10 +431,12 @@ def comparison_table(results: Sequence[Result], markdown: bool = False) -> str:
     rows = []
     for number in sorted({summary.per_class for summary in summaries}):
         own = [summary for summary in summaries if summary.per_class == number]
-        cells = [_cell(summary.mean, summary.std) for summary in own]
-        cells += [f"{_cell(d.mean, d.std, '+')} ({d.wins} of {d.n})" for d in differences if d.per_class == number]
+        cells = [with_deviation(summary.mean, summary.std) for summary in own]
+        cells += [
+            f"{with_deviation(d.mean, d.std, '+')} ({d.wins} of {d.n})" for d in differences if d.per_class == number
+        ]
         rows.append([str(number), str(own[0].held_out), str(own[0].n), *cells])
-    return _table(header, rows, markdown)
+    return table(header, rows, markdown)
 
 
 def tuning_table(results: Sequence[Result], markdown: bool = False) -> str:
@@ -472,14 +450,7 @@ def tuning_table(results: Sequence[Result], markdown: bool = False) -> str:
                 values = [r.top1 for r in results if (r.way, r.steps, r.lr) == (way, steps, rate)]
                 cells.append(f"{mean(values):.1f}" if values else "")
             rows.append([WAYS[way], str(steps), *cells])
-    return _table(["way", "steps", *(f"rate {rate:g}" for rate in rates)], rows, markdown)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    if not markdown:
-        return text_table(header, rows)
-    first, *others = [f"| {' | '.join(line)} |" for line in (header, *rows)]
-    return "\n".join([first, "|" + "---|" * len(header), *others])
+    return table(["way", "steps", *(f"rate {rate:g}" for rate in rates)], rows, markdown)
 
 
 def write_results(results: Sequence[Result], output: Path) -> list[Path]:

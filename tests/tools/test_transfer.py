@@ -20,6 +20,7 @@ import conv2former
 from conv2former.config import check_config, load_config, make_plan
 from conv2former.data import eval_transform
 from conv2former.engine.logging import read_metrics
+from experiments import study
 from experiments.digits_transfer import transfer
 from experiments.digits_transfer.transfer import (
     WAYS,
@@ -156,8 +157,8 @@ def test_what_is_done_is_not_repeated(compared, overrides, monkeypatch):
         trained.append(folder)
         return real(config, folder)
 
-    real = transfer.train
-    monkeypatch.setattr(transfer, "train", spy)
+    real = study.train
+    monkeypatch.setattr(study, "train", spy)
     lines: list[str] = []
     assert compare(CONFIGS, [7], [3], output, overrides, lines.append) == results
     assert not trained

@@ -88,6 +88,11 @@ class RunProcesses:
             time.sleep(0.005)
         return True
 
+    def stop(self) -> None:
+        """Sends SIGTERM to every process: a training finishes its step and saves."""
+        for process in self._processes:
+            process.terminate()
+
     def kill(self) -> None:
         """Kills every process and its workers with SIGKILL."""
         for process in self._processes:

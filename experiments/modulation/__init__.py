@@ -1,0 +1,1 @@
+"""Whether modulation pays: see README.md."""
