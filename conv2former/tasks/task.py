@@ -36,11 +36,10 @@ objective and its evaluator. What a task must promise, and what it then has for 
     report.json, checkpoints  plain types; `details` of the best evaluation are in every checkpoint
     kill test, comparison of runs    nothing; the benchmark of the loop times classification, through its objective
 
-Detection, on paper: images of different sizes are a list, targets a list of dicts. Its loaders collate to lists,
-`prepare` moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, `no_graph` says
-that the number of boxes differs. `update` notes the detections of each image with the image's index on the CPU, `total`
-gathers the lists, sorts them by index and gives them to COCO's evaluation; there is no validation loss, so `metrics`
-has none.
+Images of different sizes are a list, and their targets may be a list of dicts: the loaders collate to lists, `prepare`
+moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, and `no_graph` says that
+sizes differ. What is counted over whole lists of answers, `update` notes with each image's index on the CPU, and `total`
+gathers and sorts. Where there is no validation loss, `metrics` has none.
 """
 
 from __future__ import annotations

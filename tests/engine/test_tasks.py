@@ -129,7 +129,7 @@ def test_its_configuration_is_checked_by_its_own_sections(raw):
         with pytest.raises(ConfigError) as error:
             load_config(None, words)
         assert message in str(error.value)
-    with pytest.raises(ConfigError, match="task: colour; this is for a classifier's configuration"):
+    with pytest.raises(ConfigError, match="task: colour; here only task: classification can be used"):
         as_classification(configure(raw))
 
 
