@@ -38,8 +38,8 @@ objective and its evaluator. What a task must promise, and what it then has for 
 
 Images of different sizes are a list, and their targets may be a list of dicts: the loaders collate to lists, `prepare`
 moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, and `no_graph` says that
-sizes differ. What is counted over whole lists of answers, `update` notes with each image's index on the CPU, and `total`
-gathers and sorts. Where there is no validation loss, `metrics` has none.
+sizes differ. Answers that are counted all together, `update` keeps on the CPU, each with its image's index, and `total`
+gathers and sorts them. Where there is no validation loss, `metrics` has none.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ class Processes(Protocol):
 
 
 class Split(Protocol):
-    """A split of a data set. `len` is the number of its images, in an epoch; 0 of a stream for evaluation."""
+    """A split of a data set. `len` is the number of its images, in an epoch; 0 of a stream for evaluation.
+
+    One that has a `note`, such as a line about images that are held out, has it printed as the run begins.
+    """
 
     @property
     def name(self) -> str:
