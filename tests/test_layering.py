@@ -131,7 +131,18 @@ def test_the_zoo_needs_little(folder):
 
 def test_the_engine_knows_no_task():
     """It finds tasks by name: no file of it imports one, or has a word that is one's own."""
-    words = {"top1", "top5", "macro_f1", "mixup", "cutmix", "confusion", "per_class", "labels", "augment", "segmentation"}
+    words = {
+        "top1",
+        "top5",
+        "macro_f1",
+        "mixup",
+        "cutmix",
+        "confusion",
+        "per_class",
+        "labels",
+        "augment",
+        "segmentation",
+    }
     known = modules()
     for path in (PACKAGE / "engine").glob("*.py"):
         assert not [file for file in imports(path, known)[0] if file.parent.parent == PACKAGE / "tasks"], path

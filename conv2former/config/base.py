@@ -227,7 +227,7 @@ class BaseConfig(Section):
     key has a default, so that runs of before a key was there can be continued.
     """
 
-    task: str
+    task: str  # what is trained for; a configuration without this key is of classification
     model: ModelConfig = ModelConfig()
     data: BaseDataConfig
     optim: OptimConfig = OptimConfig()
