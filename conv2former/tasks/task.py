@@ -3,14 +3,18 @@
 `engine/` has the one loop, and knows a task by `Task` alone; `registry.py` finds it by the configuration's key `task`.
 A task is told what it needs, holds nothing of a run, and is the same in every process. Who calls what, in order:
 
-    prepare.py     check, check_output, open_data, settle_data, build_model: what can be wrong, before processes meet
-    build.py       objective, freeze, compile_model; no_graph says why steps can be no CUDA graph
-    trainer.py     statistics, train_loader, eval_loader, hidden_metrics; evaluator and result_line for an evaluation
+    prepare.py     check, check_output, open_data, settle_data, build_model: what can be wrong, before processes meet;
+                   then write_split and notes, in the main process
+    build.py       freeze, compile_model, objective; no_graph says why steps can be no CUDA graph
+    trainer.py     statistics, train_loader, eval_loader, hidden_metrics; for an evaluation evaluator, result_line,
+                   about_first_evaluation
+    summary.py     about_data
     step.py        Objective.prepare and Objective.loss, once for each accumulation step
     evaluate.py    Evaluator.update for each batch, Evaluator.total once, in all processes
-    report.py      batch_figure before the first step, result_figures and report at the end
+    report.py      batch_figure before the first step, result_figures and report at the end; of the report
+                   commands/train.py prints summarise and last_text
     dryrun.py      known_classes, synthetic_batch
-    early_stop.py, state.py, saved.py, logging.py    metrics, headline, details: see `Task`
+    early_stop.py, state.py, saved.py, logging.py    metrics, headline, details and check_details: see `Task`
 
 A batch has `images`, of which `len` is their number, and `skipped`; all else in it is between a task's collate, its
 objective and its evaluator. What a task must promise, and what it then has for nothing:
