@@ -1,6 +1,8 @@
 """Values that fit the number of training images: which keys of a configuration may be `auto`, and what they become.
 
-All numbers are in this file. The study of experiments/small_sets/ measures them; docs/finetune.md has the result.
+Which keys these are, and what fits, is a matter of the task: its configuration's class says both, see `AutoKeys`. This
+file has the mechanism, and the numbers for classification. The study of experiments/small_sets/ measures them;
+docs/finetune.md has the result.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
@@ -26,6 +28,7 @@ WARMUP = 0.1  # of the run
 EVALUATIONS = 30  # of a run
 SMALL = 2000  # images; of fewer, crops are larger, and there are neither RandAugment nor erasing
 
+# of a classifier's configuration
 AUTO_KEYS = (
     "augment.scale",
     "augment.auto_augment",
@@ -38,7 +41,7 @@ AUTO_KEYS = (
 
 
 def fitted(images: int, batch: int, epochs: int | None = None, base_batch: int = LR_BATCH) -> dict[str, Any]:
-    """Returns what fits a training set, for each of `AUTO_KEYS`.
+    """Returns what fits a classifier's training set, for each of `AUTO_KEYS`.
 
     Args:
         images: that are trained on.
@@ -82,34 +85,41 @@ class AutoKeys(BaseModel):
     """A configuration in which keys may be `auto` until the number of training images is known.
 
     Such a key has its default for as long; `auto` says that this means nothing.
+
+    Attributes:
+        auto_keys: dotted keys that may be it.
     """
 
+    auto_keys: ClassVar[tuple[str, ...]] = ()
     _auto: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="wrap")
     @classmethod
     def _take_auto(cls, raw: Any, handler: ModelWrapValidatorHandler[AutoKeys]) -> AutoKeys:
-        keys = [key for key in AUTO_KEYS if isinstance(raw, Mapping) and value_at(raw, key) == AUTO and cls._has(key)]
+        keys = [key for key in cls.auto_keys if isinstance(raw, Mapping) and value_at(raw, key) == AUTO]
         if not keys:
             return handler(raw)
         config = handler(_without(raw, keys))
         config._auto = frozenset(keys)
         return config
 
-    @classmethod
-    def _has(cls, key: str) -> bool:
-        """Returns whether the configuration has a key; what it has not is a mistake, whatever stands there."""
-        section, _, name = key.partition(".")
-        field = cls.model_fields.get(section)
-        return field is not None and name in getattr(field.annotation, "model_fields", {})
-
     @property
     def auto(self) -> tuple[str, ...]:
         """The dotted keys that are still `auto`."""
-        return tuple(key for key in AUTO_KEYS if key in self._auto)
+        return tuple(key for key in self.auto_keys if key in self._auto)
+
+    def fitting_values(self, images: int, batch: int) -> dict[str, Any]:
+        """Returns what fits a training set, for each of `auto_keys`.
+
+        Args:
+            images: that are trained on.
+            batch: images per optimizer step, over all devices and accumulation steps.
+        """
+        return {}
 
 
 def _without(raw: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a configuration as plain types without some dotted keys, whose sections it has."""
     sections = {key.partition(".")[0] for key in keys}
     kept = {
         section: {name: value for name, value in raw[section].items() if f"{section}.{name}" not in keys}

@@ -6,17 +6,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from .._preprocessing import as_img_size
-from ..errors import DataError, counted, raise_mistakes
-from .auto import AUTO, fitted, value_at, with_values
+from ..errors import ConfigError, DataError, counted, raise_mistakes
+from .auto import AUTO, value_at, with_values
+from .base import BaseConfig
 from .schema import Config
 
 __all__ = ["Plan", "fit_auto", "fit_batch", "img_size_at", "is_noted", "make_plan"]
 
-
 MANY = 10**6  # images of a set that is not small
+
+C = TypeVar("C", bound=BaseConfig)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Plan:
         return self.steps_per_epoch * self.epochs
 
 
-def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
+def make_plan(config: BaseConfig, world_size: int, num_train_images: int) -> Plan:
     """Works out batch, rate and steps.
 
     Raises:
@@ -68,29 +72,30 @@ def make_plan(config: Config, world_size: int, num_train_images: int) -> Plan:
     )
 
 
-def _smaller_batch(config: Config, world_size: int, num_train_images: int) -> str:
+def _smaller_batch(config: BaseConfig, world_size: int, num_train_images: int) -> str:
     """Returns what to do about a training set that is smaller than a global batch."""
-    unit = 2 if config.augment.mixup or config.augment.cutmix else 1  # they pair images
+    unit = 2 if config.pairs_images else 1
     if num_train_images >= unit * world_size:
         fewer = ", or train.accum_steps" if config.train.accum_steps > 1 else ""
         return f"lower train.batch_size{fewer}"
     each = "two images, for mixup and cutmix" if unit == 2 else "an image"
     if num_train_images < unit:
-        return f"a step needs {each}; add some, or turn these off (augment.mixup=0 augment.cutmix=0)"
+        off = ", or turn these off (augment.mixup=0 augment.cutmix=0)" if config.pairs_images else ""
+        return f"a step needs {each}; add some{off}"
     most = counted(num_train_images // unit, "process", "processes")
     return f"each process needs {each}, so start fewer processes: {most} at most"
 
 
-def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
+def fit_batch(config: C, world_size: int, num_train_images: int) -> C:
     """Returns the configuration with a batch that the training set fills, where `train.shrink_batch` asks for it.
 
     Accumulation steps are kept as long as each has an image, with mixup or cutmix a pair, for every device. A set that
     is too small even for one step is left to `make_plan`, which refuses it.
     """
-    train, augment = config.train, config.augment
+    train = config.train
     if not train.shrink_batch or num_train_images >= train.batch_size * train.accum_steps * world_size:
         return config
-    unit = 2 if augment.mixup or augment.cutmix else 1  # they pair images
+    unit = 2 if config.pairs_images else 1
     accum_steps = min(train.accum_steps, max(1, num_train_images // (unit * world_size)))
     batch_size = num_train_images // (world_size * accum_steps) // unit * unit
     if not batch_size:
@@ -100,8 +105,8 @@ def fit_batch(config: Config, world_size: int, num_train_images: int) -> Config:
 
 
 def fit_auto(
-    config: Config, world_size: int, num_train_images: int | None, noted: Mapping[str, Any] | None = None
-) -> tuple[Config, list[str]]:
+    config: C, world_size: int, num_train_images: int | None, noted: Mapping[str, Any] | None = None
+) -> tuple[C, list[str]]:
     """Returns the configuration with the values that fit the training set in the place of `auto`, and lines about them.
 
     Args:
@@ -111,24 +116,29 @@ def fit_auto(
         noted: the configuration of the run that is continued, as plain types, whose values it keeps.
 
     Raises:
-        ConfigError: what results has conflicts, such as more epochs of warm-up than of training.
+        ConfigError: what results has conflicts, such as more epochs of warm-up than of training, or what is noted is no
+            value.
     """
     if not config.auto:
         return config, []
     batch = config.train.batch_size * config.train.accum_steps * world_size
-    epochs = None if "schedule.epochs" in config.auto else config.schedule.epochs
     images = MANY if num_train_images is None else num_train_images
     kept = {key: value_at(noted, key) for key in config.auto if is_noted(noted, key)} if noted else {}
-    found = fitted(images, batch, epochs, config.optim.base_batch_size)
-    values = {key: value for key, value in found.items() if key in config.auto} | kept
-    settled = Config.model_validate(with_values(config.to_dict(), {**values, "train.fitted": config.auto}))
+    found = config.fitting_values(images, batch)
+    values = {key: found[key] for key in config.auto} | kept
+    try:
+        settled = type(config).model_validate(with_values(config.to_dict(), {**values, "train.fitted": config.auto}))
+    except ValidationError as e:  # of a damaged checkpoint, or of a version with other values
+        keys = {".".join(map(str, error["loc"][:2])) for error in e.errors()}
+        raise ConfigError(f"{', '.join(sorted(keys))}: no such value, in the run to go on with; give one") from None
     raise_mistakes("the configuration", [text for text in settled.conflicts() if text not in config.conflicts()])
     return settled, [_about_auto(values, batch, num_train_images)]
 
 
 def is_noted(noted: Mapping[str, Any], key: str) -> bool:
     """Returns whether a run has found the value of a key by itself, where `auto` stood."""
-    return key in (value_at(noted, "train.fitted") or ())
+    keys = value_at(noted, "train.fitted")
+    return isinstance(keys, (list, tuple)) and key in keys and value_at(noted, key) != AUTO
 
 
 def _about_auto(values: Mapping[str, Any], batch: int, images: int | None) -> str:

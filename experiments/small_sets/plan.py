@@ -10,6 +10,7 @@ from typing import Any
 from conv2former._configs import find_config
 from conv2former._yaml import read_yaml
 from conv2former.config import Config, load_config
+from conv2former.config.registry import as_classification
 from conv2former.errors import ConfigError, closest
 
 __all__ = ["PRETRAINING", "Run", "Setting", "SmallSet", "Study", "read_study"]
@@ -123,10 +124,11 @@ class Study:
         """Returns the configuration of a run."""
         own: dict[str, Any] = {"data.source": "csv", "data.root": self.root(run), "data.csv": self.table(run)}
         if run == PRETRAINING:
-            return load_config(self.pretraining, own)
+            return as_classification(load_config(self.pretraining, own))
         one, setting = self.sets[run.set], self.settings[run.setting]
         own |= {"model.checkpoint": self.folder(PRETRAINING) / "checkpoints" / "best.pt", "train.seed": run.seed}
-        return load_config(find_config(setting.recipe), {**self.common, **setting.overrides, **one.overrides, **own})
+        values = {**self.common, **setting.overrides, **one.overrides, **own}
+        return as_classification(load_config(find_config(setting.recipe), values))
 
 
 def read_study(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import pytest
 
 from conv2former import ConfigError
-from conv2former.config import check_config, fit_auto, fit_batch, load_config, make_plan
+from conv2former.config import BaseConfig, Config, check_config, fit_auto, fit_batch, load_config, make_plan, registry
 from conv2former.config.auto import AUTO_KEYS, FEW_STEPS_LR, LEAST_LR, MIN_EPOCHS, MIN_STEPS, SMALL, fitted, value_at
+from conv2former.config.base import BaseCheckpointConfig, BaseDataConfig
+from conv2former.engine.images import fill_images
+from conv2former.engine.prepare import changed_keys
 
 from ..conftest import ROOT
 
@@ -121,6 +126,55 @@ def test_a_run_that_goes_on_keeps_what_it_found():
     assert (again.schedule.epochs, again.schedule.warmup_epochs) == (fitted(240, 32)["schedule.epochs"], 2)
     del noted["train"]["fitted"]  # of a version that had no such key
     assert settle(config, 240, noted=noted).schedule.warmup_epochs == fitted(240, 32)["schedule.warmup_epochs"]
+
+
+class Poses(BaseConfig):
+    """Of a task that has no section `augment`, and a value of its own for one key."""
+
+    task: Literal["poses"] = "poses"
+    data: BaseDataConfig = BaseDataConfig(source="folder", root="x")
+    checkpoint: BaseCheckpointConfig = BaseCheckpointConfig(metric="error")
+    auto_keys: ClassVar[tuple[str, ...]] = ("schedule.epochs",)
+
+    def fitting_values(self, images, batch):
+        return {"schedule.epochs": 1000 // images}
+
+
+def test_a_task_says_which_keys_and_what_fits(monkeypatch):
+    monkeypatch.setattr(registry, "_classes", {"classification": Config, "poses": Poses})
+    raw = {"task": "poses", "schedule": {"epochs": "auto", "warmup_epochs": 0}}
+    config = check_config(raw, "test")
+    assert config.auto == ("schedule.epochs",)
+    assert config.to_dict()["schedule"]["epochs"] == "auto"
+    settled, lines = fit_auto(config, 1, 200)
+    assert type(settled) is Poses
+    assert (settled.schedule.epochs, settled.train.fitted) == (5, ("schedule.epochs",))
+    assert lines == ["auto, by 200 training images and 1 step in an epoch: schedule.epochs=5"]
+    assert changed_keys(settled.to_dict(), fill_images(config).to_dict(), ["model", "data"]) == []
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: .*found 'auto'; what can be it: schedule\.epochs$"):
+        check_config({**raw, "optim": {"base_lr": "auto"}}, "test")
+    with pytest.raises(ConfigError, match=r"augment: unknown key"):
+        check_config({**raw, "augment": {"scale": "auto"}}, "test")
+    monkeypatch.setattr(Poses, "auto_keys", ())
+    with pytest.raises(ConfigError, match=r"schedule\.epochs: .*found 'auto'; this task has no key that can be it$"):
+        check_config(raw, "test")
+
+
+def test_the_keys_are_there():
+    plain = Config().to_dict()
+    assert [key for key in Config.auto_keys if key.partition(".")[2] not in plain[key.partition(".")[0]]] == []
+
+
+@pytest.mark.parametrize("value", ["many", None, [], -1])
+def test_a_run_with_values_that_are_none(value):
+    config = configure(schedule={"epochs": "auto"}, optim={"base_lr": "auto"})
+    noted = settle(config, 240).to_dict()
+    noted["schedule"]["epochs"] = value
+    with pytest.raises(ConfigError, match=r"^schedule\.epochs: no such value, in the run to go on with; give one$"):
+        settle(config, 240, noted=noted)
+    for fitted_keys in (5, "schedule.epochs", None, [[]]):  # no list of keys: nothing was found
+        noted["train"]["fitted"] = fitted_keys
+        assert settle(config, 240, noted=noted) == settle(config, 240)
 
 
 def test_mistakes():
