@@ -228,8 +228,8 @@ class BaseConfig(AutoKeys, Section):
     """A whole run of any task, as the engine sees it.
 
     A task's class gives `task` the one word that it may be, and `data`, `train` and `checkpoint` its own classes. Every
-    key has a default, so that runs of before a key was there can be continued. Where keys may be `auto`, `auto_keys` names
-    them and `fitting_values` says what they become.
+    key has a default, so that runs of before a key was there can be continued. Where keys may be `auto`, `auto_keys`
+    names them and `fitting_values` says what they become.
     """
 
     task: str  # what is trained for; a configuration without this key is of classification

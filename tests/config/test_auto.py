@@ -151,12 +151,12 @@ def test_a_task_says_which_keys_and_what_fits(monkeypatch):
     assert (settled.schedule.epochs, settled.train.fitted) == (5, ("schedule.epochs",))
     assert lines == ["auto, by 200 training images and 1 step in an epoch: schedule.epochs=5"]
     assert changed_keys(settled.to_dict(), fill_images(config).to_dict(), ["model", "data"]) == []
-    with pytest.raises(ConfigError, match=r"optim\.base_lr: .*found 'auto'; what can be it: schedule\.epochs$"):
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: .*found 'auto'; what can be auto: schedule\.epochs$"):
         check_config({**raw, "optim": {"base_lr": "auto"}}, "test")
     with pytest.raises(ConfigError, match=r"augment: unknown key"):
         check_config({**raw, "augment": {"scale": "auto"}}, "test")
     monkeypatch.setattr(Poses, "auto_keys", ())
-    with pytest.raises(ConfigError, match=r"schedule\.epochs: .*found 'auto'; this task has no key that can be it$"):
+    with pytest.raises(ConfigError, match=r"schedule\.epochs: .*found 'auto'; this task has no key that can be auto$"):
         check_config(raw, "test")
 
 

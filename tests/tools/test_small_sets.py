@@ -33,7 +33,8 @@ STUDY = ROOT / "experiments" / "small_sets" / "study.yaml"
 SHAPE = ", ".join(TINY_YAML.splitlines())
 TINY = """
 pretraining: {recipe: pretrain.yaml, classes: [ant, bee]}
-common: {data.workers: 0, train.eval_every: 1000, log.tensorboard: false, train.batch_size: 4, augment.mixup: 0}
+common:
+  {model.fused: false, data.workers: 0, train.eval_every: 1000, train.batch_size: 4, augment.mixup: 0, log.tensorboard: false}
 validation: {photos: 2, digits: 3, cells: 1}
 sets:
   p4: {label: 4 photos, images: photos, per_class: 2}
@@ -47,7 +48,7 @@ settings:
   extra: {label: extra, recipe: finetune/csv, extra: true}
 """
 PRETRAIN = f"""
-model: {{variant: {{name: conv2former_small_sets, ls_init_value: null, {SHAPE}}}}}
+model: {{fused: false, variant: {{name: conv2former_small_sets, ls_init_value: null, {SHAPE}}}}}
 data: {{img_size: 32, workers: 0}}
 augment: {{mixup: 0.0, cutmix: 0.0, auto_augment: null}}
 schedule: {{epochs: 1, warmup_epochs: 0, cooldown_epochs: 0}}
