@@ -34,7 +34,12 @@ SHAPE = ", ".join(TINY_YAML.splitlines())
 TINY = """
 pretraining: {recipe: pretrain.yaml, classes: [ant, bee]}
 common:
-  {model.fused: false, data.workers: 0, augment.mixup: 0, train.batch_size: 4, train.eval_every: 1000, log.tensorboard: no}
+  model.fused: false
+  data.workers: 0
+  augment.mixup: 0
+  train.batch_size: 4
+  train.eval_every: 1000
+  log.tensorboard: false
 validation: {photos: 2, digits: 3, cells: 1}
 sets:
   p4: {label: 4 photos, images: photos, per_class: 2}
