@@ -172,7 +172,9 @@ def test_a_run_with_values_that_are_none(value):
     noted["schedule"]["epochs"] = value
     with pytest.raises(ConfigError, match=r"^schedule\.epochs: no such value, in the run to go on with; give one$"):
         settle(config, 240, noted=noted)
-    for fitted_keys in (5, "schedule.epochs", None, [[]]):  # no list of keys: nothing was found
+    noted["schedule"]["epochs"] = "auto"  # nothing was found
+    assert settle(config, 240, noted=noted) == settle(config, 240)
+    for fitted_keys in (5, "schedule.epochs", None, [[]]):  # no list of keys
         noted["train"]["fitted"] = fitted_keys
         assert settle(config, 240, noted=noted) == settle(config, 240)
 
