@@ -45,7 +45,8 @@ def test_every_script_is_a_command_and_the_other_way_round():
         script = SCRIPTS.get(name, name)
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
-    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "small_sets", "transfer"}  # of the clone alone
+    # of the clone alone
+    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "small_sets", "transfer"}
 
 
 def test_help_and_version(monkeypatch, capsys):

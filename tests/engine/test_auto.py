@@ -27,7 +27,8 @@ AUTO = {
 
 
 @pytest.fixture
-def short(monkeypatch):
+def short(monkeypatch, raw_config):
+    raw_config["model"]["fused"] = False  # there is nothing to compile
     monkeypatch.setattr(auto, "MIN_STEPS", 15)  # 5 steps of 8 images an epoch
     monkeypatch.setattr(auto, "MIN_EPOCHS", 2)
 
