@@ -218,6 +218,6 @@ def _describe(error: Any, kind: type[BaseConfig]) -> str:
     example = suggest_key(dotted, kind=kind) if dotted in kind.model_fields else ""
     hint = f"; its keys are set one by one, such as {example}" if example else ""
     if error["input"] == AUTO and not example:
-        keys = ", ".join(kind.auto_keys)
-        hint = f"; what can be {AUTO}: {keys}" if keys else f"; this task has no key that can be {AUTO}"
+        allowed = ", ".join(kind.auto_keys)
+        hint = f"; what can be {AUTO}: {allowed}" if allowed else f"; this task has no key that can be {AUTO}"
     return f"{dotted}: {message}, found {show(error['input'])}{hint}"
