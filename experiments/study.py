@@ -15,14 +15,14 @@ from statistics import stdev
 from typing import Any
 
 from conv2former._yaml import read_yaml
-from conv2former.config import Config, check_config
+from conv2former.config import BaseConfig, check_config
 from conv2former.engine import train
 from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
-from conv2former.engine.network import name_network
 from conv2former.engine.prepare import changed_keys
 from conv2former.engine.signals import StopSignal
 from conv2former.errors import CheckpointError, ConfigError, RunStopped, TrainingError, UserError
+from conv2former.tasks.network import name_network
 from conv2former.tools.cli import run_cli
 from conv2former.tools.output import text_table
 from conv2former.tools.runs.killing import RunProcesses
@@ -49,7 +49,7 @@ PATIENCE = 60.0  # seconds that processes have to save and end
 # -------------------------------------------------------------------------------------------------------- the runs
 
 
-def changes_of(folder: Path, config: Config) -> list[str] | None:
+def changes_of(folder: Path, config: BaseConfig) -> list[str] | None:
     """Returns how a configuration differs from that of the run in a folder, but for what changes nothing.
 
     Returns:
@@ -63,7 +63,7 @@ def changes_of(folder: Path, config: Config) -> list[str] | None:
     return changed_keys(noted, now)
 
 
-def is_finished(folder: Path, config: Config, processes: int = 1) -> bool:
+def is_finished(folder: Path, config: BaseConfig, processes: int = 1) -> bool:
     """Returns whether a folder holds a finished run of this configuration by any number of processes.
 
     Args:
@@ -79,7 +79,7 @@ def is_finished(folder: Path, config: Config, processes: int = 1) -> bool:
     return report.get("global_batch_size", batch) == batch and changes_of(folder, config) == []
 
 
-def train_quietly(config: Config, folder: Path, processes: int = 1) -> None:
+def train_quietly(config: BaseConfig, folder: Path, processes: int = 1) -> None:
     """Trains without printing; what a run says is in its train.log. A run that was stopped goes on.
 
     Args:
@@ -101,7 +101,7 @@ def train_quietly(config: Config, folder: Path, processes: int = 1) -> None:
         raise e.below(folder) from None
 
 
-def _train_together(config: Config, folder: Path, count: int) -> None:
+def _train_together(config: BaseConfig, folder: Path, count: int) -> None:
     """Trains in processes of their own. They save and stop with this one, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / OUTPUT
@@ -126,7 +126,7 @@ def _train_together(config: Config, folder: Path, count: int) -> None:
         raise _error_of(log, running.exit_codes)
 
 
-def _train_rank(config: Config, folder: Path) -> None:
+def _train_rank(config: BaseConfig, folder: Path) -> None:
     """Trains as one of several processes, and stops when the one that started it has gone."""
     threading.Thread(target=_stop_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     run_cli(partial(train, config, folder))  # type: ignore[arg-type]

@@ -45,7 +45,8 @@ def test_every_script_is_a_command_and_the_other_way_round():
         script = SCRIPTS.get(name, name)
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
-    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "transfer"}  # of the clone alone
+    # of the clone alone
+    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "small_sets", "transfer"}
 
 
 def test_help_and_version(monkeypatch, capsys):
@@ -263,7 +264,7 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["benchmark", "models", "conv2former_n"], "train"),
         *(
             ([ROOT / "scripts" / name], "train")
-            for name in ("kill_test.py", "modulation.py", "transfer.py", "sample_digits.py")
+            for name in ("kill_test.py", "modulation.py", "small_sets.py", "transfer.py", "sample_digits.py")
         ),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)
@@ -286,7 +287,8 @@ def test_the_command_at_the_end_of_training_can_be_pasted(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)  # an interpreter below the working directory, as `make` has one, is named with its path
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
     report = dict.fromkeys(("skipped", "tensorboard", "curves", "confusion", "last_top1", "stopped_early"))
-    report |= {"seconds": 61.0, "top1": 99.0, "n": 5000, "weights": "raw", "epoch": 2, "epochs": 2}
+    report |= {"task": "classification", "seconds": 61.0, "top1": 99.0, "n": 5000}
+    report |= {"weights": "raw", "epoch": 2, "epochs": 2}
     report |= {"classes": [], "checkpoint": "my runs/a/best.pt", "last_checkpoint": "my runs/a/last.pt"}
     assert summary(report, Path("my runs/a"))[-1] == "next: python scripts/validate.py --checkpoint 'my runs/a/best.pt'"
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))

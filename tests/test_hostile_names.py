@@ -20,9 +20,10 @@ from conv2former._yaml import dump_yaml, read_yaml
 from conv2former.config.schema import DataConfig
 from conv2former.data import batches, open_train_and_val
 from conv2former.data.tables import read_table, write_table
-from conv2former.engine import fonts, pictures
+from conv2former.engine import fonts
 from conv2former.engine.terminal import say
 from conv2former.errors import DataError
+from conv2former.tasks import pictures
 from conv2former.tools.checkpoints import publish
 from conv2former.tools.output import save_figure, write_csv
 

@@ -1,4 +1,4 @@
-"""Imports go one way: scripts, commands -> tools -> engine -> data -> config; engine, tools -> models -> weights, ops.
+"""Imports go one way: scripts, commands -> tools -> engine -> tasks -> data -> config, and to models -> weights, ops.
 
 Every import counts, wherever in a file it stands: one inside a function, or for types alone, is an arrow like others.
 """
@@ -23,9 +23,10 @@ ALLOWED = {
     "models": {"ops", "weights"},
     "config": set(),
     "data": {"config"},
-    "engine": {"config", "data", "models", "ops", "weights"},
-    "tools": {"config", "data", "engine", "models", "ops", "weights"},
-    "commands": {"config", "data", "engine", "models", "ops", "tools", "weights"},
+    "tasks": {"config", "data", "models", "weights"},
+    "engine": {"config", "data", "models", "ops", "tasks", "weights"},
+    "tools": {"config", "data", "engine", "models", "ops", "tasks", "weights"},
+    "commands": {"config", "data", "engine", "models", "ops", "tasks", "tools", "weights"},
 }
 ENTRIES = {"__init__.py", "__main__.py", "train.py"}  # beside the folders, and above them
 # What the zoo may import: `pip install conv2former` brings no more.
@@ -126,6 +127,29 @@ def test_the_zoo_needs_little(folder):
         if folder_of(path) == folder:
             more = {"triton"} if str(path.relative_to(PACKAGE)) in TRITON_FILES else set()
             assert imports(path, known)[1] <= ZOO_NEEDS | more, path
+
+
+def test_the_engine_knows_no_task():
+    """It finds tasks by name: no file of it imports one, or has a word that is one's own."""
+    words = {
+        "top1",
+        "top5",
+        "macro_f1",
+        "mixup",
+        "cutmix",
+        "confusion",
+        "per_class",
+        "labels",
+        "augment",
+        "segmentation",
+    }
+    known = modules()
+    for path in (PACKAGE / "engine").glob("*.py"):
+        assert not [file for file in imports(path, known)[0] if file.parent.parent == PACKAGE / "tasks"], path
+        tree = parse_python(path.read_text("utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not words & (names | texts), path
 
 
 def test_ops_know_no_modules_of_ours():

@@ -322,12 +322,13 @@ def run_launches(args: argparse.Namespace) -> None:
 
 def run_loop(args: argparse.Namespace, overrides: list[str]) -> None:
     from ..config import load_config
+    from ..config.registry import as_classification
     from ..tools.benchmark.loop import compare_loop
     from ..tools.benchmark.progress import Progress
     from ..tools.benchmark.report import check_outputs, loop_markdown, put_section
 
     overrides = ["data.num_classes=1000", *([] if args.config else SMALL), *overrides]
-    config = load_config(args.config or CONFIG, overrides)
+    config = as_classification(load_config(args.config or CONFIG, overrides))
     if args.markdown:
         check_outputs(None, None, args.markdown)
     lines: list[str] = []

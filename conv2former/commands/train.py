@@ -18,17 +18,13 @@ from .._configs import find_config
 from .._yaml import dump_yaml
 from ..config import load_config
 from ..engine import dry_run, train
-from ..engine.class_metrics import about_missing
-from ..engine.evaluate import SMALL_SPLIT, one_image, standard_error
 from ..errors import counted
 from ..printing import print_lines
-from ..text import clipped
+from ..tasks.registry import task_named
 from ..tools.arguments import Parser, command_line
 from ..tools.cli import run_cli
 from ..tools.recipes import run_name
 from ..weights.description import weights_text
-
-FEW_CLASSES = 3  # of the lowest recall, which the end of a run names
 
 
 def main() -> None:
@@ -70,40 +66,23 @@ def summary(report: dict, output: Path) -> list[str]:
     if not report:  # not the main process
         return []
     minutes, seconds = divmod(round(report["seconds"]), 60)
-    top1, n, last = report["top1"], report["n"], report["last_top1"]
-    small = f"  precision    {one_image(n)} of top-1, whose standard error is {standard_error(top1, n):.2f} points"
+    task = task_named(report["task"])
+    result, about_result = task.summarise(report)
+    last = task.last_text(report)
     early = f", stopped early after {report['epochs_done']}" if report["stopped_early"] else ""
-    last_top1 = "" if last is None else f" (top-1 {last:.2f} %)"
     return [
         "",
-        f"top-1 {top1:.2f} % on {counted(n, 'image')} ({weights_text(report['weights'])}, epoch {report['epoch']} "
+        f"{result} ({weights_text(report['weights'])}, epoch {report['epoch']} "
         f"of {report['epochs']}{early}), trained in {minutes} min {seconds} s",
-        *([small] if n < SMALL_SPLIT else []),
-        *_about_classes(report),
+        *about_result,
         *([f"  skipped      {counted(report['skipped'], 'unreadable image')}"] if report["skipped"] else []),
         f"  checkpoint   {report['checkpoint']}",
-        f"  last epoch   {report['last_checkpoint']}{last_top1}",
+        f"  last epoch   {report['last_checkpoint']}{f' ({last})' if last else ''}",
         f"  TensorBoard  {report['tensorboard'] or 'off'}",
         f"  curves       {report['curves']}",
-        *([f"  confusions   {report['confusion']}"] if report["confusion"] else []),
+        *(f"  {label:<12} {report[key]}" for key, label in task.pictures.items() if report[key]),
         f"  report       {output / 'report.json'}",
         f"next: {command_line('validate')} --checkpoint {shlex.quote(str(report['checkpoint']))}",
-    ]
-
-
-def _about_classes(report: dict) -> list[str]:
-    """Returns what the accuracies of single classes add to top-1."""
-    rows = [row for row in report["classes"] if row["images"]]
-    if not rows:
-        return []
-    lowest = sorted(rows, key=lambda row: row["recall"])[:FEW_CLASSES]
-    named = ", ".join(f"{clipped(row['class'], 24)} {row['recall']:.2f} % of {row['images']:,}" for row in lowest)
-    means = f"macro-F1 {report['macro_f1']:.2f} %, balanced accuracy {report['balanced_accuracy']:.2f} %"
-    missing = about_missing(report["classes"])
-    return [
-        f"  classes      {means}",
-        f"  lowest       recall of {named}",
-        *([f"  no images    {missing}"] if missing else []),
     ]
 
 

@@ -7,16 +7,19 @@ except ModuleNotFoundError as e:
         'training and evaluation need more packages: pip install "conv2former[train]"', name=e.name
     ) from e
 
+from .base import BaseConfig
 from .load import apply_overrides, check_config, differences, load_config, override_config
-from .resolve import Plan, fit_batch, img_size_at, make_plan
+from .resolve import Plan, fit_auto, fit_batch, img_size_at, make_plan
 from .schema import Config
 
 __all__ = [
+    "BaseConfig",
     "Config",
     "Plan",
     "apply_overrides",
     "check_config",
     "differences",
+    "fit_auto",
     "fit_batch",
     "img_size_at",
     "load_config",

@@ -1,4 +1,4 @@
-"""From YAML files and the command line to a checked `Config`.
+"""From YAML files and the command line to a checked configuration.
 
 Order, the later ones win: the schema's defaults, the files named by `base:`, the file, the overrides.
 """
@@ -18,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
-from .schema import ONE, TWO, Config
+from .auto import AUTO
+from .base import ONE, TWO, BaseConfig
+from .registry import config_class
 from .suggest import suggest_key
 
 __all__ = ["apply_overrides", "check_config", "differences", "load_config", "override_config"]
@@ -27,7 +29,7 @@ MAX_FILES = 30  # of one configuration: bases of bases can be very many
 MAX_WORDS = 10  # in a dotted key
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> BaseConfig:
     """Reads a configuration.
 
     Args:
@@ -42,13 +44,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
     return check_config(apply_overrides(raw, overrides), path or "the configuration")
 
 
-def override_config(config: Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+def override_config(config: BaseConfig | Mapping[str, Any], overrides: Mapping[str, Any]) -> BaseConfig:
     """Returns a checked configuration from one, or from plain types, with overrides as for `load_config`.
 
     Raises:
         ConfigError: it has mistakes.
     """
-    raw = config.to_dict() if isinstance(config, Config) else config
+    raw = config.to_dict() if isinstance(config, BaseConfig) else config
     return check_config(apply_overrides(raw, overrides), "the configuration")
 
 
@@ -74,18 +76,21 @@ def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str] | Mappin
     return raw
 
 
-def check_config(raw: Mapping[str, Any], where: object) -> Config:
+def check_config(raw: Mapping[str, Any], where: object) -> BaseConfig:
     """Checks a configuration given as plain types.
 
     Raises:
         ConfigError: it has mistakes; all are listed with their dotted paths. `where` says whose they are.
     """
-    mistakes = []
+    mistakes: list[str] = []
     config = None
     try:
-        config = Config.model_validate(dict(raw))
+        kind = config_class(raw)
+        config = kind.model_validate(dict(raw))
+    except ConfigError as e:
+        mistakes = list(e.lines)
     except ValidationError as e:
-        mistakes = [_describe(error) for error in e.errors()]
+        mistakes = [_describe(error, kind) for error in e.errors()]
     except ValueError as e:  # pydantic lets Python's own through: it writes no number of more than 4300 digits as text
         mistakes = [str(e)]
     raise_mistakes(where, mistakes or (config.conflicts() if config else []))
@@ -190,9 +195,9 @@ def _check_key(key: str, word: str) -> None:
         raise ConfigError(f"'{cut(word)}': not a key; expected words with dots between, for example optim.base_lr")
 
 
-def _valid_keys(location: Sequence[str | int]) -> list[str]:
+def _valid_keys(location: Sequence[str | int], kind: type[BaseConfig]) -> list[str]:
     """Returns the keys of the section that holds the last word of `location`."""
-    section: type[BaseModel] = Config
+    section: type[BaseModel] = kind
     for word in location[:-1]:
         annotation = section.model_fields[str(word)].annotation
         inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
@@ -200,16 +205,19 @@ def _valid_keys(location: Sequence[str | int]) -> list[str]:
     return list(section.model_fields)
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, kind: type[BaseConfig]) -> str:
     location = [word for word in error["loc"] if word not in (ONE, TWO)]
     dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
-        keys = _valid_keys(location)
+        keys = _valid_keys(location, kind)
         hint = closest(location[-1], keys) if len(location) > 1 else ""
-        meant = "" if hint else suggest_key(dotted)
+        meant = "" if hint else suggest_key(dotted, kind=kind)
         hint = hint or (f" (did you mean '{meant}'?)" if meant else closest(location[-1], keys))
         return f"{dotted}: unknown key{hint or '; valid: ' + ', '.join(keys)}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    example = suggest_key(dotted) if dotted in Config.model_fields else ""
+    example = suggest_key(dotted, kind=kind) if dotted in kind.model_fields else ""
     hint = f"; its keys are set one by one, such as {example}" if example else ""
+    if error["input"] == AUTO and not example:
+        allowed = ", ".join(kind.auto_keys)
+        hint = f"; what can be {AUTO}: {allowed}" if allowed else f"; this task has no key that can be {AUTO}"
     return f"{dotted}: {message}, found {show(error['input'])}{hint}"

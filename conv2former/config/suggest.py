@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from pydantic import BaseModel
 
+from .base import BaseConfig
 from .schema import Config
 
 __all__ = ["suggest_key"]
@@ -52,15 +53,16 @@ NAMES_ELSEWHERE = {
 }
 
 
-def suggest_key(word: str, sections: Collection[str] = ()) -> str:
+def suggest_key(word: str, sections: Collection[str] = (), kind: type[BaseConfig] = Config) -> str:
     """Returns the dotted key that a word most likely means, or an empty string.
 
     Args:
         word: `lr`, `--lr`, `data-root`, `optim.batch_size`.
         sections: in which the key may be; empty for all.
+        kind: the class of the configuration.
     """
     words: dict[str, str] = {}  # each way to write a key -> the key
-    for section, field in Config.model_fields.items():
+    for section, field in kind.model_fields.items():
         model = field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel) and (not sections or section in sections):
             for key in model.model_fields:
@@ -70,5 +72,5 @@ def suggest_key(word: str, sections: Collection[str] = ()) -> str:
     plain = word.lstrip("-").lower().replace("-", "_").replace(".", "_")
     near = [plain] if plain in words else difflib.get_close_matches(plain[:100], words, 1, NEAR)
     if not near and "." in word:
-        return suggest_key(word.rpartition(".")[2], sections)  # the right key in a wrong section
+        return suggest_key(word.rpartition(".")[2], sections, kind)  # the right key in a wrong section
     return words[near[0]] if near else ""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..config.schema import DataConfig
+from ..config.base import BaseDataConfig
 from ..errors import DataError
 from .batch import Item, Skipped, in_channels
 from .images import UnreadableImage
@@ -140,7 +140,7 @@ def _collate(items: list[Item]) -> _Pixels:
     return _Pixels(sizes, torch.from_numpy(values), [item for item in items if isinstance(item, Skipped)])
 
 
-def estimate_bytes(source: DataSource, data: DataConfig) -> int:
+def estimate_bytes(source: DataSource, data: BaseDataConfig) -> int:
     """Returns about how many bytes a cache of a split takes, by some of its images that can be read.
 
     Raises:
@@ -169,7 +169,7 @@ def bytes_text(number: int) -> str:
 
 
 def read_images(
-    source: DataSource, data: DataConfig, expected: int, room: int | None, workers: int, worker_init: Any = None
+    source: DataSource, data: BaseDataConfig, expected: int, room: int | None, workers: int, worker_init: Any = None
 ) -> Generator[int, None, CachedImages]:
     """Reads a split into memory.
 
@@ -222,7 +222,7 @@ def read_images(
     return CachedImages(memory, count, channels, unreadable)
 
 
-def read_at_once(source: DataSource, data: DataConfig, workers: int = 0, room: int | None = None) -> CachedImages:
+def read_at_once(source: DataSource, data: BaseDataConfig, workers: int = 0, room: int | None = None) -> CachedImages:
     """Does what `read_images` does, and returns what that returns."""
     reading = read_images(source, data, estimate_bytes(source, data), room, workers)
     while True:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Config
+from ..config.base import BaseDataConfig
 from ..config.schema import DataConfig
 from ..errors import DataError
 from .batch import Batch, Finish, Item, collate, collate_augmented, eval_transform, load_image, train_transforms
@@ -240,7 +241,7 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def workers_for(data: DataConfig) -> int:
+def workers_for(data: BaseDataConfig) -> int:
     """Returns how many loader processes a device has: those of the configuration, or its share of the cores."""
     return min(_MOST_WORKERS, usable_cores()) if data.workers is None else data.workers
 

@@ -9,6 +9,7 @@ from ..errors import ConfigError, bullets
 from .checkpoint import latest_checkpoint, link_last, take_best
 from .distributed import World
 from .prepare import Job
+from .saved import forget_best
 
 __all__ = ["check_agreement", "check_best"]
 
@@ -69,4 +70,4 @@ def check_best(job: Job, world: World) -> None:
         f"warning: {why}. The best weights so far, of epoch {row['epoch']}, are lost: the best from here on take their "
         f"place, and {folder / 'last.pt'} has the last ones",
     )
-    saved["best_metric"] = saved["best_row"] = saved["per_class"] = saved["confusion"] = None
+    forget_best(saved)

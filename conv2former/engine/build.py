@@ -8,25 +8,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from .. import graphs
-from .._yaml import cut
 from ..compiling import private_folder
-from ..config import Config, Plan
-from ..data import train_transforms
-from ..errors import ConfigError, UserError, first_line, memory_for, raise_mistakes, shorten
+from ..config import BaseConfig, Plan
+from ..errors import ConfigError, UserError, memory_for, raise_mistakes, shorten
+from ..tasks.network import SMALLER, find_network
+from ..tasks.registry import find_task
+from ..tasks.task import Objective, Task
 from .cuda_graph import StepGraphs, plan_graphs
 from .distributed import World, wrap
-from .loss import build_criterion, build_mixup
-from .network import SMALLER, compile_network, find_network, freeze
 from .optimizer import build_optimizer, build_scheduler, optimizer_args
 from .trackers import missing_trackers
 
@@ -40,17 +37,18 @@ class Run:
     """Everything that a training step touches.
 
     Attributes:
+        task: what it is trained for.
         model: the raw network; what is saved, averaged and evaluated.
         forward: the network to train through, wrapped where there are several processes.
         parameters: of the network, those that are trained.
         ema: the average, or None.
-        mixup: mixes a batch of images and labels, or None.
-        criterion: (N, classes) logits and targets, as the batch has them, to a mean loss.
+        objective: makes inputs and targets of a batch, and the loss of them.
         graphs: computes microbatches through CUDA graphs; None where there are none.
         about_graphs: a line on whether there are; '' where nobody asks.
     """
 
-    config: Config
+    config: BaseConfig
+    task: Task
     plan: Plan
     world: World
     model: nn.Module
@@ -60,11 +58,15 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
-    mixup: Mixup | None
-    criterion: nn.Module
+    objective: Objective
     autocast: Autocast
     graphs: StepGraphs | None
     about_graphs: str
+
+    def autocast_forward(self, *args: Any) -> Any:
+        """Returns what the network to train through does in the run's precision."""
+        with self.autocast():
+            return self.forward(*args)
 
     def release(self) -> None:
         """Gives up the graphs, which must be before the process group ends."""
@@ -80,18 +82,17 @@ def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
     return precision, partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-def build_run(
-    config: Config, plan: Plan, world: World, model: nn.Module, class_counts: np.ndarray | None = None
-) -> Run:
+def build_run(config: BaseConfig, plan: Plan, world: World, model: nn.Module, statistics: Any = None) -> Run:
     """Builds all that trains a network. Every process builds the same.
 
     Args:
         config: the run.
         plan: its numbers.
         world: the processes, met.
-        model: from `build_model`; moved to the device.
-        class_counts: (classes,) training images, for `train.class_weight`; None for equal ones.
+        model: of the task; moved to the device.
+        statistics: of the training data, as the task has them; None where they are not known.
     """
+    task = find_task(config)
     _, autocast = autocast_for(config.train.precision, world.device)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
@@ -103,18 +104,18 @@ def build_run(
         model.to(memory_format=memory_format)
     if config.train.batchnorm == "sync" and world.size > 1:
         model = convert_sync_batchnorm(model)
-    freeze(model, config.model.freeze)
+    task.freeze(model, config.model.freeze)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     optimizer = build_optimizer(config, plan, model)
-    through = _compile(model) if config.train.compile else model
+    through = _compile(task, model) if config.train.compile else model
     step_graphs, about_graphs = plan_graphs(config, world, model)
     if step_graphs and world.size > 1:  # the wrapper keeps nodes of autograd, which belong to a stream
         forward = step_graphs.recorder.warm_up(partial(wrap, through, world))
     else:
         forward = wrap(through, world)
-    num_classes = cast(int, model.num_classes)
     return Run(
         config=config,
+        task=task,
         plan=plan,
         world=world,
         model=model,
@@ -124,15 +125,14 @@ def build_run(
         optimizer=optimizer,
         scheduler=build_scheduler(config, plan, optimizer),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
-        mixup=build_mixup(config, num_classes),
-        criterion=build_criterion(config, num_classes, class_counts).to(world.device),
+        objective=task.objective(config, plan, world.device, model, statistics),
         autocast=autocast,
         graphs=step_graphs,
         about_graphs=about_graphs,
     )
 
 
-def _compile(model: nn.Module) -> nn.Module:
+def _compile(task: Task, model: nn.Module) -> nn.Module:
     """Returns what to train a network through with torch.compile, whose code is kept in the store.
 
     What the environment says goes first. In torch's default, a folder below /tmp, the code is gone at the next start of
@@ -141,19 +141,19 @@ def _compile(model: nn.Module) -> nn.Module:
     default = os.path.join(tempfile.gettempdir(), "torchinductor_")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder("inductor"))
-    return compile_network(model)
+    return task.compile_model(model)
 
 
-def check_names(config: Config, device: torch.device) -> None:
+def check_names(config: BaseConfig, device: torch.device) -> None:
     """Checks all that needs more than the schema, before the data is opened, which can take minutes.
 
     Raises:
         ConfigError: lists every mistake: the network, the optimizer, what does not go with the device.
     """
     mistakes: list[str | UserError] = []
-    for check in (lambda: find_network(config), lambda: optimizer_args(config), lambda: _check_policy(config)):
+    for check in (find_network, optimizer_args, find_task(config).check):
         try:
-            check()
+            check(config)
         except ConfigError as e:
             mistakes.append(e)
     if config.train.batchnorm == "sync" and device.type != "cuda":
@@ -168,11 +168,3 @@ def check_names(config: Config, device: torch.device) -> None:
     if len(mistakes) == 1:
         raise ConfigError(*(mistakes[0].lines if isinstance(mistakes[0], UserError) else mistakes))
     raise_mistakes("the configuration", mistakes)
-
-
-def _check_policy(config: Config) -> None:
-    try:
-        train_transforms(config)
-    except Exception as e:  # timm asserts, or fails in parsing
-        policy = cut(config.augment.auto_augment)
-        raise ConfigError(f"augment.auto_augment: timm does not take '{policy}': {first_line(e)}") from None

@@ -132,7 +132,7 @@ def _opened(reader: int, places: Sequence[CachePlace]) -> list[CachedImages]:
 
 def _sources(job: Job) -> list[DataSource]:
     sources = [source for source in (job.train_source, job.val_source) if isinstance(source, DataSource)]
-    assert len(sources) == 2  # streams are refused by `Config.conflicts`
+    assert len(sources) == 2  # others are refused by `BaseConfig.conflicts`
     return sources
 
 

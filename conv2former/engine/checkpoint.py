@@ -6,13 +6,11 @@ is damaged, and the one before it is used.
 step, epoch          optimizer steps done, epochs done
 model, model_ema     state dicts of the raw module and of the average (None without one)
 optimizer, scaler    state dicts (scaler None unless fp16)
-metric, best_metric  top-1 of these weights (None if not evaluated), and of the best so far
+metric, best_metric  the headline metric of these weights (None if not evaluated), top-1, and of the best so far
 best_row             epoch and all metrics of the best so far, which checkpoint.metric chooses
 losses               of each process, the sum and the number of the training losses since the last logged step
-per_class            of the best so far: rows of counts of every class (images, right by top-1 and top-5, answered)
-history              a row for every evaluation: epoch, top1, loss, macro_f1, balanced_accuracy
-confusion            of the best so far: rows of counts, a row per true class (None with many classes)
-class_names          names in index order
+history              a row for every evaluation: epoch and the task's metrics; top1, loss, macro_f1, balanced_accuracy
+class_names          names in index order; none where a task has no classes
 skipped              of each split, the images that could not be read so far, and why, with `data.on_error: skip`
 started_from         the checkpoint given with --resume PATH, or None
 config, variant      the resolved configuration and the network's definition
@@ -20,6 +18,11 @@ kernels              what computed the first step: see kernels_used.py
 seconds              training time so far
 plan                 images, global batch and steps per epoch: a continuation must have the same
 versions, format     of torch, timm and this package; of this layout
+
+and what a task keeps of the best evaluation so far, for pictures and report (`Task.details`); classification:
+
+per_class            rows of counts of every class (images, right by top-1 and top-5, answered)
+confusion            rows of counts, a row per true class (None with many classes)
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import torch
 
 from .._store import to_disk
 from ..errors import CheckpointError, OutputError, TrainingError, bullets, is_lost_worker, shorten
+from ..tasks.registry import task_in
 from ..weights.reading import read_checkpoint
 from .saved import first_not_finite, wrong_fields
 
@@ -52,7 +56,7 @@ __all__ = [
     "take_best",
 ]
 
-FORMAT = 1
+FORMAT = 2  # since 2 the configuration names the task; read are both
 _NAME = re.compile(r"step_(\d{8})\.pt")
 MOST_READ = 1000  # characters of a checksum's file
 MAY_PASS = {errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT}  # of a disk or a server, not of a file
@@ -352,7 +356,11 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     version = content.get("format", 0)
     if type(version) is int and version > FORMAT:
         raise CheckpointError(f"{path} has format {version}; this version reads up to {FORMAT}: update it")
-    if wrong := wrong_fields(content):
+    try:
+        task = task_in(content)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path} {e}") from None
+    if wrong := wrong_fields(content, task):
         raise CheckpointError(
             f"{path} is damaged, or no checkpoint of this program: {shorten(wrong)} not as it is written here"
         )

@@ -2,8 +2,8 @@
 
 What is captured is a microbatch: the images of one accumulation step, from images and targets on the GPU to gradients.
 Mixup and all that follows the gradients, such as clipping, the optimizer and the average, stay outside. So do random
-numbers, in effect: `mix` seeds the generator for each microbatch, and a replay reads seed and offset from it when it
-starts (torch has done so since 2.0), so that drop path and dropout draw what they would without a graph.
+numbers, in effect: `prepare_batch` seeds the generator for each microbatch, and a replay reads seed and offset from it
+when it starts (torch has done so since 2.0), so that drop path and dropout draw what they would without a graph.
 
 The microbatches with which a shape is warmed up are those of real steps, and capturing computes nothing, so nothing is
 thrown away and nothing has to be restored.
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _private, graphs
-from ..config import Config
+from ..config import BaseConfig
 from ..errors import ConfigError, first_line
 from ..graphs import Graph, Layout, Places, Recorder, layout_of
 from ..models.fusion import has_hooks
+from ..tasks.registry import find_task
 from .distributed import World
 
 __all__ = ["StepGraphs", "plan_graphs"]
@@ -197,7 +198,7 @@ class StepGraphs:
         self.recorder.close()
 
 
-def plan_graphs(config: Config, world: World, model: nn.Module) -> tuple[StepGraphs | None, str]:
+def plan_graphs(config: BaseConfig, world: World, model: nn.Module) -> tuple[StepGraphs | None, str]:
     """Returns what computes the microbatches of a run through graphs, or None, and a line about it for the log.
 
     The line is empty where there is no GPU. A compiled network is captured like any other: `torch.compile` in its
@@ -216,7 +217,7 @@ def plan_graphs(config: Config, world: World, model: nn.Module) -> tuple[StepGra
         return None, ""
     if mode == "off":
         return None, "CUDA graphs: off (train.cuda_graph)"
-    reason = _obstacle(config, world, model)
+    reason = find_task(config).no_graph or _obstacle(config, world, model)
     if reason and mode == "on":
         raise ConfigError(f"train.cuda_graph: on, but {reason}; set it to auto or off")
     if reason:
@@ -229,7 +230,7 @@ def plan_graphs(config: Config, world: World, model: nn.Module) -> tuple[StepGra
     )
 
 
-def _obstacle(config: Config, world: World, model: nn.Module) -> str:
+def _obstacle(config: BaseConfig, world: World, model: nn.Module) -> str:
     """Returns why the steps of a run cannot be captured, as a part of a sentence; '' if they can."""
     if config.model.grad_checkpointing:
         return "gradient checkpointing saves and restores the state of random numbers, which a graph cannot"

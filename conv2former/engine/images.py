@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby
+from typing import TypeVar
 
 from .._preprocessing import CHANNELS, FIELDS, Preprocessing, channels_text
-from ..config import Config
+from ..config import BaseConfig
 from ..errors import CheckpointError, raise_mistakes
-from .network import describe_start
-from .others import Start
+from ..tasks.network import describe_start
+from ..tasks.others import Start
 
 __all__ = ["fill_images", "settle_images"]
+
+C = TypeVar("C", bound=BaseConfig)
 
 GIVEN, PUBLISHED, DEFAULT = "from the configuration", "as published", "by default"
 
 
-def settle_images(config: Config) -> tuple[Config, list[str]]:
+def settle_images(config: C) -> tuple[C, list[str]]:
     """Returns the configuration with the size, channels and normalisation that it leaves open, and lines about them.
 
     They are the starting weights' where those note them, and the defaults otherwise. The lines say what is taken, where
@@ -40,14 +43,14 @@ def settle_images(config: Config) -> tuple[Config, list[str]]:
     return settled, _lines(config, settled.data.preprocessing, info)
 
 
-def fill_images(config: Config, noted: Preprocessing | None = None, channels: int = 3) -> Config:
+def fill_images(config: C, noted: Preprocessing | None = None, channels: int = 3) -> C:
     """Returns the configuration with what it leaves open of the images as in `noted`, or the defaults."""
     images = replace((noted or Preprocessing()).for_channels(channels), **config.data.given)
     data = config.data.model_copy(update={key: getattr(images, key) for key in FIELDS})
     return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"in_chans": channels})})
 
 
-def _lines(config: Config, images: Preprocessing, info: Start | None) -> list[str]:
+def _lines(config: BaseConfig, images: Preprocessing, info: Start | None) -> list[str]:
     """Returns lines that say how images become the input, and where each of it comes from."""
     given = config.data.given
     default = Preprocessing().for_channels(images.channels)

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 import torch
 
 from .. import compiling
-from ..config import Config
+from ..config import BaseConfig
 from ..data import pixels
 from ..ops.backends import supports_operators
 from ..ops.cpu import native
-from .network import compiled_parts
+from ..tasks.network import compiled_parts
 
 __all__ = ["changed_kernels", "kernels_used"]
 
 
-def kernels_used(config: Config, device: torch.device) -> dict[str, str]:
+def kernels_used(config: BaseConfig, device: torch.device) -> dict[str, str]:
     """Returns what computes the network and prepares the images of a run, and PyTorch's version: texts by their names.
 
     What has to be compiled for it is compiled now.

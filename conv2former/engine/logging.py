@@ -8,13 +8,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import OutputError
+from ..tasks.registry import is_result
 from ..text import printable
 from .fonts import drawing
 from .tensorboard import TensorBoard
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["RunLog", "read_metrics", "writing"]
-
-_BEST = ("top1", "loss", "macro_f1", "balanced_accuracy")  # of the best weights so far, by which runs are compared
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -48,8 +47,8 @@ def _is_row(row: Any) -> bool:
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
         return False
     counts = (row.get("step"), row.get("epoch", 1))
-    needed = {"loss"} if row["kind"] == "train" else {"loss", "top1", "epoch"}
-    return needed <= row.keys() and all(type(count) is int and 0 < count < 2**53 for count in counts)
+    is_whole = "loss" in row if row["kind"] == "train" else "epoch" in row and is_result(row)
+    return is_whole and all(type(count) is int and 0 < count < 2**53 for count in counts)
 
 
 class RunLog:
@@ -63,6 +62,7 @@ class RunLog:
         is_main: whether this process writes at all.
         must_evaluate: whether the evaluation after `first_step` is still to come, so that its row, if any, goes too.
         hidden: keys of rows that TensorBoard does not get.
+        best: keys of metrics of which it gets the best weights' so far, by which runs are compared.
 
     Every method raises OutputError if the folder cannot be written, but for TensorBoard's files, of which a line warns.
     """
@@ -76,8 +76,9 @@ class RunLog:
         is_main: bool,
         must_evaluate: bool = False,
         hidden: Sequence[str] = (),
+        best: Iterable[str] = (),
     ) -> None:
-        self._hidden = {"kind", "n", *hidden}
+        self._hidden, self._best = {"kind", "n", *hidden}, tuple(best)
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
         self.path = folder / "metrics.jsonl"
         self._start, self._first_step = time.perf_counter(), first_step
@@ -111,7 +112,7 @@ class RunLog:
         settings = dict(_flat(config))
         if self._tensorboard:
             texts = {key: value if _is_number(value) else _text(value) for key, value in settings.items()}
-            names = [f"best/{key}" for key in ("epoch", *_BEST)]
+            names = [f"best/{key}" for key in ("epoch", *self._best)]
             self._tensorboard.settings(texts, names)
         if trackers:
             self._trackers = Trackers(trackers, self.folder, project, settings, self.say)
@@ -150,7 +151,7 @@ class RunLog:
         self._log(line)
 
     def evaluation(self, step: int, epoch: int, row: dict[str, float], best_prefix: str | None = None) -> None:
-        """Writes an evaluation row: top1, top5, loss, n, ..., and the same of the average as ema_top1, ...
+        """Writes an evaluation row: the metrics, and the same of the average as ema_top1, ...
 
         Args:
             step, epoch: done.
@@ -159,7 +160,7 @@ class RunLog:
         """
         self._write(step, {"kind": "eval", "epoch": epoch, **row}, "eval")
         if self.is_main and best_prefix is not None:
-            best = {f"best/{key}": row[f"{best_prefix}{key}"] for key in _BEST}
+            best = {f"best/{key}": row[f"{best_prefix}{key}"] for key in self._best}
             self._send(step, {"best/epoch": epoch, **best})
 
     def picture(self, name: str, figure: Figure, step: int, in_tensorboard: bool = True) -> Path:
@@ -213,7 +214,7 @@ class RunLog:
 
 def _tag(group: str, key: str) -> str:
     """Returns the name of a number: `eval/top1`, and apart from these, one for each class, `recall/cat`."""
-    return printable(key) if "recall/" in key else f"{group}/{key}"
+    return printable(key) if "/" in key else f"{group}/{key}"
 
 
 def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

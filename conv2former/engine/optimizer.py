@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from .._yaml import cut
-from ..config import Config, Plan
+from ..config import BaseConfig, Plan
 from ..errors import ConfigError, closest, first_line
 
 __all__ = ["build_optimizer", "build_scheduler", "optimizer_args"]
@@ -20,7 +20,7 @@ __all__ = ["build_optimizer", "build_scheduler", "optimizer_args"]
 LOOKAHEAD = "lookahead_"
 
 
-def build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: BaseConfig, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     """Builds the configured optimizer for what is trained of a network, in parameter groups by decay."""
     optim = config.optim
     return create_optimizer_v2(
@@ -33,7 +33,7 @@ def build_optimizer(config: Config, plan: Plan, model: nn.Module) -> torch.optim
     )
 
 
-def build_scheduler(config: Config, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
+def build_scheduler(config: BaseConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
     """Builds the schedule of the learning rate, by steps: linear warm-up, a cosine, and a constant end."""
     schedule = config.schedule
     scheduler, _ = create_scheduler_v2(
@@ -50,7 +50,7 @@ def build_scheduler(config: Config, plan: Plan, optimizer: torch.optim.Optimizer
     return scheduler
 
 
-def optimizer_args(config: Config) -> dict[str, Any]:
+def optimizer_args(config: BaseConfig) -> dict[str, Any]:
     """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists.
 
     Raises:

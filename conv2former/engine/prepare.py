@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,26 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from torch import nn
 
 from .._yaml import dump_yaml
-from ..config import Config, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
-from ..data import DataSource, StreamSource, open_train_and_val
-from ..data.holdout import relative_names
-from ..data.sources import VAL_NAMES, is_bare
-from ..data.tables import write_table
+from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
+from ..config.auto import AUTO, value_at, with_values
+from ..config.registry import config_class
+from ..config.resolve import fit_auto, is_noted
+from ..data import StreamSource
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
+from ..tasks.registry import find_task
+from ..tasks.task import Split, Task
 from .build import check_names
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
 from .images import fill_images, settle_images
 from .logging import writing
-from .network import build_model
+from .saved import forget_best
 
 __all__ = ["Job", "as_config", "changed_keys", "prepare"]
-
-SPLIT_FILE = "split.csv"  # which images are trained on and which are held out
 
 # What may differ between a run and its continuation: what changes nothing that is trained, and the division of the
 # global batch, which the plan guards and other numbers of devices need.
@@ -46,6 +44,7 @@ _HARMLESS = (
     "train.accum_steps",
     "train.cuda_graph",
     "train.early_stop",
+    "train.fitted",
     "train.timeout_minutes",
 )
 
@@ -59,12 +58,20 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
         allowed: keys that may differ, besides those that change nothing.
     """
     # a key, or a section, that this version has and that one had not is at its default, which is what was done then
-    defaults = fill_images(Config()).to_dict()
-    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted}}
+    kind = config_class(now)
+    defaults = fill_images(kind.model_validate({})).to_dict()
+    before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted} if key != "task"}
+    before["task"] = noted.get("task", "classification")  # earlier versions had no other
+    now = with_values(now, {key: value_at(before, key) for key in kind.auto_keys if _is_found_again(before, now, key)})
     allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
     return [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
     ]
+
+
+def _is_found_again(noted: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a key is `auto` now, and was when the run was started, whose value it then has."""
+    return value_at(now, key) == AUTO and is_noted(noted, key)
 
 
 @dataclass
@@ -79,11 +86,11 @@ class Job:
         lock: held as long as the run writes into its folder; None on other processes than the main one.
     """
 
-    config: Config
+    config: BaseConfig
     output: Path
     plan: Plan
-    train_source: DataSource | StreamSource
-    val_source: DataSource | StreamSource
+    train_source: Split
+    val_source: Split
     model: nn.Module
     saved: dict[str, Any] | None
     started_from: str | None
@@ -96,31 +103,26 @@ class Job:
         """Names in index order."""
         return self.train_source.class_names
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """Class indices of the training images, (images,); None of a stream, which has no end to look for."""
-        return self.train_source.images.labels if isinstance(self.train_source, DataSource) else None
-
     @property
-    def class_counts(self) -> np.ndarray | None:
-        """Training images of each class, (classes,); None of a stream."""
-        return None if self.labels is None else np.bincount(self.labels, minlength=len(self.class_names))
+    def task(self) -> Task:
+        """What is trained for."""
+        return find_task(self.config)
 
 
-def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+def as_config(config: BaseConfig | Mapping[str, Any] | str | Path) -> BaseConfig:
     """Returns a checked configuration from one, from plain types, or from a YAML file.
 
     Raises:
         ConfigError: it has mistakes.
     """
-    if isinstance(config, Config):
+    if isinstance(config, BaseConfig):
         return config
     if isinstance(config, Mapping):
         return check_config(apply_overrides(config, ()), "the configuration")
     return load_config(config)
 
 
-def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
+def prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job:
     """Opens the data, builds the network and finds the checkpoint to go on from; talks to no other process.
 
     Args:
@@ -137,22 +139,27 @@ def prepare(config: Config, output: Path, resume: str, world: World) -> Job:
         return _prepare(config, output, resume, world)
 
 
-def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
+def _prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job:
     check_names(config, world.device)
     config, about_images = settle_images(config)
     _check_output(output)
-    _check_beside_images(output, config)
-    train_source, val_source = open_train_and_val(config.data)
-    given, config = config, _settle(config, world.size, train_source, val_source)
-    plan = make_plan(config, world.size, len(train_source))
-    model = build_model(config, len(train_source.class_names), train_source.class_names)
+    task = find_task(config)
+    task.check_output(config, output)
+    train_source, val_source = task.open_data(config)
+    given, config = config, fit_batch(config, world.size, len(train_source))
+    config = task.settle_data(config, train_source, val_source)
     with ExitStack() as stack:  # an error lets go of the lock, although a notebook keeps the exception and its frames
         lock = stack.enter_context(_lock(output)) if world.is_main and output.is_dir() else None
         saved, started_from, notes = _find_checkpoint(output, resume)
-        notes += [
-            source.note for source in (train_source, val_source) if isinstance(source, DataSource) and source.note
-        ]
-        notes += [*_settled(given, config, len(train_source), output), *about_images] if world.is_main else []
+        if saved:
+            _check_task(config, saved)
+        config, about_auto = fit_auto(config, world.size, len(train_source), saved["config"] if saved else None)
+        plan = make_plan(config, world.size, len(train_source))
+        model = task.build_model(config, len(train_source.class_names), train_source.class_names)
+        notes += [note for source in (train_source, val_source) if (note := getattr(source, "note", ""))]
+        if world.is_main:
+            notes += _smaller_batch(given, config, len(train_source))
+            notes += [*task.notes(config, train_source, val_source, output), *about_auto, *about_images]
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,
@@ -166,44 +173,21 @@ def _prepare(config: Config, output: Path, resume: str, world: World) -> Job:
             with writing(output):
                 output.mkdir(parents=True, exist_ok=True)
                 (output / "config.yaml").write_text(dump_yaml(config.to_dict()))
-                if config.data.holdout_sha256:
-                    _write_split(output / SPLIT_FILE, config.data.root, train_source, val_source)
+                task.write_split(config, train_source, val_source, output)
             lock = lock or stack.enter_context(_lock(output))
             remove_leftovers(output / "checkpoints")
         stack.pop_all()  # the lock is the job's
     return Job(config, output, plan, train_source, val_source, model, saved, started_from, plan_of_data, notes, lock)
 
 
-def _settle(
-    config: Config, world_size: int, train: DataSource | StreamSource, val: DataSource | StreamSource
-) -> Config:
-    """Returns the configuration with what follows from the data: the batch, and which images are held out."""
-    config = fit_batch(config, world_size, len(train))
-    sha256 = val.sha256 if isinstance(val, DataSource) else ""
-    return config.model_copy(update={"data": config.data.model_copy(update={"holdout_sha256": sha256 or None})})
-
-
-def _settled(given: Config, config: Config, images: int, output: Path) -> list[str]:
-    """Returns lines about what is not as it was given."""
-    lines = []
+def _smaller_batch(given: BaseConfig, config: BaseConfig, images: int) -> list[str]:
+    """Returns a line about a batch that is not as it was given."""
     train, before = config.train, given.train
     keys = [key for key in ("batch_size", "accum_steps") if getattr(train, key) != getattr(before, key)]
-    if keys:
-        changes = ", ".join(f"train.{key} {getattr(before, key)} -> {getattr(train, key)}" for key in keys)
-        lines.append(f"{images} training images are fewer than a global batch: {changes}, and the rate follows")
-    if config.data.holdout_sha256:
-        lines.append(f"what is trained on and what is held out is listed in {output / SPLIT_FILE}")
-    return lines
-
-
-def _write_split(path: Path, root: str, train: DataSource | StreamSource, val: DataSource | StreamSource) -> None:
-    rows = []
-    for split, source in (("train", train), ("val", val)):
-        assert isinstance(source, DataSource)
-        names = relative_names(source.images, root)
-        labels = (source.class_names[label] for label in source.images.labels)
-        rows += [(name, label, split) for name, label in zip(names, labels, strict=True)]
-    write_table(path, sorted(rows))
+    if not keys:
+        return []
+    changes = ", ".join(f"train.{key} {getattr(before, key)} -> {getattr(train, key)}" for key in keys)
+    return [f"{images} training images are fewer than a global batch: {changes}, and the rate follows"]
 
 
 def _check_output(output: Path) -> None:
@@ -213,19 +197,6 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{output}: cannot be written ({existing} is a file); choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: cannot be written (no permission in {existing}); choose another --output")
-
-
-def _check_beside_images(output: Path, config: Config) -> None:
-    """Checks that the run folder is not among class folders, where its pictures would make it a class."""
-    root, data = Path(config.data.root), config.data
-    if data.source != "folder" or not root.is_dir():
-        return
-    splits = [root / name for name in {data.train_split, data.val_split, *VAL_NAMES} if name]
-    for folder in [root] if is_bare(root) else splits:
-        if folder.resolve() in (output.resolve(), *output.resolve().parents):
-            raise OutputError(
-                f"{output}: lies among the class folders in {folder}, and would be one; choose another --output"
-            )
 
 
 def _lock(output: Path, patience: float = 20.0) -> TextIO:
@@ -263,13 +234,19 @@ def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, 
         return None, None, []
     saved = read_training_checkpoint(Path(resume))
     # the best of this folder is yet to come
-    saved["best_metric"] = saved["best_row"] = saved["per_class"] = saved["confusion"] = None
+    forget_best(saved)
     saved["history"] = []
     return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
 
 
+def _check_task(config: BaseConfig, saved: dict[str, Any]) -> None:
+    """Checks that a checkpoint is of the configuration's task; raises a ConfigError."""
+    if (task := saved["config"].get("task", "classification")) != config.task:  # earlier versions had no other
+        raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
+
+
 def _check_continuation(
-    config: Config, saved: dict[str, Any], class_names: list[str], plan_of_data: dict[str, int]
+    config: BaseConfig, saved: dict[str, Any], class_names: list[str], plan_of_data: dict[str, int]
 ) -> None:
     """Checks that a run goes on as it was, but for what changes nothing and what is allowed.
 
@@ -277,17 +254,18 @@ def _check_continuation(
         ConfigError: lists the keys that differ.
         DataError: the classes differ.
     """
-    changed = changed_keys(saved["config"], config.to_dict(), config.checkpoint.allow_changes)
+    now, noted = config.to_dict(), saved["config"]
+    changed = changed_keys(noted, now, config.checkpoint.allow_changes)
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "
             "or allow it (checkpoint.allow_changes=[KEY, ...]):",
             *bullets(changed),
         )
-    if saved["config"].get("data", {}).get("holdout_sha256") != config.data.holdout_sha256:
+    if noted.get("data", {}).get("holdout_sha256") != now["data"].get("holdout_sha256"):
         raise DataError(
             "the images have changed since this run was started: other ones would be held out for validation (which "
-            f"were is in its {SPLIT_FILE}); put them back, or start a new run with another --output"
+            "were is in its split.csv); put them back, or start a new run with another --output"
         )
     if saved["class_names"] != class_names and sorted(saved["class_names"]) == sorted(class_names):
         raise DataError(

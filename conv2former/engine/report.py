@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from ..data import Batch
+from ..tasks.network import find_network
+from ..tasks.task import AnyBatch
 from .checkpoint import check_best_and_last
-from .class_metrics import ClassMetrics
 from .early_stop import stop_reason
 from .logging import RunLog, read_metrics, writing
 from .meter import describe_waiting
-from .network import find_network
 from .state import TrainState
-from .step import mix
+from .step import prepare_batch
 
 __all__ = ["Curves", "draw_first_batch", "finish"]
 
@@ -24,15 +24,13 @@ DRAW_EVERY = 30.0  # seconds, at least, between two pictures of the curves
 DRAWING_SHARE = 0.01  # of the run's time that drawing them may take
 
 
-def draw_first_batch(state: TrainState, batch: Batch, log: RunLog) -> None:
-    """Draws a batch as the next step will see it, mixed."""
-    from .pictures import batch_figure
-
-    batch = batch._replace(images=batch.images.clone())  # mixup mixes in place, and the step is still to come
-    images, targets = mix(state.run, batch, state.step, 0)
-    given, smoothing = state.run.config.data.preprocessing, state.run.config.augment.smoothing
-    figure = batch_figure(images, targets, state.job.class_names, given.mean, given.std, smoothing)
-    log.picture("first_batch", figure, 0)
+def draw_first_batch(state: TrainState, batch: AnyBatch, log: RunLog) -> None:
+    """Draws a batch as the next step will see it, if the task has a picture of it."""
+    batch = copy.deepcopy(batch)  # mixup mixes in place, and the step is still to come
+    inputs, targets = prepare_batch(state.run, batch, state.step, 0)
+    figure = state.job.task.batch_figure(state.run.config, inputs, targets, state.job.class_names)
+    if figure is not None:
+        log.picture("first_batch", figure, 0)
 
 
 class Curves:
@@ -52,7 +50,7 @@ class Curves:
 
         start = time.perf_counter()
         best = self.state.best_row
-        figure = curves_figure(read_metrics(self.log.path), best["epoch"] if best else None)
+        figure = curves_figure(self.state.job.task, read_metrics(self.log.path), best["epoch"] if best else None)
         path = self.log.picture("curves", figure, self.state.step, in_tensorboard)
         self._drawn = time.perf_counter()
         self._cost = self._drawn - start
@@ -60,7 +58,7 @@ class Curves:
 
 
 def finish(state: TrainState, curves: Curves, log: RunLog, workers: int, kernels: dict[str, str]) -> dict[str, Any]:
-    """Draws the curves and the confusions, and writes the report, which is that of best.pt, and returns it.
+    """Draws the curves and the task's pictures, and writes the report, which is that of best.pt, and returns it.
 
     Args:
         state: of the run, at its end.
@@ -69,12 +67,12 @@ def finish(state: TrainState, curves: Curves, log: RunLog, workers: int, kernels
         kernels: what computes the run now.
     """
     job = state.job
-    pictures = {"curves": str(curves.draw(True)), "confusion": None}
+    pictures: dict[str, str | None] = {"curves": str(curves.draw(True))}
     waited = state.meter.share_waited
     if waited is not None:
         log.say(describe_waiting(waited, state.meter.seconds, workers, job.config.data.source))
-    if state.confusion:
-        pictures["confusion"] = str(_draw_confusion(state, log))
+    for name, figure in job.task.result_figures(state.details, job.class_names).items():
+        pictures[name] = None if figure is None else str(log.picture(name, figure, state.step))
     check_best_and_last(job.output / "checkpoints")
     report = _report(state, waited, kernels) | pictures
     with writing(job.output):
@@ -84,27 +82,16 @@ def finish(state: TrainState, curves: Curves, log: RunLog, workers: int, kernels
     return report
 
 
-def _draw_confusion(state: TrainState, log: RunLog) -> Path:
-    from .pictures import confusion_figure
-
-    assert state.confusion
-    return log.picture("confusion", confusion_figure(state.confusion, state.job.class_names), state.step)
-
-
 def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) -> dict[str, Any]:
     job, best, prefix = state.job, state.best_row, state.prefix
     assert best is not None
+    metrics = {key.removeprefix(prefix): value for key, value in best.items() if key.startswith(prefix)}
     return {
+        "task": job.task.name,
         "folder": str(job.output),
         "model": find_network(job.config).name,
         "started_from": job.config.model.checkpoint,
-        "top1": best[f"{prefix}top1"],
-        "top5": best[f"{prefix}top5"],
-        "loss": best[f"{prefix}loss"],
-        # None and an empty list where the best is of a version that did not count classes
-        "macro_f1": best.get(f"{prefix}macro_f1"),
-        "balanced_accuracy": best.get(f"{prefix}balanced_accuracy"),
-        "classes": ClassMetrics.of(state.per_class).rows(job.class_names) if state.per_class else [],
+        **job.task.report(metrics, state.details, job.class_names),
         "n": best["n"],
         "weights": "average" if state.run.ema else "raw",
         "epoch": best["epoch"],
@@ -118,7 +105,7 @@ def _report(state: TrainState, waited: float | None, kernels: dict[str, str]) ->
         "data_wait": waited,
         "checkpoint": str(job.output / "checkpoints" / "best.pt"),
         "last_checkpoint": str(job.output / "checkpoints" / "last.pt"),
-        "last_top1": state.metric,
+        f"last_{job.task.headline}": state.metric,
         "kernels": kernels,
         "cuda_graphs": len(state.run.graphs.shapes) if state.run.graphs else 0,
         "tensorboard": str(job.output / "tensorboard") if job.config.log.tensorboard else None,

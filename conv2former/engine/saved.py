@@ -7,17 +7,12 @@ from typing import Any
 
 import torch
 
-from .early_stop import COLUMNS
+from ..tasks.fields import is_count, is_number, is_table, or_none
+from ..tasks.registry import task_in
+from ..tasks.task import Task
+from .early_stop import columns
 
-__all__ = ["first_not_finite", "wrong_fields"]
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+__all__ = ["first_not_finite", "forget_best", "wrong_fields"]
 
 
 def _is_state(value: Any) -> bool:
@@ -37,23 +32,6 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(row, (list, tuple)) and all(map(_is_number, row)) for row in value
-    )
-
-
-def _is_per_class(value: Any) -> bool:
-    """Returns whether a value is (4, classes) counts as `tallies.PerClass` has them."""
-    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(row, list) for row in value):
-        return False
-    return len({len(row) for row in value}) == 1 and all(map(_is_count, (count for row in value for count in row)))
-
-
-def _is_history(value: Any) -> bool:
-    return _is_table(value) and all(len(row) == len(COLUMNS) for row in value)
-
-
 def _has_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
@@ -71,10 +49,6 @@ def _is_plain_dict(value: Any) -> bool:
     return isinstance(value, dict) and _is_plain(value)
 
 
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
 def _of_texts(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: _has_texts(value) and all(map(check, value.values()))
 
@@ -83,39 +57,60 @@ def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def _is_config(value: Any) -> bool:
+    """Returns whether a value is sections of plain types, and perhaps the name of a task."""
+    if not isinstance(value, dict) or not isinstance(value.get("task", ""), str):
+        return False
+    return _of_texts(_is_plain_dict)({key: section for key, section in value.items() if key != "task"})
+
+
 _REQUIRED: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "epoch": _is_count,
+    "step": is_count,
+    "epoch": is_count,
     "model": _is_state,
-    "model_ema": _or_none(_is_state),
+    "model_ema": or_none(_is_state),
     "optimizer": _is_optimizer,
-    "scaler": _or_none(_has_texts),
-    "best_metric": _or_none(_is_number),
+    "scaler": or_none(_has_texts),
+    "best_metric": or_none(is_number),
     "class_names": _is_list_of_texts,
-    "config": _of_texts(_is_plain_dict),
+    "config": _is_config,
     "variant": _is_plain_dict,
     "plan": _is_plain_dict,
 }
 _OPTIONAL: dict[str, Callable[[Any], bool]] = {
-    "metric": _or_none(_is_number),
-    "best_row": _or_none(lambda value: _of_texts(_is_number)(value) and _is_count(value.get("epoch"))),
-    "per_class": _or_none(_is_per_class),
-    "confusion": _or_none(_is_table),
-    "history": _is_history,
-    "losses": _or_none(_is_table),
-    "skipped": _or_none(_of_texts(_of_texts(lambda value: isinstance(value, str)))),
-    "seconds": _is_number,
+    "metric": or_none(is_number),
+    "best_row": or_none(lambda value: _of_texts(is_number)(value) and is_count(value.get("epoch"))),
+    "history": is_table,
+    "losses": or_none(is_table),
+    "skipped": or_none(_of_texts(_of_texts(lambda value: isinstance(value, str)))),
+    "seconds": is_number,
     "kernels": _of_texts(lambda value: isinstance(value, str)),
-    "started_from": _or_none(lambda value: isinstance(value, str)),
-    "time": _or_none(lambda value: _of_texts(_is_number)(value) and value.keys() >= {"training", "waiting"}),
-    "format": _is_count,
+    "started_from": or_none(lambda value: isinstance(value, str)),
+    "time": or_none(lambda value: _of_texts(is_number)(value) and value.keys() >= {"training", "waiting"}),
+    "format": is_count,
 }
 
 
-def wrong_fields(content: Mapping[str, Any]) -> list[str]:
-    """Returns the names of what is missing in a training checkpoint, or is not what this program writes."""
+def wrong_fields(content: Mapping[str, Any], task: Task) -> list[str]:
+    """Returns the names of what is missing in a training checkpoint, or is not what this program writes.
+
+    Args:
+        content: the checkpoint.
+        task: of it.
+    """
     wrong = [key for key, check in _REQUIRED.items() if key not in content or not check(content[key])]
-    return wrong + [key for key, check in _OPTIONAL.items() if key in content and not check(content[key])]
+    optional = {**_OPTIONAL, **task.details}
+    wrong += [key for key, check in optional.items() if key in content and not check(content[key])]
+    rows = content.get("history", [])
+    if "history" not in wrong and any(len(row) != len(columns(task)) for row in rows):
+        wrong.append("history")
+    return wrong
+
+
+def forget_best(content: dict[str, Any]) -> None:
+    """Makes a training checkpoint that of a run which has no best weights yet."""
+    for key in ("best_metric", "best_row", *task_in(content).details):
+        content[key] = None
 
 
 def first_not_finite(content: Mapping[str, Any]) -> str:

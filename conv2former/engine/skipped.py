@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..config.schema import DataConfig
+from ..config.base import BaseDataConfig
 from ..data import Skipped
 from ..errors import DataError, shorten
 from .distributed import World
@@ -24,7 +24,7 @@ class SkippedImages:
         reasons: of each split, why an image cannot be read, by its name; of all processes as of the last exchange.
     """
 
-    def __init__(self, data: DataConfig, world: World, splits: Iterable[str]) -> None:
+    def __init__(self, data: BaseDataConfig, world: World, splits: Iterable[str]) -> None:
         self.data, self.world = data, world
         self.reasons: dict[str, dict[str, str]] = {split: {} for split in splits}
         self._noted: dict[str, dict[str, str]] = {split: {} for split in self.reasons}  # here, since the last exchange

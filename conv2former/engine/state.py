@@ -11,11 +11,11 @@ import torch
 
 from .. import __version__
 from ..errors import CheckpointError, first_line
+from ..tasks.network import find_network
+from ..tasks.task import Evaluation
 from .build import Run
-from .early_stop import as_history_row, is_better
-from .evaluate import Evaluation
+from .early_stop import as_history_row
 from .meter import MeanLoss, Meter
-from .network import find_network
 from .prepare import Job
 from .skipped import SkippedImages
 
@@ -32,11 +32,10 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        metric: top-1 of these weights, in percent; None if they were not evaluated.
-        best_metric, best_row, per_class, confusion: of the best weights so far, top-1, epoch and all metrics, counts
-            of every class as `tallies.PerClass` has them, and confusions as rows of counts, a row per true class; None
-            so far, and confusions also of many classes.
-        history: a row of `early_stop.COLUMNS` for every evaluation.
+        metric: the task's headline metric of these weights; None if they were not evaluated.
+        best_metric, best_row: of the best weights so far, the headline metric, and epoch and all metrics; None so far.
+        details: of the best weights so far, what the task keeps of an evaluation by its names; None so far.
+        history: a row of `early_stop.columns` for every evaluation.
         skipped: the images that could not be read and why.
         losses: the training losses since the last logged step.
         meter: speed, and the time that training and waiting took.
@@ -49,8 +48,7 @@ class TrainState:
         self.metric: float | None = None
         self.best_metric: float | None = None
         self.best_row: dict[str, Any] | None = None
-        self.per_class: list[list[int]] | None = None
-        self.confusion: list[list[int]] | None = None
+        self.details: dict[str, Any] = dict.fromkeys(job.task.details)
         self.history: list[list[float]] = []
         self.skipped = SkippedImages(job.config.data, run.world, ("training", "validation"))
         self.losses, self.meter = MeanLoss(run.world), Meter()
@@ -90,25 +88,25 @@ class TrainState:
         before = [
             kept for kept in self.history if kept[0] < self.epochs
         ]  # one that is made up for may be there already
-        self.history = [*before, as_history_row(self.epochs, row, self.prefix)]
+        self.history = [*before, as_history_row(self.job.task, self.epochs, row, self.prefix)]
         if not self._is_best(row):
             return False
-        self.best_metric, self.best_row = row[f"{self.prefix}top1"], {"epoch": self.epochs, **row}
-        self.per_class = evaluation.per_class.tolist()
-        self.confusion = evaluation.confusion.tolist() if evaluation.confusion is not None else None
+        self.best_metric = row[f"{self.prefix}{self.job.task.headline}"]
+        self.best_row, self.details = {"epoch": self.epochs, **row}, evaluation.details()
         return True
 
     def _is_best(self, row: dict[str, Any]) -> bool:
         if self.best_metric is None:
             return True
-        metric = self.job.config.checkpoint.metric
+        task, metric = self.job.task, self.job.config.checkpoint.metric
         key, loss = f"{self.prefix}{metric}", f"{self.prefix}loss"
-        best = {f"{self.prefix}top1": self.best_metric, **(self.best_row or {})}  # older checkpoints may have no row
+        # older checkpoints may have no row
+        best = {f"{self.prefix}{task.headline}": self.best_metric, **(self.best_row or {})}
         if key not in best:  # of a version that did not count it: the best from here on
             return True
         if row[key] != best[key]:
-            return is_better(metric, row[key], best[key])
-        return loss in best and row[loss] < best[loss]
+            return task.metrics[metric].is_better(row[key], best[key])
+        return loss in best and loss in row and row[loss] < best[loss]
 
     def checkpoint(self, losses: list[list[float]]) -> dict[str, Any]:
         """Returns the content of a checkpoint; see checkpoint.py for what is in it.
@@ -127,8 +125,7 @@ class TrainState:
             "metric": self.metric,
             "best_metric": self.best_metric,
             "best_row": self.best_row,
-            "per_class": self.per_class,
-            "confusion": self.confusion,
+            **self.details,
             "history": self.history,
             "class_names": self.job.class_names,
             "skipped": self.skipped.reasons,
@@ -164,10 +161,9 @@ class TrainState:
         if saved["scaler"]:
             run.scaler.load_state_dict(saved["scaler"])
         self.step, self.metric, self.best_metric = saved["step"], saved["metric"], saved["best_metric"]
-        self.best_row, self.confusion = saved.get("best_row"), saved.get("confusion")
-        self.per_class, self.history = saved.get("per_class"), saved.get("history") or []
-        if self.per_class and len(self.per_class[0]) != len(self.job.class_names):
-            raise ValueError("per_class is of other classes")
+        self.best_row, self.history = saved.get("best_row"), saved.get("history") or []
+        self.details = {key: saved.get(key) for key in self.job.task.details}
+        self.job.task.check_details(self.details, len(self.job.class_names))
         self.skipped.restore(saved.get("skipped") or {})
         self.losses = MeanLoss(run.world, saved.get("losses"))
         spent = saved.get("time") or {"training": 0.0, "waiting": 0.0}

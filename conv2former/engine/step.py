@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _private
-from ..data import Batch, Stream, seed_all
+from ..data import Stream, seed_all
 from ..errors import TrainingError
+from ..tasks.task import AnyBatch
 from .build import Run
 from .distributed import World
-from .network import freeze
 
-__all__ = ["FiniteCheck", "StepResult", "mix", "train_step"]
+__all__ = ["FiniteCheck", "StepResult", "prepare_batch", "train_step"]
 
 # fp16 overflows in a row after which the run is lost: the scale, 65536 at the start, has then been halved to below 1
 OVERFLOWS = 20
@@ -121,12 +122,12 @@ class FiniteCheck:
         )
 
 
-def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck) -> StepResult:
+def train_step(run: Run, batches: Sequence[AnyBatch], step: int, check: FiniteCheck) -> StepResult:
     """Does optimizer step number `step`, counted from 0.
 
     Args:
         run: what to train.
-        batches: the accumulation steps' images and class indices of this process.
+        batches: the accumulation steps' batches of this process.
         step: decides the learning rate and every random draw.
         check: of the gradients.
 
@@ -137,7 +138,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     run.optimizer.zero_grad(set_to_none=True)
     if not run.model.training:  # after an evaluation
         run.forward.train()
-        freeze(run.model, run.config.model.freeze)
+        run.task.freeze(run.model, run.config.model.freeze)
     scaled = run.scaler.is_enabled()
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if scaled else []
     loss_sum = torch.zeros((), device=run.world.device)
@@ -147,12 +148,12 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
         # gradients are exchanged once, in the last backward pass
         waits = isinstance(run.forward, DistributedDataParallel) and not is_last
         with run.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            images, targets = mix(run, batch, step, i)
+            inputs, targets = prepare_batch(run, batch, step, i)
             compute = partial(_microbatch, run, len(batches), f"the backward pass of step {step}" if is_last else "")
             if run.graphs:
-                loss = run.graphs(compute, images, targets, len(batches))
+                loss = run.graphs(compute, inputs, targets, len(batches))
             else:
-                loss = compute(images, targets)
+                loss = compute(inputs, targets)
         loss_sum += loss / len(batches)
     run.scaler.unscale_(run.optimizer)
     if run.config.optim.clip_grad:
@@ -174,35 +175,26 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, check: FiniteCheck
     return result
 
 
-def _microbatch(run: Run, count: int, place: str, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _microbatch(run: Run, count: int, place: str, inputs: Any, targets: Any) -> torch.Tensor:
     """Computes the loss of an accumulation step, scalar, adds its gradients to those that there are, and returns it.
 
     Args:
         run: what to train.
         count: accumulation steps.
         place: what the other processes are told before the backward pass; '' for nothing.
-        images, targets: as `mix` returns them.
+        inputs, targets: as `prepare_batch` returns them.
     """
-    with run.autocast():
-        logits = run.forward(images)
-    loss = run.criterion(logits.float(), targets)
+    loss = run.objective.loss(run.autocast_forward, inputs, targets)
     if place:
         run.world.at(place)
     run.scaler.scale(loss / count).backward()
     return loss.detach()
 
 
-def mix(run: Run, batch: Batch, step: int, accum_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeds everything for one forward pass, and returns its images and targets on the device, mixed if so configured.
+def prepare_batch(run: Run, batch: AnyBatch, step: int, accum_step: int) -> tuple[Any, Any]:
+    """Seeds everything for one forward pass, and returns its inputs and targets on the device.
 
-    The same step gives the same mixture each time. Targets are (N, classes) with mixup or cutmix, else (N,).
+    The same step gives the same, also where images are mixed at random.
     """
     seed_all(Stream.STEP, run.config.train.seed, step, accum_step, run.world.rank)
-    memory_format = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images = batch.images.to(run.world.device, memory_format=memory_format, non_blocking=True)
-    targets = batch.labels.to(run.world.device, non_blocking=True)
-    if run.mixup:
-        last = run.plan.epochs - run.config.augment.mix_off_epochs
-        run.mixup.mixup_enabled = step < last * run.plan.steps_per_epoch  # off: the targets are still smoothed
-        images, targets = run.mixup(images, targets)
-    return images, targets
+    return run.objective.prepare(batch, step)

@@ -12,23 +12,22 @@ from typing import Any, NoReturn
 import torch
 from timm.optim import Lookahead
 from timm.utils import distribute_bn
-from torch.utils.data import DataLoader
 
-from ..config import Config
-from ..data import Batch, EpochSampler, batches, eval_loader, start_workers, train_loader, worker_errors
+from ..config import BaseConfig
+from ..data import batches, start_workers, worker_errors
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, counted
+from ..tasks.network import find_network, name_network
+from ..tasks.task import AnyBatch, Evaluation
 from .agreement import check_agreement, check_best
 from .build import Run, build_run
 from .cache import cache_images
 from .checkpoint import save_checkpoint
-from .class_metrics import ClassMetrics, about_missing
 from .distributed import World, join_world
 from .early_stop import stop_reason
-from .evaluate import MAX_CONFUSION_CLASSES, Evaluation, evaluate, has_top5, shown, with_error
+from .evaluate import evaluate, shown
 from .kernels_used import kernels_used
 from .logging import RunLog
 from .meter import peak_memory
-from .network import find_network, name_network
 from .prepare import Job, as_config, prepare
 from .report import Curves, draw_first_batch, finish
 from .signals import StopSignal, ignore_stop_signals
@@ -42,7 +41,7 @@ _RUNNING = threading.Lock()
 
 
 def train(
-    config: Config | Mapping[str, Any] | str | Path, output: str | Path | None = None, resume: str = "auto"
+    config: BaseConfig | Mapping[str, Any] | str | Path, output: str | Path | None = None, resume: str = "auto"
 ) -> dict[str, Any]:
     """Trains, evaluates and saves until the last epoch.
 
@@ -99,8 +98,9 @@ class Trainer:
 
     def __init__(self, job: Job, world: World, signal: StopSignal) -> None:
         self.job, self.config, self.plan, self.world, self.signal = job, job.config, job.plan, world, signal
-        counts = job.class_counts if job.config.weighs else None
-        self.run: Run = build_run(job.config, job.plan, world, job.model, counts)
+        self.task = job.task
+        statistics = self.task.statistics(job.config, job.train_source)
+        self.run: Run = build_run(job.config, job.plan, world, job.model, statistics)
         self.check = FiniteCheck.of(self.run)
         self.kernels = kernels_used(self.config, world.device) if world.is_main else {}
         self.state = TrainState(job, self.run, self.kernels)
@@ -115,37 +115,14 @@ class Trainer:
             self.config.log.tensorboard,
             world.is_main,
             self._misses_evaluation(),
-            () if has_top5(len(job.class_names)) else ("top5", "ema_top5"),
+            self.task.hidden_metrics(len(job.class_names)),
+            self.task.metrics,
         )
         if self.run.graphs:
             self.run.graphs.say = self.log.say
         self.curves = Curves(self.state, self.log)
-        self.sampler, self.loader = self._build_train_loader()
-        self.val_loader = self._build_val_loader()
-
-    def _build_train_loader(self) -> tuple[EpochSampler, DataLoader]:
-        job, train = self.job, self.config.train
-        sampler = EpochSampler(
-            len(job.train_source),
-            train.batch_size,
-            train.accum_steps,
-            self.world.rank,
-            self.world.size,
-            train.seed,
-            train.keep_tail,
-            None if self.config.data.sampling == "uniform" else job.labels,
-            self.config.data.sampling,
-        )
-        device = self.world.device
-        pin_memory = device.type == "cuda"
-        return sampler, train_loader(job.train_source, self.config, sampler, pin_memory, ignore_stop_signals, device)
-
-    def _build_val_loader(self) -> DataLoader:
-        batch_size, world = self.config.train.eval_batch_size or self.config.train.batch_size, self.world
-        pin_memory = world.device.type == "cuda"
-        return eval_loader(
-            self.job.val_source, self.config.data, batch_size, world.rank, world.size, pin_memory, ignore_stop_signals
-        )
+        self.sampler, self.loader = self.task.train_loader(self.config, job.train_source, world, ignore_stop_signals)
+        self.val_loader = self.task.eval_loader(self.config, job.val_source, world, ignore_stop_signals)
 
     def train(self) -> dict[str, Any]:
         """Trains, evaluates and saves until the last epoch, and returns the report; empty but on the main process."""
@@ -195,7 +172,7 @@ class Trainer:
             if self._is_saved_now():
                 self._save(None)
 
-    def _next_window(self, source: Iterator[Batch]) -> list[Batch]:
+    def _next_window(self, source: Iterator[AnyBatch]) -> list[AnyBatch]:
         """Returns the batches of the next step, one for each accumulation step; none at the end of the epoch."""
         step = self.state.step
         self.world.at(f"the data of step {step}")
@@ -205,13 +182,13 @@ class Trainer:
             self.world.at(f"step {step}")
         return window
 
-    def _count(self, window: Sequence[Batch], result: StepResult) -> None:
+    def _count(self, window: Sequence[AnyBatch], result: StepResult) -> None:
         """Counts a step's loss and images on this process."""
         self.state.losses.add(result.loss)
         for batch in window:
             self.state.skipped.note("training", batch.skipped)
         self.log.advance()
-        self.state.meter.images += sum(len(batch.labels) for batch in window) * self.world.size
+        self.state.meter.images += sum(len(batch.images) for batch in window) * self.world.size
 
     def _is_logged(self) -> bool:
         """Returns whether this step has a log line: every `log.every_steps`, and once in an epoch of fewer steps."""
@@ -283,20 +260,18 @@ class Trainer:
         """Evaluates the weights, and their average if there is one, and saves the run with the metrics."""
         state = self.state
         result = self._evaluate(self.run.model)
-        row = self._metrics_of(result)
+        row = result.row(self.job.class_names)
         if self.run.ema:
             result = self._evaluate(self.run.ema.module)
-            row |= {f"ema_{key}": value for key, value in self._metrics_of(result).items() if key != "n"}
+            row |= {f"ema_{key}": value for key, value in result.row(self.job.class_names).items() if key != "n"}
         self._exchange_skipped(int(row["n"]))
         self._check_evaluation(row)
         is_best = state.note_evaluation(row, result)
         self.log.evaluation(state.step, state.epochs, row, state.prefix if is_best else None)
         self.log.say(self._evaluation_line(row))
-        if len(state.history) == 1 and (
-            missing := about_missing(ClassMetrics.of(result.per_class).rows(self.job.class_names))
-        ):
-            self.log.say(f"validation: {missing}")
-        self._save(row[f"{state.prefix}top1"], is_best)
+        if len(state.history) == 1 and (lines := self.task.about_first_evaluation(result, self.job.class_names)):
+            self.log.say(*lines)
+        self._save(row[f"{state.prefix}{self.task.headline}"], is_best)
         if self.world.is_main and self.curves.are_due:
             self.curves.draw(False)
 
@@ -310,20 +285,14 @@ class Trainer:
             shown(batches(self.val_loader), total, "validating", self.world.size, leave=False),
             self.world,
             self.run.autocast,
-            self.config.train.channels_last,
+            self.task.evaluator(self.config, self.world.device),
             lambda: self.signal.name is not None,
-            self.config.train.cuda_graph != "off",
+            self.config.train.cuda_graph != "off" and not self.task.no_graph,
         )
         if result is None:  # saved without a metric: the evaluation is made up for when the run goes on
             self._save_and_stop()
         self.state.skipped.note("validation", result.skipped)
         return result
-
-    def _metrics_of(self, result: Evaluation) -> dict[str, float]:
-        """Returns the metrics, and the recall of every class where there are few enough to look at."""
-        names = self.job.class_names
-        has_few = len(names) <= MAX_CONFUSION_CLASSES
-        return result.metrics | (ClassMetrics.of(result.per_class).recalls(names) if has_few else {})
 
     def _check_evaluation(self, row: Mapping[str, float]) -> None:
         if not row["n"]:
@@ -336,15 +305,8 @@ class Trainer:
             )
 
     def _evaluation_line(self, row: Mapping[str, float]) -> str:
-        n = int(row["n"])
-        prefix = self.state.prefix
-        top5 = f"  top-5 {row['top5']:.2f} %" if has_top5(len(self.job.class_names)) else ""
-        ema = f"  averaged weights {with_error(row['ema_top1'], n)}" if self.run.ema else ""
-        classes = f"macro-F1 {row[f'{prefix}macro_f1']:.2f} %  balanced {row[f'{prefix}balanced_accuracy']:.2f} %"
-        return (
-            f"epoch {self.state.epochs}/{self.plan.epochs}  top-1 {with_error(row['top1'], n)}{top5}{ema}  {classes}  "
-            f"loss {row['loss']:.4f}  ({counted(n, 'image')})"
-        )
+        found = self.task.result_line(row, self.run.ema is not None, len(self.job.class_names))
+        return f"epoch {self.state.epochs}/{self.plan.epochs}  {found}  ({counted(int(row['n']), 'image')})"
 
     def _exchange_skipped(self, evaluated: int = 0) -> None:
         """Tells all processes which images could not be read, logs them and checks their number.
@@ -368,7 +330,7 @@ class Trainer:
         """Saves the run; every process calls it, and all fail if the main one does.
 
         Args:
-            metric: top-1 of these weights, in percent; None if they were not evaluated.
+            metric: the task's headline metric of these weights; None if they were not evaluated.
             is_best: whether they become best.pt.
         """
         state = self.state

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conv2former.config import Config, apply_overrides, check_config, load_config
+from conv2former.config import BaseConfig, apply_overrides, check_config, load_config
 from conv2former.errors import ConfigError, OutputError, counted, shorten
 from conv2former.printing import print_lines
 from conv2former.tools.output import check_writable, replacing, save_figure, write_csv
@@ -249,7 +249,7 @@ class _Runs:
         raw["data"]["root"], raw["train"]["seed"] = str(images), seed
         return raw
 
-    def _train(self, raw: dict[str, Any], folder: Path, what: str) -> tuple[dict[str, Any], Config]:
+    def _train(self, raw: dict[str, Any], folder: Path, what: str) -> tuple[dict[str, Any], BaseConfig]:
         """Trains, unless it was done before; returns the last evaluation's row of metrics.jsonl."""
         config = check_config(raw, folder)
         before = is_finished(folder, config)

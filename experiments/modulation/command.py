@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from conv2former.errors import counted
 from conv2former.tools.benchmark.progress import duration
 
@@ -24,7 +26,7 @@ def run(study: Study, say: Say) -> None:
     """
     count_images(study)  # a mistake in the data is found first
     costs = measure_costs(study, study.output / COSTS, say)
-    paths = []
+    paths: list[Path] = []
 
     def note(results: Results) -> None:
         paths[:] = write_results(study, results, costs)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from conv2former.config import Config, make_plan
+from conv2former.config import BaseConfig, make_plan
 from conv2former.data import Batch
 from conv2former.engine.build import build_run
 from conv2former.engine.distributed import World
-from conv2former.engine.network import build_model
 from conv2former.engine.step import FiniteCheck, train_step
+from conv2former.tasks.network import build_model
 from conv2former.tools.benchmark.networks import count_macs
 from conv2former.tools.output import replacing
 
@@ -110,7 +110,7 @@ def _measure(study: Study, world: World) -> dict[str, Cost]:
     }
 
 
-def _training_step(config: Config, model: torch.nn.Module, batch_size: int, world: World) -> Callable[[], object]:
+def _training_step(config: BaseConfig, model: torch.nn.Module, batch_size: int, world: World) -> Callable[[], object]:
     """Returns a step of the run, with its optimizer and average, on random images."""
     images = config.data.preprocessing
     plan = make_plan(config, 1, 100 * batch_size)

@@ -9,6 +9,7 @@ from typing import Any
 
 from conv2former._yaml import read_yaml
 from conv2former.config import Config, apply_overrides, check_config, load_config
+from conv2former.config.registry import as_classification
 from conv2former.config.schema import NO_SPLIT
 from conv2former.errors import ConfigError, closest
 
@@ -101,7 +102,7 @@ class Study:
         raw["train"] |= {"seed": run.seed, "batch_size": self.recipe.train.batch_size // self.processes}
         if not run.is_final:
             raw["data"] |= {"val_split": NO_SPLIT, "holdout": self.holdout}
-        return check_config(raw, run.network)
+        return as_classification(check_config(raw, run.network))
 
     def folder(self, run: Run) -> Path:
         """Returns the run's folder. That of a final run has its setting, so that another choice is another run."""
@@ -173,4 +174,4 @@ def _recipe(path: Path, data: str, epochs: int | None, overrides: Sequence[str])
     place = _HUB_DATA if data == HUB else {"source": "folder", "root": data}
     words = [f"data.{key}={value}" for key, value in place.items()]
     words += [] if epochs is None else [f"schedule.epochs={epochs}"]
-    return load_config(path, [*words, *overrides])
+    return as_classification(load_config(path, [*words, *overrides]))

@@ -32,7 +32,12 @@ thorough = settings(
     derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck)
 )
 
-KEYS = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+
+def fields_of(field) -> list[str]:
+    return list(getattr(field.annotation, "model_fields", ()))
+
+
+KEYS = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in fields_of(field)]
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 31, 32, 33, 100, 1000, 10**6, 10**9, 10**12, -(10**12), 10**400,
     0.0, -0.0, 0.5, 1.0, 1.5, 1e-320, 1e300, -1e300, float("inf"), float("-inf"), float("nan"),

@@ -8,7 +8,11 @@ import pytest
 from PIL import Image
 
 from conv2former.config import Config, check_config
-from conv2former.engine import logging, pictures
+from conv2former.engine import logging
+from conv2former.engine import pictures as curves
+from conv2former.engine.evaluate import evaluate
+from conv2former.tasks import pictures
+from conv2former.tasks.classification.evaluation import Score, Views
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +55,8 @@ def with_pictures():
 def without_pictures(request, monkeypatch):
     """Spares the other tests a third of the time of a run as small as theirs."""
     if "with_pictures" not in request.fixturenames:
-        for name in ("batch_figure", "curves_figure", "confusion_figure"):
-            monkeypatch.setattr(pictures, name, lambda *_: None)
+        for module, name in ((pictures, "batch_figure"), (curves, "curves_figure"), (pictures, "confusion_figure")):
+            monkeypatch.setattr(module, name, lambda *_: "a figure")
         monkeypatch.setattr(logging.RunLog, "picture", lambda log, name, *_: log.folder / f"{name}.png")
 
 
@@ -72,3 +76,12 @@ def raw_config(small_data) -> dict:
         "ema": {"decay": 0.9},
         "log": {"every_steps": 2, "tensorboard": False},
     }
+
+
+def evaluate_views(model, loader, world, autocast, scores, **options):
+    return evaluate(model, loader, world, autocast, Views(scores, world.device), **options)
+
+
+def evaluate_classifier(model, loader, world, autocast, **options):
+    results = evaluate_views(model, loader, world, autocast, [Score(world.device)], **options)
+    return results and results[0]

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
 
 from conv2former.engine import World
-from conv2former.engine.class_metrics import ClassMetrics, about_missing
-from conv2former.engine.evaluate import MAX_CONFUSION_CLASSES, Score
+from conv2former.tasks.classification.class_metrics import ClassMetrics, about_missing
+from conv2former.tasks.classification.evaluation import MAX_CONFUSION_CLASSES, Score
 
 WORLD = World(0, 1, torch.device("cpu"))
 

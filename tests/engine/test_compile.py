@@ -15,7 +15,8 @@ import yaml
 
 from conv2former import ConfigError, compiling
 from conv2former.config import check_config
-from conv2former.engine import network, train, trainer
+from conv2former.engine import train, trainer
+from conv2former.tasks import network
 from conv2former.tools.runs.comparing import differing, metrics_of
 
 from ..conftest import ROOT

@@ -13,15 +13,16 @@ import torch
 from conv2former import ConfigError, _private
 from conv2former.config import make_plan
 from conv2former.data import Batch
-from conv2former.engine import World, build, cuda_graph, distributed, dry_run, evaluate, train, trainer
+from conv2former.engine import World, build, cuda_graph, distributed, dry_run, train, trainer
 from conv2former.engine.build import build_run, check_names
 from conv2former.engine.cuda_graph import plan_graphs
-from conv2former.engine.network import build_model
 from conv2former.engine.step import FiniteCheck, train_step
+from conv2former.tasks.network import build_model
 from conv2former.tools.runs.comparing import differing, differing_runs
 
 from ..graphs_on_cpu import CpuRecorder, capture_with
 from .conftest import configure
+from .conftest import evaluate_classifier as evaluate
 from .test_processes import run as run_processes
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conv2former.engine import World, distributed
-from conv2former.engine.network import build_model
+from conv2former.tasks.network import build_model
 
 from .conftest import configure
 

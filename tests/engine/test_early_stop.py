@@ -11,9 +11,12 @@ from conv2former import ConfigError
 from conv2former.commands.train import summary
 from conv2former.config import check_config, load_config
 from conv2former.engine import train, trainer
-from conv2former.engine.early_stop import COLUMNS, stop_reason
+from conv2former.engine.early_stop import columns, stop_reason
+from conv2former.tasks.registry import task_named
 
 from .conftest import configure
+
+COLUMNS = columns(task_named("classification"))
 
 
 def history(metric: str, values: list[float]) -> list[list[float]]:

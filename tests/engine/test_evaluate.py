@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from conv2former.data import Batch
-from conv2former.engine import World, evaluate
-from conv2former.engine.evaluate import Score, evaluate_views
-from conv2former.engine.tallies import BINS, Calibration, PerClass, RealLabels, Worst, calibration_error
+from conv2former.engine import World
+from conv2former.tasks.classification.evaluation import Score
+from conv2former.tasks.classification.tallies import BINS, Calibration, PerClass, RealLabels, Worst, calibration_error
+
+from .conftest import evaluate_classifier as evaluate
+from .conftest import evaluate_views
 
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU)

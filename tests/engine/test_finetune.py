@@ -20,11 +20,11 @@ from conv2former.config import load_config, make_plan
 from conv2former.data import Batch
 from conv2former.engine import dry_run, prepare, train, trainer
 from conv2former.engine.build import build_run
-from conv2former.engine.loss import WeightedCrossEntropy, class_weights
-from conv2former.engine.network import build_model, find_variant_of, name_network
 from conv2former.engine.step import FiniteCheck, train_step
-from conv2former.engine.summary import describe_classes
 from conv2former.errors import OutputError
+from conv2former.tasks.classification.data import describe_classes
+from conv2former.tasks.classification.loss import WeightedCrossEntropy, class_weights
+from conv2former.tasks.network import build_model, find_variant_of, name_network
 from conv2former.tools.evaluation.validate import validate
 from conv2former.tools.runs.comparing import differing_runs
 from conv2former.weights.architecture import CLASSIFIER
@@ -140,7 +140,7 @@ def test_grey_images(kinds, tmp_path):
 
 def test_a_set_smaller_than_a_batch(tmp_path, capsys):
     fill(tmp_path / "photos", {"cat": 5, "dog": 5})
-    config = recipe(tmp_path / "photos", "train.batch_size=32", "augment.mixup=0.2")
+    config = recipe(tmp_path / "photos", "train.batch_size=32", "augment.mixup=0.2", "optim.base_lr=1e-4")
     report = train(config, tmp_path / "run")
     assert (report["n"], report["steps"]) == (2, 2)
     printed = capsys.readouterr().out

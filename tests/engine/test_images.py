@@ -13,8 +13,8 @@ from conv2former import CheckpointError, ConfigError
 from conv2former.data import eval_transform
 from conv2former.engine import dry_run, dryrun, train, trainer
 from conv2former.engine.images import settle_images
-from conv2former.engine.network import build_model, name_network
 from conv2former.models import Conv2Former
+from conv2former.tasks.network import build_model, name_network
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.checkpoints.publish import write_folder
 from conv2former.tools.evaluation.validate import validate

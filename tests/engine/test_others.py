@@ -14,11 +14,13 @@ from timm.models import save_for_hf
 import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import Batch
-from conv2former.engine import dry_run, others, train, trainer
+from conv2former.engine import dry_run, train, trainer
 from conv2former.engine.images import settle_images
-from conv2former.engine.network import build_model, find_network, freeze, name_network
 from conv2former.errors import OutputError
 from conv2former.models import others as models_others
+from conv2former.tasks import others
+from conv2former.tasks.network import build_model, find_network, freeze, name_network
+from conv2former.tasks.registry import find_task
 from conv2former.tools.checkpoints.average import average
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.checkpoints.publish import write_folder
@@ -173,7 +175,7 @@ def test_networks_of_one_size(raw_other, tmp_path):
     with pytest.raises(
         ConfigError, match=r"augment\.first_img_size: timm/vit_tiny_patch16_224 does not take .* 32 x 32"
     ):
-        build_model(growing, 3)
+        find_task(growing).build_model(growing, 3, None)
 
 
 def test_timms_own_folders(raw_other, tmp_path):

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from conv2former.engine.pictures import curves_figure
+from conv2former.engine import pictures
+from conv2former.tasks.registry import task_named
+
+curves_figure = partial(pictures.curves_figure, task_named("classification"))
 
 
 def rows(epochs: int, has_ema: bool = True) -> list[dict]:

@@ -19,6 +19,7 @@ from conv2former.engine import distributed, prepare, train, trainer
 from conv2former.engine.logging import read_metrics
 from conv2former.engine.saved import first_not_finite
 from conv2former.errors import RunStopped
+from conv2former.tasks.classification import task as classification
 from conv2former.tools.cli import run_cli
 from conv2former.tools.runs.comparing import differing_runs, metrics_of
 from conv2former.tools.runs.killing import RunProcesses, kill_and_compare
@@ -60,7 +61,7 @@ def test_the_same_global_batches_train_the_same_network(raw_config, tmp_path):
         assert "Warning" not in output
         assert set(codes) == {0}, output
     one = final(tmp_path / "one")["model"]
-    start = prepare.build_model(configure(raw_config, **frozen), 3).state_dict()
+    start = classification.build_model(configure(raw_config, **frozen), 3).state_dict()
     moved = max((one[key] - start[key]).abs().max() for key in one if one[key].is_floating_point())
     assert moved > 1e-2  # there is something to compare
     for key, value in one.items():  # after evaluations too
@@ -104,14 +105,14 @@ def test_runs_start_where_no_gpu_has_been_touched(tmp_path):
 
 def test_a_difference_would_be_found(raw_config, tmp_path, monkeypatch):
     """With a run that begins with other weights whenever it is started anew."""
-    real = prepare.build_model
+    real = classification.build_model
 
     def other_start(*args):
         model = real(*args)
         model.head.fc.bias.data += len(list(tmp_path.glob("runs/*"))) * 1e-6
         return model
 
-    monkeypatch.setattr(prepare, "build_model", other_start)
+    monkeypatch.setattr(classification, "build_model", other_start)
     lines: list[str] = []
     different = kill_and_compare(configure(raw_config), tmp_path / "runs", 1, 1, [0], 0, lines.append, "fork")
     # on a machine of changing speed a run may end before it is killed
@@ -181,7 +182,7 @@ def test_mistakes_are_found_before_the_processes_meet(raw_config, tmp_path, monk
 
 
 def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch):
-    opened = prepare.open_train_and_val
+    opened = classification.open_train_and_val
 
     def fewer(data):
         source, val = opened(data)
@@ -189,7 +190,7 @@ def test_processes_with_other_data_are_named(raw_config, tmp_path, monkeypatch):
             val.images.__dict__["dataset"] = val.images.dataset.select(range(5))
         return source, val
 
-    monkeypatch.setattr(prepare, "open_train_and_val", fewer)
+    monkeypatch.setattr(classification, "open_train_and_val", fewer)
     codes, output = run(lambda: train(configure(raw_config), tmp_path / "run"), 2, tmp_path)
     assert codes == [2, 2], output
     assert "rank 1 has found something else than rank 0:\n  - validation images: 7 -> 5" in output

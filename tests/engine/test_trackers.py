@@ -18,6 +18,7 @@ from conv2former import ConfigError
 from conv2former.engine import trackers, train
 from conv2former.engine.logging import RunLog
 from conv2former.engine.trackers import TrackedRun, Trackers, missing_trackers
+from conv2former.tasks.registry import task_named
 
 from .conftest import configure
 
@@ -299,7 +300,7 @@ def test_the_settings_and_the_best_are_in_tensorboard(tmp_path):
     config = {"optim": {"base_lr": 1e-3, "betas": [0.9, 0.99]}, "ema": {"decay": None}, "train": {"tf32": True}}
     found = {}
     for first, is_done in ((0, False), (1, True)):
-        log = RunLog(tmp_path, 10, first, tensorboard=True, is_main=True)
+        log = RunLog(tmp_path, 10, first, tensorboard=True, is_main=True, best=task_named("classification").metrics)
         log.begin(config, (), None)
         row = {"top1": 50.0 + first, "loss": 1.0, "macro_f1": 40.0, "balanced_accuracy": 45.0, "n": 4}
         row = {**row, "recall/a\n": 30.0}

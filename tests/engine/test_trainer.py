@@ -21,6 +21,7 @@ from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.engine import dry_run, evaluate, kernels_used, logging, prepare, train, trainer
 from conv2former.engine.saved import first_not_finite
 from conv2former.errors import OutputError, TrainingError, WorkerError
+from conv2former.tasks.classification import task as classification
 from conv2former.tools.evaluation.validate import validate
 from conv2former.tools.runs.comparing import differing, differing_runs, metrics_of
 
@@ -332,14 +333,14 @@ def test_another_configuration_is_not_a_continuation(raw_config, tmp_path):
 def test_other_data_or_devices_are_not_a_continuation(raw_config, tmp_path, monkeypatch):
     train(configure(raw_config), tmp_path / "run")
     with monkeypatch.context() as patch:
-        opened = prepare.open_train_and_val
+        opened = classification.open_train_and_val
 
         def fewer(data):
             source, val = opened(data)
             source.images.__dict__["dataset"] = source.images.dataset.select(range(40))
             return source, val
 
-        patch.setattr(prepare, "open_train_and_val", fewer)
+        patch.setattr(classification, "open_train_and_val", fewer)
         with pytest.raises(ConfigError, match="images: 44 -> 40"):
             train(configure(raw_config), tmp_path / "run")
     plan = prepare.make_plan

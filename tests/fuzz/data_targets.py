@@ -292,7 +292,8 @@ def configs(random: random.Random, folder: Path, base: Path) -> Call:
         text = values.text_lines(random, text.split(b"\n"))
     target = folder / path.name
     target.write_bytes(text if random.random() < 0.9 else b"[" * 10**5)
-    keys = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+    fields = {name: getattr(field.annotation, "model_fields", {}) for name, field in Config.model_fields.items()}
+    keys = [f"{name}.{key}" for name, section in fields.items() for key in section]
     word = f"{random.choice(keys)}={values.plain(random)!r:.2000}"
 
     def call() -> None:

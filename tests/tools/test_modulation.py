@@ -13,8 +13,8 @@ from PIL import Image
 from conv2former._yaml import dump_yaml, read_yaml
 from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
-from conv2former.engine.network import build_model, name_network
 from conv2former.errors import ConfigError, TrainingError
+from conv2former.tasks.network import build_model, name_network
 from conv2former.tools.benchmark.networks import count_macs
 from experiments.modulation import command, cost, runs
 from experiments.modulation.cost import Cost, estimate, time_in_turns

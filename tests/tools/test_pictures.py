@@ -8,7 +8,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from conv2former.engine.pictures import confusion_figure, grid_figure, many_confusions_figure, reliability_figure
+from conv2former.tasks.pictures import confusion_figure, grid_figure, many_confusions_figure, reliability_figure
 from conv2former.tools.prediction.explain import Heatmap, explain_figure
 from conv2former.tools.prediction.receptive_field import Field, fields_figure
 

@@ -27,7 +27,7 @@ from conv2former import (
     load_model,
 )
 from conv2former.engine import train
-from conv2former.engine.evaluate import evaluate_views
+from conv2former.engine.evaluate import evaluate
 from conv2former.errors import OutputError
 from conv2former.tools.evaluation.files import Extras, summary
 from conv2former.tools.evaluation.validate import validate, validate_files
@@ -487,9 +487,7 @@ def test_too_many_classes_for_confusions(photos, tmp_path):
 def test_nothing_is_evaluated_if_something_is_wrong(lettered, photos, tmp_path, monkeypatch):
     (tmp_path / "broken.pt").write_bytes(lettered.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    monkeypatch.setattr(
-        "conv2former.tools.evaluation.validate.evaluate_views", lambda *a: pytest.fail("it was evaluated")
-    )
+    monkeypatch.setattr("conv2former.tools.evaluation.validate.evaluate", lambda *a: pytest.fail("it was evaluated"))
     for name in ("broken.pt", "text.pt", "missing.pt"):
         with pytest.raises(CheckpointError, match=name):
             validate_files([lettered, tmp_path / name], None, SMALL, data=photos, output=tmp_path / "out")
@@ -522,8 +520,8 @@ def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch,
     heads = []
     name = inspect_checkpoint(lettered).name or "unnamed variant"  # another test may have registered its shape
     monkeypatch.setattr(
-        "conv2former.tools.evaluation.validate.evaluate_views",
-        lambda *args, **kwargs: heads.append(capsys.readouterr().out) or evaluate_views(*args, **kwargs),
+        "conv2former.tools.evaluation.validate.evaluate",
+        lambda *args, **kwargs: heads.append(capsys.readouterr().out) or evaluate(*args, **kwargs),
     )
     script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")
     assert heads == [
@@ -567,7 +565,7 @@ def test_five_classes_have_no_five_best(photos, tmp_path):
 def test_the_picture_of_the_worst_names_folders_and_has_a_title(lettered, photos, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "conv2former.engine.pictures.grid_figure",
+        "conv2former.tasks.pictures.grid_figure",
         lambda images, captions, **more: drawn.update(more, captions=captions),
     )
     monkeypatch.setattr("conv2former.tools.evaluation.files.save_figure", lambda figure, path: None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...config import Config, check_config
+from ...config.registry import as_classification
 from ...data import DataSource, EpochSampler, train_loader
 from ...data.cache import bytes_text, in_memory, read_at_once
 from ...data.holdout import Part
@@ -70,9 +71,8 @@ def compare_cached(folder: Path | None, rounds: int, progress: Progress | None =
 
 def _config(root: Path, workers: int) -> Config:
     data = {"root": str(root), "img_size": SIDE, "workers": workers}
-    return check_config(
-        {"data": data, "augment": AUGMENT, "train": {"batch_size": BATCH_SIZE, "seed": SEED}}, "the benchmark"
-    )
+    sections = {"data": data, "augment": AUGMENT, "train": {"batch_size": BATCH_SIZE, "seed": SEED}}
+    return as_classification(check_config(sections, "the benchmark"))
 
 
 def _some(source: object) -> DataSource:

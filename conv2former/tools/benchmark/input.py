@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 
 from ...config import Config, check_config
+from ...config.registry import as_classification
 from ...data import DataSource, EpochSampler, Finish, Stream, seed_all, train_loader, train_transforms
 from ...data.batch import allow_black, collate_augmented
 from ...data.images import open_rgb
@@ -122,7 +123,7 @@ def one_core() -> Iterator[str]:
 
 def _config(root: Path, workers: int = 0) -> Config:
     sections = {"data": {"root": str(root), "workers": workers}, "train": {"batch_size": BATCH_SIZE, "seed": SEED}}
-    return check_config(sections, "the benchmark")
+    return as_classification(check_config(sections, "the benchmark"))
 
 
 def _source(root: Path) -> DataSource:

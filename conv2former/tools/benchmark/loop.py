@@ -17,11 +17,11 @@ from ..._preprocessing import size_text
 from ...config import Config, make_plan
 from ...data import Batch, DataSource
 from ...engine.distributed import World
-from ...engine.network import build_model
 from ...engine.prepare import Job
 from ...engine.signals import StopSignal
 from ...engine.trainer import Trainer
 from ...errors import counted
+from ...tasks.network import build_model
 from .progress import Progress, duration
 
 __all__ = ["Comparison", "compare", "compare_loop"]
@@ -154,9 +154,7 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
             memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
 
             def compute(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-                with run.autocast():
-                    logits = run.forward(images)
-                loss = run.criterion(logits.float(), labels)
+                loss = run.objective.loss(run.autocast_forward, images, labels)
                 run.scaler.scale(loss).backward()
                 return loss.detach()
 

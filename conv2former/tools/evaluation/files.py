@@ -17,10 +17,10 @@ import torch
 from ...data import DataSource, StreamSource
 from ...data.classes import display_names
 from ...data.images import UnreadableImage
-from ...engine.class_metrics import ClassMetrics, about_missing
-from ...engine.evaluate import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image
-from ...engine.tallies import Mistake, calibration_error
 from ...errors import OutputError, counted, shorten
+from ...tasks.classification.class_metrics import ClassMetrics, about_missing
+from ...tasks.classification.evaluation import MAX_CONFUSION_CLASSES, SMALL_SPLIT, Evaluation, has_top5, one_image
+from ...tasks.classification.tallies import Mistake, calibration_error
 from ...text import clipped
 from ...weights.description import weights_text
 from ...weights.preprocessing import Preprocessing
@@ -163,7 +163,7 @@ def write_extras(
     Raises:
         OutputError: a file cannot be written.
     """
-    from ...engine import pictures
+    from ...tasks import pictures
 
     shown = display_names(class_names)
     checkpoint, data = (clipped(row[key], 50, keep_end=True) for key in ("checkpoint", "data"))
@@ -198,7 +198,7 @@ def write_extras(
 
 def _confusion_figure(counts: torch.Tensor, shown: Sequence[str], title: str) -> Any:
     """Draws a table with numbers if it is legible, which it may be of the few classes of many that occur."""
-    from ...engine import pictures
+    from ...tasks import pictures
 
     kept = list(range(len(counts)))
     if len(counts) > MAX_CONFUSION_CLASSES:
@@ -244,7 +244,7 @@ def _mistake_row(mistake: Mistake, source: DataSource, shown: Sequence[str]) -> 
 
 
 def _worst_figure(mistakes: Sequence[Mistake], rows: Sequence[dict[str, Any]], source: DataSource, title: str) -> Any:
-    from ...engine.pictures import grid_figure
+    from ...tasks.pictures import grid_figure
 
     images, captions = [], []
     for mistake, row in zip(mistakes, rows, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..._preprocessing import FIELDS
 from ...config import Config, apply_overrides, check_config, load_config
+from ...config.registry import as_classification
 from ...config.schema import DataConfig, TrainConfig
 from ...data.classes import class_names_of
 from ...data.loader import usable_cores
@@ -68,9 +69,10 @@ def settings_for(info: CheckpointInfo, path: Path, options: EvaluationOptions) -
     root = [] if options.data is None else [f"data.root={json.dumps(str(options.data))}"]
     words = [*_NEUTRAL, *root, *options.overrides]
     if options.config is not None:
-        settings = load_config(options.config, words)
+        settings = as_classification(load_config(options.config, words))
     else:
-        settings = check_config(apply_overrides(_own(info, path, options, given), words), "the configuration")
+        own = check_config(apply_overrides(_own(info, path, options, given), words), "the configuration")
+        settings = as_classification(own)
     located = _located(settings.data)
     if "workers" not in given and located.workers is not None:  # what a training machine has may be more than this one
         located = located.model_copy(update={"workers": min(located.workers, usable_cores())})

@@ -15,13 +15,14 @@ import torch
 from ...data import DataSource, batches, eval_loader
 from ...data.tables import TABLE_ENDINGS
 from ...engine.build import autocast_for
-from ...engine.class_metrics import ClassMetrics
 from ...engine.distributed import World, join_world
-from ...engine.evaluate import Evaluation, Score, evaluate_views, has_top5, shown, standard_error
+from ...engine.evaluate import evaluate, shown
 from ...engine.skipped import SkippedImages
-from ...engine.tallies import Calibration, RealLabels, Tally, Worst
 from ...errors import ConfigError, DataError, before_processes_meet
 from ...models import load_model
+from ...tasks.classification.class_metrics import ClassMetrics
+from ...tasks.classification.evaluation import Evaluation, Score, Views, has_top5, standard_error
+from ...tasks.classification.tallies import Calibration, RealLabels, Tally, Worst
 from ...weights.preprocessing import Preprocessing
 from .files import NOT_FINITE, Extras, check_folder, folders_of, write_extras, write_results
 from .settings import EvaluationOptions, given_on_command_line
@@ -73,7 +74,7 @@ def validate_files(
     Returns:
         A row for each file and preprocessing, the same on all processes but for `files`, which only the main one has:
         `top1`, `top5` (None with five classes or fewer), `loss`, `macro_f1`, `balanced_accuracy` and `n`, as
-        `evaluate`; `top1_error`, the standard error of `top1`; `per_class`, a row for each class as
+        `Evaluation`; `top1_error`, the standard error of `top1`; `per_class`, a row for each class as
         `ClassMetrics.rows` has them; `variant`, `weights`, `data`, `preprocessing` and `precision`, what was evaluated;
         `images_per_second`; `skipped`, a sentence for each unreadable image; and more, as in docs/evaluate.md.
 
@@ -150,7 +151,8 @@ def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[lis
     loaded = shown(batches(loader), len(task.source), task.path.name, world.size)  # of a stream 0
     model.to(world.device)
     uses_graph = train.cuda_graph != "off"
-    results = evaluate_views(model, loaded, world, autocast, scores, train.channels_last, cuda_graph=uses_graph)
+    views = Views(scores, world.device, train.channels_last)
+    results = evaluate(model, loaded, world, autocast, views, cuda_graph=uses_graph)
     seconds = max(world.gather(time.perf_counter() - start))
     assert results is not None
     n = int(results[0].metrics["n"])

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from timm.utils import unwrap_model
 from torch import nn
 
-from ...engine.pictures import seen_pixels
 from ...errors import ConfigError, UserError
 from ...models import Conv2Former
+from ...tasks.pictures import seen_pixels
 from ...text import clipped
 from ..output import save_figure
 from .predict import Prediction, Predictor

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..._preprocessing import CHANNELS, FIELDS
 from ...config import apply_overrides, check_config
+from ...config.registry import as_classification
 from ...config.schema import DataConfig
 from ...data import Skipped, batches, eval_transform
 from ...data.classes import class_names_of, display_names, match_classes
@@ -124,7 +125,7 @@ def read_settings(noted: Preprocessing, overrides: Sequence[str], section: Any =
     reading = {key: section.get(key) for key in ("value_range", "max_image_pixels")}
     given = {key: value for key, value in data.items() if value is not None or key not in FIELDS}
     plain = {**noted.to_dict(), **reading, **given, "root": "."}
-    checked = check_config({"data": plain}, "the preprocessing").data
+    checked = as_classification(check_config({"data": plain}, "the preprocessing")).data
     checked.given_for(noted.channels)
     return checked
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...config import Config
+from ...config import BaseConfig
 from ...engine import train
 from ...engine.logging import read_metrics
 from ...errors import TrainingError
@@ -123,7 +123,7 @@ def _run_rank(action: Callable[[], object], rank: int, count: int, port: int, lo
 
 
 def kill_and_compare(
-    config: Config,
+    config: BaseConfig,
     folder: Path,
     kills: int,
     processes: int,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn import functional as F
 
-from .distributed import World
+from ..task import Processes
 
 __all__ = ["BINS", "Answers", "Calibration", "Mistake", "PerClass", "RealLabels", "Tally", "Worst", "calibration_error"]
 
@@ -46,7 +46,7 @@ class Tally(Protocol):
     def update(self, answers: Answers) -> None:
         """Counts a batch."""
 
-    def total(self, world: World) -> Any:
+    def total(self, world: Processes) -> Any:
         """Returns the result over all processes; every one must call it."""
 
 
@@ -67,7 +67,7 @@ class PerClass:
         ):
             self.counts[row].index_add_(0, classes, times)  # not bincount, for which a GPU is waited for
 
-    def total(self, world: World) -> torch.Tensor:
+    def total(self, world: Processes) -> torch.Tensor:
         return world.sum(self.counts).cpu()
 
 
@@ -87,7 +87,7 @@ class Calibration:
         for row, values in enumerate((torch.ones_like(confidence), answers.hits[:, 0].double(), confidence)):
             self.sums[row].index_add_(0, bins, values)
 
-    def total(self, world: World) -> torch.Tensor:
+    def total(self, world: Processes) -> torch.Tensor:
         return world.sum(self.sums).cpu()
 
 
@@ -135,7 +135,7 @@ class Worst:
         found = [Mistake(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         self.mistakes = self._first(self.mistakes + found)
 
-    def total(self, world: World) -> list[Mistake]:
+    def total(self, world: Processes) -> list[Mistake]:
         return self._first([mistake for mistakes in world.gather(self.mistakes) for mistake in mistakes])
 
     def _first(self, mistakes: list[Mistake]) -> list[Mistake]:
@@ -161,5 +161,5 @@ class RealLabels:
         has_labels = (labels >= 0).any(1)
         self.counts += torch.stack([has_labels.sum(), hits[:, 0].sum(), hits.any(1).sum()])
 
-    def total(self, world: World) -> torch.Tensor:
+    def total(self, world: Processes) -> torch.Tensor:
         return world.sum(self.counts).cpu()

@@ -1,6 +1,8 @@
-"""The loss of a run, and the mixing of images that goes with it."""
+"""The loss of a classifier, and the mixing of images that goes with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,9 +10,10 @@ from timm.data import Mixup
 from timm.loss import create_classification_loss
 from torch import nn
 
-from ..config import Config
+from ...config import Config, Plan
+from ...data import Batch
 
-__all__ = ["WeightedCrossEntropy", "build_criterion", "build_mixup", "class_weights"]
+__all__ = ["ClassificationObjective", "WeightedCrossEntropy", "build_criterion", "build_mixup", "class_weights"]
 
 
 def class_weights(counts: np.ndarray, kind: str) -> torch.Tensor:
@@ -80,3 +83,37 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
         label_smoothing=augment.smoothing,
         num_classes=num_classes,
     )
+
+
+class ClassificationObjective:
+    """Cross-entropy of images that are mixed if so configured; see `tasks.task.Objective`.
+
+    Args:
+        config: the run.
+        plan: its numbers.
+        device: of the network.
+        num_classes: of the network.
+        class_counts: (classes,) training images, for `train.class_weight`; None for equal ones.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, device: torch.device, num_classes: int, class_counts: np.ndarray | None
+    ) -> None:
+        self.device = device
+        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.mixup = build_mixup(config, num_classes)
+        self.mixed_steps = (plan.epochs - config.augment.mix_off_epochs) * plan.steps_per_epoch
+        self.criterion = build_criterion(config, num_classes, class_counts).to(device)
+
+    def prepare(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns images and targets on the device: (N, classes) with mixup or cutmix, else (N,)."""
+        images = batch.images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+        targets = batch.labels.to(self.device, non_blocking=True)
+        if self.mixup:
+            self.mixup.mixup_enabled = step < self.mixed_steps  # off: the targets are still smoothed
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+    def loss(self, forward: Callable[..., torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss of the logits."""
+        return self.criterion(forward(inputs).float(), targets)

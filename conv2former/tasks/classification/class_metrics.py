@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import counted, shorten
+from ...errors import counted, shorten
 
 __all__ = ["ClassMetrics", "about_missing"]
 

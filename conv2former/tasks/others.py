@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import _private
 from .._preprocessing import Preprocessing
-from ..config import Config, img_size_at
+from ..config import BaseConfig
 from ..errors import CheckpointError, ConfigError, UserError, first_line
 from ..models import CheckpointInfo
 from ..models.others import build_other, check_size, classifiers, load_other
@@ -47,7 +47,7 @@ class Start:
     notes_channels: bool = True
 
 
-def find_other(config: Config) -> OtherNetwork:
+def find_other(config: BaseConfig) -> OtherNetwork:
     """Returns the configured network, with the size of the images where it takes one and that is known.
 
     Raises:
@@ -62,7 +62,7 @@ def args_of(network: OtherNetwork) -> dict[str, Any]:
     return {key: value for key, value in network.args.items() if key != "img_size" or not network.has_fixed_size}
 
 
-def start_of(config: Config) -> Start | None:
+def start_of(config: BaseConfig) -> Start | None:
     """Returns the images that timm's weights of a network are for, or that its arguments say; None where nothing does.
 
     Raises:
@@ -81,7 +81,7 @@ def start_of(config: Config) -> Start | None:
 
 
 def build(
-    config: Config, network: OtherNetwork, num_classes: int, content: dict[str, Any] | None
+    config: BaseConfig, network: OtherNetwork, num_classes: int, content: dict[str, Any] | None
 ) -> tuple[nn.Module, CheckpointInfo | None, list[dict[str, Any]]]:
     """Builds a network on the CPU, with its starting weights, and tries it.
 
@@ -123,11 +123,7 @@ def build(
     if model_config.grad_checkpointing:
         _checkpoint_gradients(model, network)
     _frozen(model, network.name, model_config.freeze)
-    for key, size in (
-        ("data.img_size", config.data.preprocessing.size),
-        ("augment.first_img_size", _pair(img_size_at(config, 0))),
-    ):
-        check_size(model, network.name, size, network.in_chans, key)
+    check_size(model, network.name, config.data.preprocessing.size, network.in_chans, "data.img_size")
     return model, info, fresh
 
 
@@ -143,10 +139,6 @@ def _info_of(content: dict[str, Any], path: str, network: OtherNetwork) -> Other
     if info.network.entry.partition(".")[0] != network.entry.partition(".")[0]:
         raise CheckpointError(f"{path} holds {info.network}, not {network.name}; give model.name=auto to train that")
     return info
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _checkpoint_gradients(model: Any, network: OtherNetwork) -> None:

@@ -9,14 +9,14 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm
 from timm.models import adapt_input_conv
 from torch import nn
 
 from .._yaml import cut
-from ..config import Config
+from ..config import BaseConfig
 from ..data import Stream, seed_all
 from ..data.classes import class_names_of, match_classes, order_in_doubt
 from ..errors import CheckpointError, ConfigError, DataError, closest, memory_for
@@ -49,12 +49,13 @@ __all__ = [
     "read_start",
 ]
 
+C = TypeVar("C", bound=BaseConfig)
 _logger = logging.getLogger(__name__)
 
 SMALLER = "choose a smaller network (model.name or model.variant), or a machine with more of it"
 
 
-def name_network(config: Config) -> Config:
+def name_network(config: C) -> C:
     """Returns the configuration with the network that `model.name: auto` stands for: that of `model.checkpoint`.
 
     A network that is none of the project's own is put into `model.variant`, as the file defines it. Of names,
@@ -113,11 +114,11 @@ def _example(path: str) -> str:
     )
 
 
-def _with_model(config: Config, **values: Any) -> Config:
+def _with_model(config: C, **values: Any) -> C:
     return config.model_copy(update={"model": config.model.model_copy(update=values)})
 
 
-def find_network(config: Config) -> Variant | OtherNetwork:
+def find_network(config: BaseConfig) -> Variant | OtherNetwork:
     """Returns the definition of the configured network: its `name`, and as plain types, `to_dict()`.
 
     Raises:
@@ -128,7 +129,7 @@ def find_network(config: Config) -> Variant | OtherNetwork:
     return others.find_other(config) if is_other(config.model.name) else find_variant_of(config)
 
 
-def describe_start(config: Config) -> others.Start | None:
+def describe_start(config: BaseConfig) -> others.Start | None:
     """Returns which images the starting weights, or the network's own arguments, are for; None where nothing says.
 
     Raises:
@@ -142,7 +143,7 @@ def describe_start(config: Config) -> others.Start | None:
     return others.Start(info.in_chans, info.preprocessing, info.preprocessing_noted, path, "from the checkpoint")
 
 
-def find_variant_of(config: Config) -> Variant:
+def find_variant_of(config: BaseConfig) -> Variant:
     """Returns the definition of the configured Conv2Former, registering it with timm if it is the user's own.
 
     Raises:
@@ -168,7 +169,7 @@ def find_variant_of(config: Config) -> Variant:
     return variant(model.name)
 
 
-def describe_network(config: Config) -> str:
+def describe_network(config: BaseConfig) -> str:
     """Returns what a line says about network and starting weights: `conv2former_t from scratch, drop path 0.1`."""
     network, model = find_network(config), config.model
     start = f"from {model.checkpoint}" if model.checkpoint else "from scratch"
@@ -179,12 +180,12 @@ def describe_network(config: Config) -> str:
     return f"{network.name} {start}, drop path {_drop_path_rate(config, network):g}"
 
 
-def _drop_path_rate(config: Config, network: Variant) -> float:
+def _drop_path_rate(config: BaseConfig, network: Variant) -> float:
     rate = config.model.drop_path_rate
     return network.train_drop_path_rate if rate is None else rate
 
 
-def build_model(config: Config, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
+def build_model(config: BaseConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
     """Builds the network on the CPU, with the configured starting weights. The same seed gives the same weights.
 
     Args:
@@ -214,7 +215,7 @@ def build_model(config: Config, num_classes: int, class_names: Sequence[str] | N
 Built = tuple[nn.Module, CheckpointInfo | None, list[dict[str, Any]]]
 
 
-def _build(config: Config, network: Variant, num_classes: int, content: dict[str, Any] | None) -> Built:
+def _build(config: BaseConfig, network: Variant, num_classes: int, content: dict[str, Any] | None) -> Built:
     """Builds a Conv2Former.
 
     Args:
@@ -328,7 +329,7 @@ def freeze(model: nn.Module, until: str) -> None:
         part.eval().requires_grad_(False)
 
 
-def compiled_parts(config: Config) -> str:
+def compiled_parts(config: BaseConfig) -> str:
     """Returns what of the configured network `compile_network` compiles."""
     return "all of it" if is_other(config.model.name) else "blocks"
 

@@ -1,0 +1,53 @@
+"""The tasks by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import BaseConfig
+from ..config.registry import add_config_class
+from ..errors import CheckpointError, shorten
+from .classification.task import Classification
+from .task import Task
+
+__all__ = ["find_task", "is_result", "register_task", "task_in", "task_named"]
+
+_tasks: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> None:
+    """Makes a task known, so that `task: NAME` configures, trains and goes on with it."""
+    _tasks[task.name] = task
+    add_config_class(task.name, task.config)
+
+
+def find_task(config: BaseConfig) -> Task:
+    """Returns the task of a configuration."""
+    return _tasks[config.task]
+
+
+def task_named(name: str) -> Task:
+    """Returns the task of a name, as a report has it."""
+    return _tasks[name]
+
+
+def is_result(metrics: Mapping[str, Any]) -> bool:
+    """Returns whether metrics have what an evaluation of any task, also one of an earlier version, has at least."""
+    return any({task.headline, *({"loss"} & task.metrics.keys())} <= metrics.keys() for task in _tasks.values())
+
+
+def task_in(content: Mapping[str, Any]) -> Task:
+    """Returns the task of a training checkpoint; before there were several, it was classification.
+
+    Raises:
+        CheckpointError: this version does not know it.
+    """
+    config = content.get("config")
+    name = config.get("task", Classification.name) if isinstance(config, Mapping) else Classification.name
+    if not isinstance(name, str) or name not in _tasks:
+        raise CheckpointError(f"is of the task {name!r:.50}, and this version knows {shorten(_tasks)}: update it")
+    return _tasks[name]
+
+
+register_task(Classification())
