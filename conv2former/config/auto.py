@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-__all__ = ["AUTO", "AUTO_KEYS", "AutoKeys", "fitted", "value_at", "with_values"]
+__all__ = ["AUTO", "AUTO_KEYS", "AutoKeys", "fitted", "is_auto", "value_at", "with_values"]
 
 AUTO = "auto"
 
@@ -65,6 +65,11 @@ def fitted(images: int, batch: int, epochs: int | None = None, base_batch: int =
     }
 
 
+def is_auto(value: Any) -> bool:
+    """Returns whether a value is `auto`; any may stand there, such as an array, which compares to an array."""
+    return isinstance(value, str) and value == AUTO
+
+
 def value_at(plain: Mapping[str, Any], key: str) -> Any:
     """Returns the value of a dotted key in a configuration as plain types, None where there is none."""
     section, _, name = key.partition(".")
@@ -96,7 +101,7 @@ class AutoKeys(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _take_auto(cls, raw: Any, handler: ModelWrapValidatorHandler[AutoKeys]) -> AutoKeys:
-        keys = [key for key in cls.auto_keys if isinstance(raw, Mapping) and value_at(raw, key) == AUTO]
+        keys = [key for key in cls.auto_keys if isinstance(raw, Mapping) and is_auto(value_at(raw, key))]
         if not keys:
             return handler(raw)
         config = handler(_without(raw, keys))

@@ -73,8 +73,8 @@ def dry_run(config: BaseConfig | Mapping[str, Any] | str | Path) -> list[str]:
     classes = f", {num_classes} {'class' if num_classes == 1 else 'classes'}" if num_classes else ""
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
-        *about_auto,
         *about_images,
+        *about_auto,
         *lines,
         *filter(None, [run.about_graphs]),
         f"{parameters:,} parameters{f', {trained:,} of them trained' if trained < parameters else ''}{classes}",

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._yaml import dump_yaml
 from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
-from ..config.auto import AUTO, value_at, with_values
+from ..config.auto import is_auto, value_at, with_values
 from ..config.registry import config_class
 from ..config.resolve import fit_auto, is_noted
 from ..data import StreamSource
@@ -71,7 +71,7 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
 
 def _is_found_again(noted: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
     """Returns whether a key is `auto` now, and was when the run was started, whose value it then has."""
-    return value_at(now, key) == AUTO and is_noted(noted, key)
+    return is_auto(value_at(now, key)) and is_noted(noted, key)
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job
         notes += [note for source in (train_source, val_source) if (note := getattr(source, "note", ""))]
         if world.is_main:
             notes += _smaller_batch(given, config, len(train_source))
-            notes += [*task.notes(config, train_source, val_source, output), *about_auto, *about_images]
+            notes += [*task.notes(config, train_source, val_source, output), *about_images, *about_auto]
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,
