@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 CREATE_ALL = """
 import conv2former, timm
+assert timm.create_model("conv2former_cifar10", pretrained=True).num_classes == 10  # the weights that come with it
 print(conv2former.__file__)
 for name in conv2former.list_variants():
     print(name, sum(p.numel() for p in timm.create_model(name, device="meta").parameters()))
@@ -59,6 +60,7 @@ def check(output: str, location) -> None:
         "conv2former_b 90029112",
         "conv2former_b_22k 88784952",
         "conv2former_l 198893736",
+        "conv2former_cifar10 1173688",
     ]
 
 
@@ -78,5 +80,8 @@ def test_what_is_in_the_wheel(wheel):
     recipes = {f"conv2former/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("**/*.yaml")}
     assert recipes <= names
     assert {"conv2former/data/pixels.cpp", "conv2former/ops/cpu/kernels.cpp"} <= names  # compiled where they run
+    weights = "conv2former/pretrained/conv2former_cifar10.cifar10"
+    assert {f"{weights}/model.safetensors", f"{weights}/config.json", f"{weights}/README.md"} <= names
+    assert wheel.stat().st_size < 6e6
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"conv2former"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
