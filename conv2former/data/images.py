@@ -22,9 +22,11 @@ __all__ = [
     "any_size",
     "naming",
     "open_rgb",
+    "opened_image",
     "pixel_limit",
     "to_rgb",
     "unread_hint",
+    "upright_size",
 ]
 
 IMAGE_ENDINGS = (
@@ -82,6 +84,8 @@ def naming(name: str) -> Iterator[None]:
     """Turns whatever goes wrong inside, while an image is read, into an UnreadableImage that names it."""
     try:
         yield
+    except DataError:  # says by itself what is wrong
+        raise
     except _RefusedImage as e:
         raise UnreadableImage(f"{name}: {e}", name) from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
@@ -138,6 +142,19 @@ def open_rgb(
     Raises:
         UnreadableImage: the file is missing, no image or damaged, or `to_rgb` refuses it.
     """
+    with opened_image(file, name, max_pixels) as image:
+        return to_rgb(image, value_range)
+
+
+@contextmanager
+def opened_image(
+    file: str | os.PathLike[str] | bytes | IO[bytes], name: str, max_pixels: int | None = None
+) -> Iterator[Image.Image]:
+    """Opens an image to read its pixels inside; the arguments are as for `open_rgb`.
+
+    Raises:
+        UnreadableImage: the file is missing, no image or damaged; whatever goes wrong inside, but for a DataError.
+    """
     with naming(name), pixel_limit(max_pixels), ExitStack() as stack:
         if isinstance(file, bytes):
             file = io.BytesIO(file)
@@ -145,7 +162,17 @@ def open_rgb(
             file = stack.enter_context(_opened(file))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return to_rgb(stack.enter_context(Image.open(file, formats=_formats())), value_range)
+        yield stack.enter_context(Image.open(file, formats=_formats()))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns width and height of an opened image as `to_rgb` turns it by its EXIF orientation; reads no pixel."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # an image with damaged metadata is still an image
+        orientation = 1
+    width, height = image.size
+    return (height, width) if orientation in range(5, 9) else (width, height)
 
 
 def _opened(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -9,6 +9,7 @@ from ..config import BaseConfig
 from ..config.registry import add_config_class
 from ..errors import CheckpointError, shorten
 from .classification.task import Classification
+from .segmentation.task import Segmentation
 from .task import Task
 
 __all__ = ["find_task", "is_result", "register_task", "task_in", "task_named"]
@@ -51,3 +52,4 @@ def task_in(content: Mapping[str, Any]) -> Task:
 
 
 register_task(Classification())
+register_task(Segmentation())

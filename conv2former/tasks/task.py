@@ -212,9 +212,11 @@ class Task(Protocol):
 
     def check(self, config: Any) -> None:
         """Checks what needs more than the schema and no data, such as names of augmentations; raises ConfigErrors."""
+        return None
 
     def check_output(self, config: Any, output: Path) -> None:
         """Checks that the run folder does not lie where it would become data; raises an OutputError."""
+        return None
 
     @abstractmethod
     def open_data(self, config: Any) -> tuple[Any, Any]:
@@ -229,6 +231,7 @@ class Task(Protocol):
 
     def write_split(self, config: Any, train: Any, val: Any, output: Path) -> None:
         """Writes into the run folder which images are used for what, where that is not in the data."""
+        return None
 
     def notes(self, config: Any, train: Any, val: Any, output: Path) -> list[str]:
         """Returns lines about the data that a run begins with."""
@@ -307,6 +310,7 @@ class Task(Protocol):
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:
         """Checks that what a checkpoint keeps of its best evaluation fits the data; raises ValueErrors."""
+        return None
 
     def hidden_metrics(self, num_classes: int) -> tuple[str, ...]:
         """Returns the keys of metrics that say nothing for so few classes and are not shown."""
