@@ -63,7 +63,7 @@ def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str]) -> 
         photo, truth, answer = as_photo(texts[0]), as_classes(texts[1]), as_classes(texts[2])
         there |= {int(index) for values in (truth, answer) for index in np.unique(values) if index >= 0}
         shown = (photo, _laid_over(photo, palette[truth]), _laid_over(photo, palette[answer]))
-        captions = (clipped(name, 60), "truth; white: ignored", f"answer, IoU {iou:.1f} %")
+        captions = (clipped(name, 60, keep_end=True), "truth; white: ignored", f"answer, IoU {iou:.1f} %")
         for axes, pixels, caption in zip(row, shown, captions, strict=True):
             axes.set_axis_off()
             axes.imshow(pixels, interpolation="nearest", aspect="equal")
