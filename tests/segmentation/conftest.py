@@ -61,7 +61,7 @@ def raw(folder) -> dict:
         "model": {
             "variant": {"name": "conv2former_test", "ls_init_value": 0.5, **SHAPE},
             "drop_path_rate": 0.2,
-            "head": {"name": "fpn", "channels": 32, "auxiliary_channels": 8, "dropout": 0.2},
+            "head": {"name": "fpn", "channels": 64, "auxiliary_channels": 8, "dropout": 0.2},
         },
         "data": {"root": str(folder), "img_size": 32, "workers": 0},
         "loss": {"dice": 0.5, "class_weights": "sqrt"},

@@ -157,7 +157,7 @@ def test_an_image_of_one_row_is_refused_by_name_when_it_is_read(raw, folder):
 def test_several_mistakes_are_counted(raw, folder):
     for name in ("02", "05"):
         Image.fromarray(np.full((40, 48), 9, np.uint8)).save(mask_path(folder, name))
-    with pytest.raises(DataError, match=r"02\.png: .* class 9; .* \(so has 1 more file or more\)"):
+    with pytest.raises(DataError, match=r"02\.png: .* class 9; .*; there are mistakes in 1 more file at least"):
         opened(raw)
 
 
@@ -175,8 +175,6 @@ def test_unreadable_masks_may_be_skipped(raw, folder):
     assert train.counts.unreadable == 1
     with pytest.raises(DataError, match="not a readable image"):
         train.images[2]
-    _spoil(folder, "RGB")
-    mask_path(folder).write_bytes(mask_path(folder, "03").read_bytes())
     Image.new("RGB", (48, 40)).save(mask_path(folder))
     with pytest.raises(DataError, match="an image in colours"):
         opened(raw, data__on_error="skip")
@@ -352,7 +350,7 @@ def test_the_configuration_is_checked_by_its_own_sections(raw):
     for section, key, value, message in (
         ("model", "head", {"nam": "fpn"}, r"model\.head\.nam: unknown key \(did you mean 'name'\?\)"),
         ("model", "head", {"name": "unet"}, r"model\.head\.name: input should be 'upernet', 'fpn'"),
-        ("model", "head", {"name": "fpn", "channels": 40}, r"model\.head\.channels: a multiple of 32 for fpn, not 40"),
+        ("model", "head", {"name": "fpn", "channels": 40}, r"model\.head\.channels: a multiple of 32 from 64 on"),
         ("loss", "dise", 1.0, r"loss\.dise: unknown key \(did you mean 'dice'\?\)"),
         ("augment", "mixup", 0.5, r"augment\.mixup: unknown key"),
         ("data", "cache", "ram", r"data\.cache: ram holds images without masks"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
 from conv2former import ConfigError
 from conv2former.config import check_config
-from conv2former.tasks.segmentation import heads
 from conv2former.tasks.segmentation.config import SegmentationConfig
 from conv2former.tasks.segmentation.network import build_network
 from conv2former.tasks.segmentation.task import Segmentation
@@ -18,8 +19,9 @@ from .conftest import SHAPE
 HEADS = ("upernet", "fpn", "deeplabv3plus", "segformer")
 
 
-def configured(head="fpn", **model) -> SegmentationConfig:
-    own = {"variant": {"name": "conv2former_test", **SHAPE}, "head": {"name": head, "channels": 32}}
+def configured(head: str | dict = "fpn", **model) -> SegmentationConfig:
+    head = head if isinstance(head, dict) else {"name": head, "channels": 64}
+    own = {"variant": {"name": "conv2former_test", **SHAPE}, "head": head}
     found = check_config({"task": "segmentation", "data": {"root": "x"}, "model": {**own, **model}}, "test")
     assert isinstance(found, SegmentationConfig)
     return found
@@ -82,7 +84,7 @@ def test_freezing_keeps_a_part_of_the_backbone(until):
 
 
 def test_without_an_auxiliary_head_there_is_one_answer():
-    model = build_network(configured(head={"name": "fpn", "channels": 32, "auxiliary": 0}, variant=None), 2)
+    model = build_network(configured({"name": "fpn", "channels": 64, "auxiliary": 0}), 2)
     assert model.auxiliary is None
     assert len(model(torch.randn(2, 3, 32, 32))) == 1
 
@@ -105,8 +107,7 @@ def test_starting_weights_are_a_classifiers(tmp_path, official_file):
     """Of the authors' layout, without its classifier; a dilated last stage has the same weights."""
     given = {"variant": None, "name": "auto", "checkpoint": str(official_file)}
     for head in ("fpn", "deeplabv3plus"):
-        model = build_network(configured(**given, head={"name": head, "channels": 32}), 4)
-        fresh = build_network(configured(head={"name": head, "channels": 32}), 4)
+        model, fresh = (build_network(configured(head, **options), 4) for options in (given, {}))
         content = torch.load(official_file, weights_only=False)
         weights = content.get("state_dict", content)
         first = next(value for value in weights.values() if value.ndim == 4 and value.shape[1] == 3)
@@ -117,6 +118,6 @@ def test_starting_weights_are_a_classifiers(tmp_path, official_file):
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(heads.sys.modules, "segmentation_models_pytorch", None)
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(ConfigError, match=r'needs segmentation-models-pytorch, .* pip install "conv2former\[dense\]"'):
         Segmentation().check(configured())

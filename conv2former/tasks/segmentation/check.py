@@ -73,7 +73,7 @@ def _count(source: PairSource, skip: bool) -> MaskCounts:
                 break
         pool.shutdown(cancel_futures=True)
     if errors:
-        more = f" (so have {counted(len(errors) - 1, 'more file')} or more)" if len(errors) > 1 else ""
+        more = f"; there are mistakes in {counted(len(errors) - 1, 'more file')} at least" if len(errors) > 1 else ""
         raise DataError(f"{errors[0]}{more}")
     return _by_class(source, numbers, unreadable)
 

@@ -36,7 +36,7 @@ class HeadConfig(Section):
     """What makes classes of pixels from the backbone's maps: a decoder of segmentation-models-pytorch."""
 
     name: Head = "upernet"
-    channels: Channels = 256  # of its maps; of fpn a multiple of 32
+    channels: Channels = 256  # of its maps; of fpn a multiple of 32, 64 or more
     dropout: Rate = 0.1  # of whole channels, before the last convolution
     # a second, small head on the third stage, FCN, that helps in training alone: its share of the loss; 0 for none
     auxiliary: NonNegative = 0.4
@@ -184,8 +184,8 @@ class SegmentationConfig(BaseConfig):
         low, high = self.augment.scale
         if low > high:
             found.append(f"augment.scale: the first number must not be above the second: [{low}, {high}]")
-        if head.name == "fpn" and head.channels % 32:
-            found.append(f"model.head.channels: a multiple of 32 for fpn, not {head.channels}")
+        if head.name == "fpn" and (head.channels % 32 or head.channels < 64):  # it normalises in 32 groups
+            found.append(f"model.head.channels: a multiple of 32 from 64 on for fpn, not {head.channels}")
         if self.loss.class_weights in ("balanced", "sqrt") and not data.check:
             found.append(f"loss.class_weights: {self.loss.class_weights} needs pixels counted; leave data.check on")
         if self.train.batch_size == 1 and head.name in ("upernet", "deeplabv3plus"):
