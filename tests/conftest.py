@@ -3,6 +3,8 @@ from __future__ import annotations
 import ast
 import gc
 import os
+import runpy
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +115,16 @@ def official_content(official_file) -> dict:
     from conv2former.weights.reading import read_checkpoint
 
     return read_checkpoint(official_file)
+
+
+def run_script(monkeypatch, name: str, *words) -> int:
+    """Runs a script of `scripts/` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    try:
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 def parse_python(code: str) -> ast.Module:

@@ -286,7 +286,8 @@ def test_the_command_at_the_end_of_training_can_be_pasted(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)  # an interpreter below the working directory, as `make` has one, is named with its path
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
     report = dict.fromkeys(("skipped", "tensorboard", "curves", "confusion", "last_top1", "stopped_early"))
-    report |= {"seconds": 61.0, "top1": 99.0, "n": 5000, "weights": "raw", "epoch": 2, "epochs": 2}
+    report |= {"task": "classification", "seconds": 61.0, "top1": 99.0, "n": 5000}
+    report |= {"weights": "raw", "epoch": 2, "epochs": 2}
     report |= {"classes": [], "checkpoint": "my runs/a/best.pt", "last_checkpoint": "my runs/a/last.pt"}
     assert summary(report, Path("my runs/a"))[-1] == "next: python scripts/validate.py --checkpoint 'my runs/a/best.pt'"
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))

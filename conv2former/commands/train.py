@@ -66,7 +66,7 @@ def summary(report: dict, output: Path) -> list[str]:
     if not report:  # not the main process
         return []
     minutes, seconds = divmod(round(report["seconds"]), 60)
-    task = task_named(report.get("task", "classification"))  # which all were before there were others
+    task = task_named(report["task"])
     result, about_result = task.summarise(report)
     last = task.last_text(report)
     early = f", stopped early after {report['epochs_done']}" if report["stopped_early"] else ""

@@ -223,10 +223,11 @@ class LogConfig(Section):
 class BaseConfig(Section):
     """A whole run of any task, as the engine sees it.
 
-    A task's class gives `task` the one word that it may be, and `data`, `train` and `checkpoint` its own classes.
+    A task's class gives `task` the one word that it may be, and `data`, `train` and `checkpoint` its own classes. Every
+    key has a default, so that runs of before a key was there can be continued.
     """
 
-    task: str
+    task: str  # what is trained for; a configuration without this key is of classification
     model: ModelConfig = ModelConfig()
     data: BaseDataConfig
     optim: OptimConfig = OptimConfig()
@@ -249,8 +250,6 @@ class BaseConfig(Section):
         if self.model.name == "auto" and self.model.variant is None and not self.model.checkpoint:
             found.append("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
         found += self._conflicts_of_network()
-        if self.pairs_images and self.train.batch_size % 2:
-            found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
         if self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")

@@ -40,5 +40,5 @@ def as_classification(config: BaseConfig) -> Config:
         ConfigError: it is another task's.
     """
     if not isinstance(config, Config):
-        raise ConfigError(f"task: {config.task}; this is for a classifier's configuration, task: classification")
+        raise ConfigError(f"task: {config.task}; here only task: classification can be used")
     return config

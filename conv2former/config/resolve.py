@@ -11,9 +11,9 @@ from ..errors import DataError, counted
 from .base import BaseConfig
 from .schema import Config
 
-C = TypeVar("C", bound=BaseConfig)
-
 __all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
+
+C = TypeVar("C", bound=BaseConfig)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def make_plan(config: BaseConfig, world_size: int, num_train_images: int) -> Pla
 
 def _smaller_batch(config: BaseConfig, world_size: int, num_train_images: int) -> str:
     """Returns what to do about a training set that is smaller than a global batch."""
-    unit = 2 if config.pairs_images else 1  # they pair images
+    unit = 2 if config.pairs_images else 1
     if num_train_images >= unit * world_size:
         fewer = ", or train.accum_steps" if config.train.accum_steps > 1 else ""
         return f"lower train.batch_size{fewer}"
     each = "two images, for mixup and cutmix" if unit == 2 else "an image"
     if num_train_images < unit:
-        return f"a step needs {each}; add some, or turn these off (augment.mixup=0 augment.cutmix=0)"
+        off = ", or turn these off (augment.mixup=0 augment.cutmix=0)" if config.pairs_images else ""
+        return f"a step needs {each}; add some{off}"
     most = counted(num_train_images // unit, "process", "processes")
     return f"each process needs {each}, so start fewer processes: {most} at most"
 
@@ -87,7 +88,7 @@ def fit_batch(config: C, world_size: int, num_train_images: int) -> C:
     train = config.train
     if not train.shrink_batch or num_train_images >= train.batch_size * train.accum_steps * world_size:
         return config
-    unit = 2 if config.pairs_images else 1  # they pair images
+    unit = 2 if config.pairs_images else 1
     accum_steps = min(train.accum_steps, max(1, num_train_images // (unit * world_size)))
     batch_size = num_train_images // (world_size * accum_steps) // unit * unit
     if not batch_size:

@@ -170,6 +170,8 @@ class Config(BaseConfig):
 
     def _conflicts_of_augmentation(self) -> list[str]:
         found = []
+        if self.pairs_images and self.train.batch_size % 2:
+            found.append(f"train.batch_size: mixup and cutmix pair images, so it must be even: {self.train.batch_size}")
         is_known = self.data.img_size is not None or not self.model.checkpoint
         first = self.augment.first_img_size
         if first and is_known and first > min(self.data.preprocessing.size):

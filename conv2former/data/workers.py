@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -104,7 +104,7 @@ class Sent:
     PyTorch would do it in a thread of the worker, and without room there the parent would wait for ever.
 
     Args:
-        collate: makes a batch of items: tensors in sequences and data classes.
+        collate: makes a batch of items: tensors in sequences, mappings and data classes, in each other as it likes.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -125,5 +125,7 @@ def _share(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _share(inner)
+    elif isinstance(value, Mapping):
+        _share([*value.values()])
     elif is_dataclass(value):
         _share([*vars(value).values()])

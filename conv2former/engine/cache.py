@@ -21,9 +21,8 @@ from .terminal import bar
 
 __all__ = ["cache_images"]
 
-SLICE = (
-    2.0  # seconds after which the processes hear of each other again: nobody counts as missing while images are read
-)
+# seconds after which the processes hear of each other again: nobody counts as missing while images are read
+SLICE = 2.0
 
 
 class _State(NamedTuple):

@@ -56,7 +56,7 @@ __all__ = [
     "take_best",
 ]
 
-FORMAT = 1
+FORMAT = 2  # since 2 the configuration names the task; read are both
 _NAME = re.compile(r"step_(\d{8})\.pt")
 MOST_READ = 1000  # characters of a checksum's file
 MAY_PASS = {errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT}  # of a disk or a server, not of a file

@@ -12,9 +12,9 @@ from ..errors import CheckpointError, raise_mistakes
 from ..tasks.network import describe_start
 from ..tasks.others import Start
 
-C = TypeVar("C", bound=BaseConfig)
-
 __all__ = ["fill_images", "settle_images"]
+
+C = TypeVar("C", bound=BaseConfig)
 
 GIVEN, PUBLISHED, DEFAULT = "from the configuration", "as published", "by default"
 

@@ -57,7 +57,7 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
     # a key, or a section, that this version has and that one had not is at its default, which is what was done then
     defaults = fill_images(config_class(now).model_validate({})).to_dict()
     before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted} if key != "task"}
-    before["task"] = noted.get("task", "classification")  # which all were before there were others
+    before["task"] = noted.get("task", "classification")  # earlier versions had no other
     allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
     return [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
@@ -236,7 +236,7 @@ def _check_continuation(
         DataError: the classes differ.
     """
     now, noted = config.to_dict(), saved["config"]
-    if (task := noted.get("task", "classification")) != config.task:  # which all were before there were others
+    if (task := noted.get("task", "classification")) != config.task:  # earlier versions had no other
         raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
     changed = changed_keys(noted, now, config.checkpoint.allow_changes)
     if changed:

@@ -3,14 +3,18 @@
 `engine/` has the one loop, and knows a task by `Task` alone; `registry.py` finds it by the configuration's key `task`.
 A task is told what it needs, holds nothing of a run, and is the same in every process. Who calls what, in order:
 
-    prepare.py     check, check_output, open_data, settle_data, build_model: what can be wrong, before processes meet
-    build.py       objective, freeze, compile_model; no_graph says why steps can be no CUDA graph
-    trainer.py     statistics, train_loader, eval_loader, hidden_metrics; evaluator and result_line for an evaluation
+    prepare.py     check, check_output, open_data, settle_data, build_model: what can be wrong, before processes meet;
+                   then write_split and notes, in the main process
+    build.py       freeze, compile_model, objective; no_graph says why steps can be no CUDA graph
+    trainer.py     statistics, train_loader, eval_loader, hidden_metrics; for an evaluation evaluator, result_line,
+                   about_first_evaluation
+    summary.py     about_data
     step.py        Objective.prepare and Objective.loss, once for each accumulation step
     evaluate.py    Evaluator.update for each batch, Evaluator.total once, in all processes
-    report.py      batch_figure before the first step, result_figures and report at the end
+    report.py      batch_figure before the first step, result_figures and report at the end; of the report
+                   commands/train.py prints summarise and last_text
     dryrun.py      known_classes, synthetic_batch
-    early_stop.py, state.py, saved.py, logging.py    metrics, headline, details: see `Task`
+    early_stop.py, state.py, saved.py, logging.py    metrics, headline, details and check_details: see `Task`
 
 A batch has `images`, of which `len` is their number, and `skipped`; all else in it is between a task's collate, its
 objective and its evaluator. What a task must promise, and what it then has for nothing:
@@ -36,11 +40,10 @@ objective and its evaluator. What a task must promise, and what it then has for 
     report.json, checkpoints  plain types; `details` of the best evaluation are in every checkpoint
     kill test, comparison of runs    nothing; the benchmark of the loop times classification, through its objective
 
-Detection, on paper: images of different sizes are a list, targets a list of dicts. Its loaders collate to lists,
-`prepare` moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, `no_graph` says
-that the number of boxes differs. `update` notes the detections of each image with the image's index on the CPU, `total`
-gathers the lists, sorts them by index and gives them to COCO's evaluation; there is no validation loss, so `metrics`
-has none.
+Images of different sizes are a list, and their targets may be a list of dicts: the loaders collate to lists, `prepare`
+moves them, `loss` is the sum of what `forward(images, targets)` returns in training mode, and `no_graph` says that
+sizes differ. Answers that are counted all together, `update` keeps on the CPU, each with its image's index, and `total`
+gathers and sorts them. Where there is no validation loss, `metrics` has none.
 """
 
 from __future__ import annotations
@@ -86,7 +89,10 @@ class Processes(Protocol):
 
 
 class Split(Protocol):
-    """A split of a data set. `len` is the number of its images, in an epoch; 0 of a stream for evaluation."""
+    """A split of a data set. `len` is the number of its images, in an epoch; 0 of a stream for evaluation.
+
+    One that has a `note`, such as a line about images that are held out, has it printed as the run begins.
+    """
 
     @property
     def name(self) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torchvision.tv_tensors import Mask
 
+from conv2former.data import workers
 from conv2former.data.batch import collate, load_image
 from conv2former.data.loader import batches
 from conv2former.data.workers import Sent
@@ -80,6 +84,21 @@ def test_an_error_of_a_class_that_the_parent_cannot_find(workers):
 
     with pytest.raises(RuntimeError if workers else Local, match="of a plug-in"):
         load(act, workers)
+
+
+@dataclass
+class Holder:
+    inner: Any
+
+
+def test_all_tensors_of_a_batch_go_into_shared_memory(monkeypatch):
+    one, two, three, four = tensors = [torch.ones(2), torch.ones(3), torch.ones(4), Mask(torch.ones(2, 2))]
+    batch = {"images": [one], "targets": ({"boxes": two, "names": ["cat"]}, Holder({"masks": [three, four]})), "n": 3}
+    assert Sent(dict)(batch) == batch
+    assert not any(tensor.is_shared() for tensor in tensors)  # without a worker they stay where they are
+    monkeypatch.setattr(workers, "get_worker_info", lambda: "a worker")
+    Sent(dict)(batch)
+    assert all(tensor.is_shared() for tensor in tensors)
 
 
 def test_a_batch_is_as_it_was():

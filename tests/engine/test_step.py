@@ -9,8 +9,7 @@ from conv2former.config import make_plan
 from conv2former.data import Batch
 from conv2former.engine import World
 from conv2former.engine.build import autocast_for, build_run, check_names
-from conv2former.engine.step import FiniteCheck, train_step
-from conv2former.engine.step import prepare_batch as mix
+from conv2former.engine.step import FiniteCheck, prepare_batch, train_step
 from conv2former.errors import TrainingError, UserError
 from conv2former.tasks import network
 from conv2former.tasks.network import build_model, freeze
@@ -275,11 +274,11 @@ def test_a_step_left_out_in_fp16_leaves_no_trace(raw_config, value, place):
 def test_mixing_ends_before_the_run_does(raw_config):
     run = make_run(raw_config, augment__mix_off_epochs=2)  # of 4, of 5 steps each
     for step, is_mixed in ((0, True), (9, True), (10, False), (19, False)):
-        images, targets = mix(run, batch(4), step, 0)
+        images, targets = prepare_batch(run, batch(4), step, 0)
         assert torch.equal(images, batch(4).images) != is_mixed
         assert targets.sum(1) == pytest.approx([1.0] * 4)
         assert (targets.max(1).values > 0.93).all() or is_mixed  # still smoothed
-        again = mix(run, batch(4), step, 0)
+        again = prepare_batch(run, batch(4), step, 0)
         assert torch.equal(images, again[0])
         assert torch.equal(targets, again[1])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 
 from conv2former import CheckpointError, ConfigError
 from conv2former.commands.train import summary
-from conv2former.config import check_config, load_config
+from conv2former.config import Config, check_config, load_config, schema
 from conv2former.config import registry as configs
 from conv2former.config.registry import as_classification
 from conv2former.engine import dry_run, train, trainer
@@ -129,8 +130,12 @@ def test_its_configuration_is_checked_by_its_own_sections(raw):
         with pytest.raises(ConfigError) as error:
             load_config(None, words)
         assert message in str(error.value)
-    with pytest.raises(ConfigError, match="task: colour; this is for a classifier's configuration"):
+    with pytest.raises(ConfigError, match="task: colour; here only task: classification can be used"):
         as_classification(configure(raw))
+
+
+def test_its_metrics_are_those_that_its_configuration_allows():
+    assert {*get_args(schema.Metric)} == find_task(Config()).metrics.keys()
 
 
 def test_without_the_key_it_is_classification(raw):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from experiments.modulation.plan import Run, read_study
 from experiments.modulation.results import comparison_table, progress_text, rows_of, tuning_table, write_results
 from experiments.modulation.runs import Outcome, find_results, run_study
 
-from ..conftest import ROOT, TINY_YAML
+from ..conftest import ROOT, TINY_YAML, run_script
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
 
 STUDY = ROOT / "experiments" / "modulation" / "study.yaml"
@@ -340,13 +338,7 @@ def test_a_study(file, photos, monkeypatch, capfd):
 
 
 def start(monkeypatch, *words) -> int:
-    """Starts the script; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["modulation.py", *map(str, words)])
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "modulation.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_script(monkeypatch, "modulation.py", *words)
 
 
 MISTAKES = [

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import runpy
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +20,7 @@ from conv2former.tools.prediction.receptive_field import (
     smallest_squares,
 )
 
-from ..conftest import ROOT
+from ..conftest import run_script
 
 
 def network(kernel_size: int = 7, depths=(1, 1, 1, 1), **changes) -> Conv2Former:
@@ -159,12 +156,7 @@ def test_what_cannot_be_a_picture(tmp_path):
 
 
 def script(monkeypatch, *words) -> int:
-    monkeypatch.setattr(sys, "argv", ["receptive_field.py", *map(str, words)])
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "receptive_field.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_script(monkeypatch, "receptive_field.py", *words)
 
 
 def test_script(monkeypatch, capsys, official_file, tmp_path):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +32,7 @@ from experiments.digits_transfer.transfer import (
     write_results,
 )
 
-from ..conftest import ROOT, TINY_YAML
+from ..conftest import ROOT, TINY_YAML, run_script
 from ..engine.conftest import without_pictures  # noqa: F401 - an automatic fixture
 
 pytestmark = pytest.mark.slow
@@ -257,13 +255,7 @@ def test_the_three_ways_differ_in_what_the_page_says():
 
 
 def start(monkeypatch, *words) -> int:
-    """Starts the script; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["transfer.py", *map(str, words)])
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "transfer.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_script(monkeypatch, "transfer.py", *words)
 
 
 MISTAKES = [
