@@ -158,7 +158,8 @@ def _kept(place: Path | None, classes: int) -> MaskCounts | None:
 def _keep(place: Path | None, counts: MaskCounts) -> None:
     if place is None:
         return
+    content = {"pixels": counts.pixels.tolist(), "ignored": counts.ignored, "unreadable": counts.unreadable}
     temporary = place.with_name(f".{place.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # it is only faster with it
-        temporary.write_text(json.dumps({**counts._asdict(), "pixels": counts.pixels.tolist()}))
+        temporary.write_text(json.dumps(content))
         os.replace(temporary, place)
