@@ -181,7 +181,8 @@ def test_keys(path):
     """What looks like a key of a configuration is one."""
     kind = TASKS.get(name_of(path), Config)
     sections = "|".join(kind.model_fields)
-    shown = re.findall(rf"`((?:{sections})\.[a-z_0-9]+(?:\.[a-z_0-9]+)?)", path.read_text())
+    inner = "" if kind is Config else "(?:head\\.)?"
+    shown = re.findall(rf"`((?:{sections})\.{inner}[a-z_0-9]+)", path.read_text())
     assert [key for key in shown if not known(key, kind) and key not in NO_KEYS and not key.endswith(FILES)] == []
 
 

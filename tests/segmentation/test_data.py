@@ -311,6 +311,10 @@ def test_folders_that_lie_otherwise(raw, folder):
         opened(raw, data__val_split="train")
     with pytest.raises(DataError, match="no such folder"):
         opened(raw, data__root="nowhere")
+    (folder / "images" / "val" / "04.png").unlink()
+    (folder / "images" / "val" / "04.png").symlink_to(folder / "images" / "train" / "04.png")
+    with pytest.raises(DataError, match=r"have 1 image in common: .*train/04\.png; remove them from one"):
+        opened(raw)
 
 
 def transformed(config, pair, *place):

@@ -19,9 +19,27 @@ from conv2former.tools.runs.killing import RunProcesses
 from ..engine.conftest import configure
 from .conftest import NAMES
 
+LAST = {f"{layer}.{kind}" for layer in ("head.classifier", "auxiliary.4") for kind in ("weight", "bias")}
+
 
 class Killed(Exception):
     pass
+
+
+def check_start(raw, saved, path):
+    """Its weights start another run: all of them, or the backbone's where the head is another."""
+    weights = saved["model_ema"]
+    given = configure(raw, model__checkpoint=path)
+    for names, fresh in ((NAMES, set()), (NAMES[::-1], LAST)):
+        state = Segmentation().build_model(given, 3, names).state_dict()
+        assert state.keys() == weights.keys()
+        different = {key for key, value in state.items() if not value.equal(weights[key])}
+        assert different == (
+            set() if last else {"head.classifier.weight", "auxiliary.4.weight"} | LAST_BIASES & different
+        )
+    raw = {**raw, "model": {**raw["model"], "head": {"name": "upernet", "channels": 16}, "checkpoint": path}}
+    state = Segmentation().build_model(configure(raw), 3, NAMES).state_dict()
+    assert all(state[key].equal(value) for key, value in weights.items() if key.startswith("backbone."))
 
 
 @pytest.mark.slow
@@ -45,6 +63,7 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     assert "training pixels per class: " in output
     assert "  worst images " in "\n".join(summary(report, tmp_path))
 
+    check_start(raw, saved, str(tmp_path / "whole" / "checkpoints" / "best.pt"))
     real, done = trainer.train_step, []
 
     def dying(*args):

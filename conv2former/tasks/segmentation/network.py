@@ -13,10 +13,11 @@ from torch import nn
 from ...data import Stream, seed_all
 from ...errors import ConfigError, first_line, memory_for
 from ...models import Conv2Former
-from ..network import SMALLER, build_model, compile_network, find_network
+from ..network import SMALLER, build_model, compile_network, find_network, read_start
 from ..network import freeze as freeze_network
 from .config import SegmentationConfig
 from .heads import Auxiliary, build_head, output_stride_of
+from .start import load_heads
 
 __all__ = ["SegmentationNetwork", "build_network", "compile_parts", "freeze"]
 
@@ -105,8 +106,17 @@ def _prefixed(pattern: str) -> str:
     return rf"^backbone\.(?:{STARTS.sub('', pattern)})"
 
 
-def build_network(config: SegmentationConfig, num_classes: int) -> SegmentationNetwork:
+def build_network(
+    config: SegmentationConfig, num_classes: int, class_names: Sequence[str] | None = None
+) -> SegmentationNetwork:
     """Builds the network on the CPU; the backbone has the configured starting weights. The same seed gives the same.
+
+    Heads have those of a segmentation's checkpoint, too, and are fresh otherwise.
+
+    Args:
+        config: the run.
+        num_classes: of the data.
+        class_names: of the data, in index order; None where they are not known.
 
     Raises:
         ConfigError: there is no such network, or it has no four maps.
@@ -124,7 +134,11 @@ def build_network(config: SegmentationConfig, num_classes: int) -> SegmentationN
         if head.auxiliary:
             auxiliary = Auxiliary(channels[2], head.auxiliary_channels, num_classes, head.dropout)
     multiple = strides[0] * 2 ** (STAGES - 1)  # also where the last stage is dilated, whose maps decoders halve alike
-    return SegmentationNetwork(backbone, indices, multiple, built, auxiliary, num_classes, config.model.in_chans or 3)
+    in_chans, path = config.model.in_chans or 3, config.model.checkpoint
+    model = SegmentationNetwork(backbone, indices, multiple, built, auxiliary, num_classes, in_chans)
+    if path:
+        load_heads(model, read_start(path), path, class_names)
+    return model
 
 
 def _maps_of(backbone: Any, name: str) -> tuple[list[int], list[int], list[int]]:

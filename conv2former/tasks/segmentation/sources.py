@@ -39,7 +39,21 @@ def open_train_and_val(config: SegmentationConfig) -> tuple[PairSource, PairSour
             raise DataError(f"{val.why_none}; name one (data.val_split)")
         if val.name == chosen:
             raise DataError(f"data.val_split is the training split, '{chosen}'; name another")
-        return _source(config, *open_(str(chosen))), _source(config, *open_(val.name))
+        found = _source(config, *open_(str(chosen))), _source(config, *open_(val.name))
+        _check_apart(*found)
+        return found
+
+
+def _check_apart(train: PairSource, val: PairSource) -> None:
+    """Raises a DataError if the splits have images in common."""
+    cells, others = train.images.cells, val.images.cells
+    if isinstance(cells, FilePairs) and isinstance(others, FilePairs):
+        both = sorted({*map(os.path.realpath, cells.photos)} & {*map(os.path.realpath, others.photos)})
+        if both:
+            raise DataError(
+                f"{train.name} and {val.name} have {counted(len(both), 'image')} in common: {shorten(both, 3)}; remove "
+                "them from one"
+            )
 
 
 def open_split(config: SegmentationConfig, split: str | None) -> PairSource:

@@ -98,7 +98,7 @@ class Segmentation(Task):
         return MaskBatch(images, masks, [])
 
     def build_model(self, config: SegmentationConfig, num_classes: int, class_names: Sequence[str] | None) -> nn.Module:
-        return build_network(config, num_classes)
+        return build_network(config, num_classes, class_names)
 
     def freeze(self, model: nn.Module, until: str) -> None:
         freeze(cast(SegmentationNetwork, model), until)
