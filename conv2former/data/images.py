@@ -20,6 +20,7 @@ __all__ = [
     "UNREAD_ENDINGS",
     "UnreadableImage",
     "any_size",
+    "check_shape",
     "naming",
     "open_rgb",
     "opened_image",
@@ -165,6 +166,14 @@ def opened_image(
         yield stack.enter_context(Image.open(file, formats=_formats()))
 
 
+def check_shape(image: Image.Image) -> None:
+    """Checks the size of an opened image, of which no pixel need be read; raises a ValueError that `naming` knows."""
+    if 0 in image.size:
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels is too long and thin; cut it in pieces")
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Returns width and height of an opened image as `to_rgb` turns it by its EXIF orientation; reads no pixel."""
     try:
@@ -209,10 +218,7 @@ def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
     encoding = str([tile[3] for tile in getattr(image, "tile", ())])  # such as RGB;16B
     tags = dict(getattr(image, "tag_v2", {}))
     image.load()
-    if 0 in image.size:
-        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels is too long and thin; cut it in pieces")
+    check_shape(image)
     if image.mode.startswith(("I", "F")):
         rgb = _scaled(image, value_range, tags)
     else:

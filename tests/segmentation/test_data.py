@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -135,6 +136,7 @@ WRONG = {
     "renamed jpeg": r"02\.png: a mask in JPEG, which changes numbers",
     "truncated": r"masks/train/02\.png: not a readable image",
     "empty": r"masks/train/02\.png: not a readable image",
+    "thin": r"images/train/02\.png: an image of 4000 x 1 pixels is too long and thin; cut it in pieces",
     "twice": r"02\.png and .*02\.tif have one name",
 }
 
@@ -144,14 +146,6 @@ def test_what_is_wrong_is_named_before_training(raw, folder, kind):
     _spoil(folder, kind)
     with pytest.raises(DataError, match=WRONG[kind]):
         opened(raw)
-
-
-def test_an_image_of_one_row_is_refused_by_name_when_it_is_read(raw, folder):
-    """As by classification; the network itself takes such a size."""
-    _spoil(folder, "thin")
-    train, _ = opened(raw)
-    with pytest.raises(DataError, match=r"images/train/02\.png: an image of 4000 x 1 pixels is too long and thin"):
-        train.images[2]
 
 
 def test_several_mistakes_are_counted(raw, folder):
@@ -315,6 +309,38 @@ def test_folders_that_lie_otherwise(raw, folder):
     (folder / "images" / "val" / "04.png").symlink_to(folder / "images" / "train" / "04.png")
     with pytest.raises(DataError, match=r"have 1 image in common: .*train/04\.png; remove them from one"):
         opened(raw)
+
+
+def test_images_are_held_out_where_there_is_no_validation_split(raw, folder):
+    with pytest.raises(DataError, match=r"nothing is held out .* where there is more than 'train'"):
+        shutil.copytree(folder / "images" / "val", folder / "images" / "extra")
+        shutil.copytree(folder / "masks" / "val", folder / "masks" / "extra")
+        for kind in ("images", "masks"):
+            shutil.rmtree(folder / kind / "val")
+        opened(raw, data__holdout=0.25)
+    for kind in ("images", "masks"):
+        shutil.rmtree(folder / kind / "extra")
+    with pytest.raises(DataError, match=r"has no validation split.*; name one .*, or data\.holdout=0\.2"):
+        opened(raw)
+
+    def names(source):
+        return {Path(source.images.name(i)).name for i in range(len(source))}
+
+    train, val = opened(raw, data__holdout=0.25)
+    assert (len(train), len(val)) == (9, 3)
+    assert not names(train) & names(val)
+    assert names(open_split(configure(raw, data__holdout=0.25), None)) == names(val)
+    assert names(opened(raw, data__holdout=0.25, data__holdout_seed=1)[1]) != names(val)
+    moved = folder.with_name("moved")  # the choice does not depend on where the data lies
+    folder.rename(moved)
+    for kind in ("images", "masks"):  # nor are folders of splits needed
+        for path in (moved / kind / "train").iterdir():
+            path.rename(moved / kind / path.name)
+        (moved / kind / "train").rmdir()
+    train, val = opened(raw, data__root=str(moved), data__holdout=0.25)
+    assert (len(train), len(val)) == (9, 3)
+    with pytest.raises(DataError, match="has no validation split"):
+        opened(raw, data__root=str(moved))
 
 
 def transformed(config, pair, *place):

@@ -59,6 +59,10 @@ class SegmentationData(BaseDataConfig):
     source: Literal["folder", "csv", "hf", "ade20k", "cityscapes"] = "folder"
     train_split: Location | None = None  # null: train, or training
     val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first
+    # the share of the training images that is held out for validation where the data has no split for it; which they
+    # are is a function of the images' names and the seed. null: nothing is
+    holdout: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    holdout_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     csv: Location | None = None  # csv only: a .csv or .tsv with a header, of all splits or of one
     image_key: str = "image"  # hf and csv: columns of the data set
     mask_key: str = "mask"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.files import find_files
-from ...data.folders import folders_in
+from ...data.folders import folders_in, has_images
 from ...data.images import IMAGE_ENDINGS
+from ...data.split import SPLIT_NAMES
 from ...errors import DataError, closest, counted, shorten
 from .masks import MASK_ENDINGS
 from .pairs import FilePairs
@@ -57,9 +58,15 @@ def layout_of(source: str, root: Path) -> Layout:
 
 
 def splits_in(layout: Layout) -> list[str]:
-    """Returns the names of the splits that have images and masks."""
+    """Returns the names of the splits that have images and masks; '.' alone where images lie beside such folders."""
     masks = folders_in(layout.masks)
     splits = [name for name in folders_in(layout.images) if name in masks]
+    if (
+        not {*splits} & {*SPLIT_NAMES}
+        and has_images(layout.images, below=True)
+        and has_images(layout.masks, below=True)
+    ):
+        return ["."]
     if not splits:
         raise DataError(
             f"{layout.images} and {layout.masks} have no folders of one name; expected one for each split, such as "

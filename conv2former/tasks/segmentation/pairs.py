@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from ...data.images import open_rgb, opened_image, upright_size
+from ...data.images import check_shape, open_rgb, opened_image, upright_size
 from ...errors import DataError
 from .labels import Labels
 from .masks import RawMask, read_mask
 
-__all__ = ["Cells", "File", "FilePairs", "MaskCounts", "Pair", "PairImages", "PairSource"]
+__all__ = ["Cells", "File", "FilePairs", "MaskCounts", "Pair", "PairImages", "PairSource", "SomePairs", "hold_out"]
 
 File = tuple[str | bytes, str]  # a path or the content, and what to call it
 
@@ -73,6 +74,40 @@ def _stamp_of(path: str) -> str:
     return f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}"
 
 
+@dataclass(frozen=True)
+class SomePairs:
+    """Some of other pairs; see `Cells`."""
+
+    cells: Cells
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def files(self, index: int) -> tuple[File, File]:
+        return self.cells.files(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.cells.name(self.indices[index])
+
+    def stamp(self) -> list[str] | None:
+        stamp = self.cells.stamp()
+        return None if stamp is None else [stamp[2 * index + which] for index in self.indices for which in (0, 1)]
+
+
+def hold_out(cells: Cells, root: str, share: float, seed: int) -> tuple[SomePairs, SomePairs]:
+    """Divides pairs into those to train on and those that are held out, by a hash of each image's name below `root`."""
+
+    def place(index: int) -> bytes:
+        name = cells.name(index)
+        name = os.path.relpath(name, root) if os.path.isabs(name) or name.startswith(root) else name
+        return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
+
+    order = sorted(range(len(cells)), key=place)
+    count = min(max(1, round(share * len(order))), len(order) - 1)
+    return SomePairs(cells, sorted(order[count:])), SomePairs(cells, sorted(order[:count]))
+
+
 class PairImages:
     """Pairs as a loader reads them: `images[i]` is a `Pair`, and 0 in the place of a class index.
 
@@ -112,6 +147,7 @@ class PairImages:
         """
         (photo, photo_name), (mask, mask_name) = self.cells.files(index)
         with opened_image(photo, photo_name, self._max_pixels) as image:
+            check_shape(image)
             size = upright_size(image)
         found = read_mask(mask, mask_name, self._max_pixels)
         check_sizes(size, photo_name, found.numbers, mask_name)

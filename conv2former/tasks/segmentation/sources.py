@@ -17,7 +17,7 @@ from ...errors import DataError, closest, counted, shorten
 from .config import SegmentationConfig, SegmentationData
 from .labels import CITYSCAPES, Labels
 from .layouts import find_pairs, layout_of, splits_in
-from .pairs import Cells, File, FilePairs, PairImages, PairSource
+from .pairs import Cells, File, FilePairs, PairImages, PairSource, hold_out
 
 __all__ = ["class_names_of", "open_split", "open_train_and_val"]
 
@@ -32,16 +32,44 @@ def open_train_and_val(config: SegmentationConfig) -> tuple[PairSource, PairSour
     """
     with _readable():
         names, open_ = _find_splits(config)
-        train = config.data.train_split or ("training" if "training" in names and "train" not in names else "train")
-        chosen = choose_split(train, names, config.data.root).name
-        val = choose_split(config.data.val_split, names, config.data.root)
+        train, val = _train_split(config.data, names), choose_split(config.data.val_split, names, config.data.root)
         if val.name is None:
-            raise DataError(f"{val.why_none}; name one (data.val_split)")
-        if val.name == chosen:
-            raise DataError(f"data.val_split is the training split, '{chosen}'; name another")
-        found = _source(config, *open_(str(chosen))), _source(config, *open_(val.name))
+            return _divided(config, names, train, open_, val.why_none)
+        if val.name == train:
+            raise DataError(f"data.val_split is the training split, '{train}'; name another")
+        found = _source(config, *open_(train)), _source(config, *open_(val.name))
         _check_apart(*found)
         return found
+
+
+def _train_split(data: SegmentationData, names: list[str]) -> str:
+    if data.train_split is None and names == ["."]:
+        return "."
+    wanted = data.train_split or ("training" if "training" in names and "train" not in names else "train")
+    return str(choose_split(wanted, names, data.root).name)
+
+
+def _divided(
+    config: SegmentationConfig, names: list[str], train: str, open_: Callable[[str], Opened], why: str
+) -> tuple[PairSource, PairSource]:
+    """Divides the training split, as there is no other.
+
+    Raises:
+        DataError: nothing is to be held out, there are other splits, or too few images.
+    """
+    data = config.data
+    if data.holdout is None:
+        raise DataError(f"{why}; name one (data.val_split), or data.holdout=0.2 holds a fifth of the images out")
+    if others := [name for name in names if name != train]:
+        raise DataError(
+            f"{why}, and nothing is held out (data.holdout) where there is more than '{train}': if one of "
+            f"{shorten(others, 5)} is to validate, name it (data.val_split)"
+        )
+    cells, name, note = open_(train)
+    if len(cells) < 2:
+        raise DataError(f"{name} has {counted(len(cells), 'image')}, of which none can be held out (data.holdout)")
+    kept, held = hold_out(cells, data.root, data.holdout, data.holdout_seed)
+    return _source(config, kept, f"{name}, not held out", note), _source(config, held, f"{name}, held out", "")
 
 
 def _check_apart(train: PairSource, val: PairSource) -> None:
@@ -57,7 +85,7 @@ def _check_apart(train: PairSource, val: PairSource) -> None:
 
 
 def open_split(config: SegmentationConfig, split: str | None) -> PairSource:
-    """Opens one split: that of a name, or for None the first that is called like a validation split.
+    """Opens one split: that of a name, or for None the first that is called like one for validation, or held out.
 
     Raises:
         DataError: it is missing, or one of its masks is.
@@ -66,7 +94,7 @@ def open_split(config: SegmentationConfig, split: str | None) -> PairSource:
         names, open_ = _find_splits(config)
         chosen = choose_split(split or config.data.val_split, names, config.data.root)
         if chosen.name is None:
-            raise DataError(f"{chosen.why_none}; name one (data.val_split)")
+            return _divided(config, names, _train_split(config.data, names), open_, chosen.why_none)[1]
         return _source(config, *open_(chosen.name))
 
 
