@@ -103,18 +103,18 @@ def test_other_backbones_of_timm():
         build_network(configured(name="timm/vit_tiny_patch16_224", variant=None, args=args, head=head), 4)
 
 
-def test_starting_weights_are_a_classifiers(tmp_path, official_file):
+def test_starting_weights_are_a_classifiers(official_file, caplog):
     """Of the authors' layout, without its classifier; a dilated last stage has the same weights."""
     given = {"variant": None, "name": "auto", "checkpoint": str(official_file)}
-    for head in ("fpn", "deeplabv3plus"):
-        model, fresh = (build_network(configured(head, **options), 4) for options in (given, {}))
-        content = torch.load(official_file, weights_only=False)
-        weights = content.get("state_dict", content)
-        first = next(value for value in weights.values() if value.ndim == 4 and value.shape[1] == 3)
-        torch.testing.assert_close(model.backbone.stem.conv1.weight, first)
-        for name, value in fresh.head.state_dict().items():
-            if "classifier" in name:
-                assert value.shape == model.head.state_dict()[name].shape
+    plain, dilated = (build_network(configured(head, **given), 4).backbone for head in ("fpn", "deeplabv3plus"))
+    content = torch.load(official_file, weights_only=False)
+    weights = content.get("state_dict", content)
+    first = next(value for value in weights.values() if value.ndim == 4 and value.shape[1] == 3)
+    torch.testing.assert_close(plain.stem.conv1.weight, first)
+    assert plain.feature_info[3]["reduction"] == 32
+    assert dilated.feature_info[3]["reduction"] == 16
+    assert all(value.equal(plain.state_dict()[name]) for name, value in dilated.state_dict().items())
+    assert "classes: it is left out; all other weights are loaded" in caplog.text
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):

@@ -56,6 +56,7 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     assert saved["best_metric"] == report["miou"]
     assert len(saved["pixels"][0]) == 3
     output = capsys.readouterr().out
+    assert "classifier" not in output
     assert "head fpn, 64 channels, an auxiliary one on stage 3 (x 0.4 in the loss)" in output
     assert "training pixels per class: " in output
     assert "  worst images " in "\n".join(summary(report, tmp_path))

@@ -80,9 +80,8 @@ def about_missing(rows: Sequence[dict[str, Any]]) -> str:
 
 
 class ImageResult(NamedTuple):
-    """What an image adds to the loss: the sum over its pixels, how many they are, and its place in the data set."""
+    """What an image adds to the loss: the sum over its pixels, and how many they are."""
 
-    place: int
     loss: float
     pixels: int
 
@@ -183,7 +182,7 @@ class MaskEvaluator:
         confusion = torch.bincount(truth * classes + answers, minlength=classes**2).view(classes, classes)
         self.confusion = confusion if self.confusion is None else self.confusion + confusion
         losses = torch.nn.functional.nll_loss(log_shares[None], targets[None], ignore_index=IGNORED, reduction="none")
-        self.results.append(ImageResult(batch.places[i], float(losses.double().sum()), int(counts.sum())))
+        self.results.append(ImageResult(float(losses.double().sum()), int(counts.sum())))
         iou = image_iou(confusion.cpu())
         if self.pictures and not math.isnan(iou):
             key = (iou, batch.places[i])
@@ -197,13 +196,13 @@ class MaskEvaluator:
     def total(self, world: Processes, skipped: list[Skipped]) -> MaskEvaluation:
         """Returns the result over all processes; every one must call it.
 
-        Losses are added up in the order of the images, so that their sum is that of one process.
+        The losses of the images are added up exactly, so that their sum is the same in any order.
         """
         classes = max(world.gather(0 if self.confusion is None else len(self.confusion)))
         if self.confusion is None:  # a process without images knows no number of classes
             self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         confusion = world.sum(self.confusion).cpu()
-        results = sorted(result for results in world.gather(self.results) for result in results)
+        results = [result for results in world.gather(self.results) for result in results]
         worst = self._first([image for images in world.gather(self.worst) for image in images])
         counts = ClassCounts(confusion.diag(), confusion.sum(1), confusion.sum(0))
         pixels = sum(result.pixels for result in results)

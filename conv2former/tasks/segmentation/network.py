@@ -13,6 +13,7 @@ from torch import nn
 from ...data import Stream, seed_all
 from ...errors import ConfigError, first_line, memory_for
 from ...models import Conv2Former
+from ...weights.others import OtherNetwork
 from ..network import SMALLER, build_model, compile_network, find_network, read_start
 from ..network import freeze as freeze_network
 from .config import SegmentationConfig
@@ -125,8 +126,10 @@ def build_network(
     head = config.model.head
     stride = output_stride_of(head.name)
     options: dict[str, Any] = {} if stride == 32 else {"output_stride": stride}
-    backbone: Any = build_model(config, 1, **options)  # of one class, whose classifier is removed again
-    indices, channels, strides = _maps_of(backbone, find_network(config).name)
+    network = find_network(config)
+    # others are tried with an image, for which they need a classifier; it is removed again
+    backbone: Any = build_model(config, int(isinstance(network, OtherNetwork)), **options)
+    indices, channels, strides = _maps_of(backbone, network.name)
     seed_all(Stream.INIT, config.train.seed, 1)  # after the backbone's, which may come from a file
     with memory_for(f"the head {head.name} of {head.channels} channels", f"lower model.head.channels, or {SMALLER}"):
         built = build_head(head, channels, strides[-1] // strides[0], num_classes)

@@ -36,7 +36,7 @@ def load_heads(model: nn.Module, content: Mapping[str, Any], path: str, class_na
         announce(f"{path} has another head: the run's starts anew; the backbone is loaded")
         return
     is_same = class_names is not None and list(class_names) == content.get("class_names")
-    if not is_same:
-        announce(f"the classes of {path} are others than the data's: the last convolutions of the heads start anew")
+    last = "" if is_same else ", but the last convolutions, whose classes are others"
+    announce(f"the heads for pixels of {path} are loaded{last}")
     taken = theirs if is_same else {key: theirs[key] for key in inner}
     model.load_state_dict(taken, strict=False)
