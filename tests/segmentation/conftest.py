@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from conv2former.config import check_config
+from conv2former.tasks.registry import task_named
 from conv2former.tasks.segmentation.config import SegmentationConfig
 
 SHAPE = {"dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
 NAMES = ["ground", "square", "disc"]
 IGNORED = 255
+assert task_named("segmentation").config is SegmentationConfig  # known to `check_config` once tasks are imported
 
 
 def draw(seed: int, size: tuple[int, int] = (40, 48)) -> tuple[Image.Image, np.ndarray]:
