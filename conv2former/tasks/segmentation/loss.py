@@ -36,11 +36,10 @@ def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     An image without a pixel that counts has 0. Shapes are as of `cross_entropy`.
     """
-    counts = (targets != IGNORED)[:, None]
-    shares = logits.softmax(1) * counts
-    truth = F.one_hot(targets.clamp(min=0), logits.shape[1]).movedim(-1, 1) * counts
-    overlap, sizes = (shares * truth).sum((2, 3)), (shares + truth).sum((2, 3))
-    is_there = truth.any(2).any(2)
+    truth = targets[:, None] == torch.arange(logits.shape[1], device=targets.device)[:, None, None]  # no class is -1
+    shares = logits.softmax(1) * (targets != IGNORED)[:, None]
+    overlap, sizes = (shares * truth).sum((2, 3)), shares.sum((2, 3)) + truth.sum((2, 3))
+    is_there = truth.any(3).any(2)
     losses = (1 - 2 * overlap / sizes.clamp(min=1e-6)) * is_there
     return (losses.sum(1) / is_there.sum(1).clamp(min=1)).mean()
 
