@@ -299,6 +299,12 @@ def test_folders_that_lie_otherwise(raw, folder):
     with pytest.raises(DataError, match=r"no folder 'masks' \(did you mean 'mask'\?\); expected .*SPLIT/NAME\.png"):
         opened(raw)
     (folder / "mask").rename(folder / "masks")
+    for kind in ("images", "masks"):
+        (folder / kind / "train").rename(folder / kind / "Train")
+    with pytest.raises(DataError, match=r"has no split 'train' \(did you mean 'Train'\?\)"):
+        opened(raw)
+    for kind in ("images", "masks"):
+        (folder / kind / "Train").rename(folder / kind / "train")
     with pytest.raises(DataError, match="has no split 'tset'"):
         opened(raw, data__val_split="tset")
     with pytest.raises(DataError, match=r"data\.val_split is the training split, 'train'"):

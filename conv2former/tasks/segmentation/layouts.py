@@ -61,11 +61,7 @@ def splits_in(layout: Layout) -> list[str]:
     """Returns the names of the splits that have images and masks; '.' alone where images lie beside such folders."""
     masks = folders_in(layout.masks)
     splits = [name for name in folders_in(layout.images) if name in masks]
-    if (
-        not {*splits} & {*SPLIT_NAMES}
-        and has_images(layout.images, below=True)
-        and has_images(layout.masks, below=True)
-    ):
+    if not {*splits} & {*SPLIT_NAMES} and has_images(layout.images):
         return ["."]
     if not splits:
         raise DataError(
