@@ -205,7 +205,8 @@ def test_the_last_lines_of_a_run_can_be_copied(tmp_path):
     """A path with a blank is quoted, a small split says how coarse it is."""
     folder = tmp_path / "my run"
     report = {
-        "top1": 50.0, "n": 48, "last_top1": 45.83, "weights": "raw", "epoch": 8, "epochs": 26, "seconds": 61.0,
+        "task": "classification", "top1": 50.0, "n": 48, "last_top1": 45.83, "weights": "raw",
+        "epoch": 8, "epochs": 26, "seconds": 61.0,
         "skipped": 0, "checkpoint": f"{folder}/checkpoints/best.pt", "last_checkpoint": f"{folder}/checkpoints/last.pt",
         "tensorboard": None, "curves": "curves.png", "confusion": None, "stopped_early": "", "classes": [],
     }  # fmt: skip

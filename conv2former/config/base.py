@@ -142,6 +142,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.05
     betas: tuple[Rate, Rate] | None = None  # null: the optimizer's own, for AdamW (0.9, 0.999)
     eps: Above0 | None = None  # null: the optimizer's own, for AdamW 1e-8
+    momentum: Rate | None = None  # null: 0.9 where the optimizer has one, such as sgd and muon
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = (
         None  # rate factor from a layer group to the one below
     )

@@ -60,7 +60,11 @@ def optimizer_args(config: BaseConfig) -> dict[str, Any]:
     info = get_optimizer_info(_optimizer_name(optim.opt))
     if info.second_order:
         raise ConfigError(f"optim.opt: {optim.opt} needs second derivatives, which this loop does not compute")
-    optional: dict[str, tuple[Any, bool]] = {"betas": (optim.betas, info.has_betas), "eps": (optim.eps, info.has_eps)}
+    optional: dict[str, tuple[Any, bool]] = {
+        "betas": (optim.betas, info.has_betas),
+        "eps": (optim.eps, info.has_eps),
+        "momentum": (optim.momentum, info.has_momentum),
+    }
     for key, (value, is_known) in optional.items():
         if value is not None and not is_known:
             raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
