@@ -402,6 +402,15 @@ def test_the_configuration_is_checked_by_its_own_sections(raw):
         opened(raw, loss__class_weights=[1.0, 2.0])
 
 
+def test_a_class_that_would_be_ignored_is_said(raw, folder):
+    (folder / "classes.txt").write_text("\n".join(f"c{i}" for i in range(256)))
+    with pytest.raises(DataError, match=r"data\.ignore_index: 255 is also the number of the class 'c255'; set"):
+        opened(raw)
+    train, _ = opened(raw, data__ignore_index=None)
+    assert (train.counts.ignored, train.images[3][0].mask.dtype) == (0, np.int32)
+    assert train.counts.pixels[255] == sum((mask == 255).sum() for mask in masks_of(train)) > 0
+
+
 def test_a_split_without_a_labelled_pixel_is_refused(raw, folder):
     for path in (folder / "masks" / "val").glob("*.png"):
         Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
