@@ -118,8 +118,8 @@ def _source(config: SegmentationConfig, cells: Cells, name: str, note: str) -> P
         )
     if config.labels == "index" and data.ignore_index == 255 < len(names):
         raise DataError(
-            f"data.ignore_index: 255 is also the number of the class '{names[255]}'; set the number that is ignored, such "
-            "as 65535, or null for none"
+            f"data.ignore_index: 255 is also the number of the class '{names[255]}'; set the number that is ignored, "
+            "such as 65535, or null for none"
         )
     images = PairImages(
         cells, Labels(config.labels, len(names), data.ignore_index), data.value_range, data.max_image_pixels
