@@ -14,6 +14,7 @@ A task is told what it needs, holds nothing of a run, and is the same in every p
     report.py      batch_figure before the first step, result_figures and report at the end; of the report
                    commands/train.py prints summarise and last_text
     dryrun.py      known_classes, synthetic_batch
+    tools          restore; what else they do with a checkpoint of the task is in tools/*/registry.py
     early_stop.py, state.py, saved.py, logging.py    metrics, headline, details and check_details: see `Task`
 
 A batch has `images`, of which `len` is their number, and `skipped`; all else in it is between a task's collate, its
@@ -61,6 +62,8 @@ from torch.utils.data import DataLoader
 from ..config.base import BaseConfig
 from ..config.resolve import Plan
 from ..data import EpochSampler, Skipped
+from ..models import CheckpointInfo
+from ..models.restore import restore
 from . import network
 
 if TYPE_CHECKING:
@@ -291,6 +294,12 @@ class Task(Protocol):
     def compile_model(self, model: nn.Module) -> nn.Module:
         """Returns what to train the network through so that torch.compile computes it."""
         return network.compile_network(model)
+
+    def restore(
+        self, content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+    ) -> tuple[Any, CheckpointInfo]:
+        """Builds the network that a checkpoint of the task holds, in evaluation mode; see `models.load_model`."""
+        return restore(content, path, use_ema, expect)
 
     def statistics(self, config: Any, train: Any) -> Any:
         """Returns what the objective needs to know of the training split, such as how many images a class has."""

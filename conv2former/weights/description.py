@@ -24,11 +24,13 @@ from .reading import read_checkpoint
 __all__ = [
     "CheckpointInfo",
     "OtherInfo",
+    "check_is_classifier",
     "definition_in",
     "describe_checkpoint",
     "inspect_checkpoint",
     "noted_kind",
     "state_dict_of",
+    "task_noted",
     "untold_args",
     "weights_text",
 ]
@@ -36,6 +38,7 @@ __all__ = [
 HEAD_HIDDEN_SIZE = 1280  # of every published network; assumed where a file has no head
 MOST_MISSING = 10  # times as many weights as a file has, in the network that its names tell of
 NOT_NOTED = "not noted"
+CLASSIFICATION = "classification"  # the task of files that note none
 # the arguments of a network that its tensors do not tell, as most networks have them
 UNTOLD_ARGS = {"fusion": "product", "stem_stride": 4}
 _KINDS = {"averaged": "average", "average": "average", "raw": "raw"}  # in converted files, and their canonical names
@@ -351,6 +354,23 @@ def _birder_images(content: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(TypeError, LookupError):
         noted["input_size"] = signature["inputs"][0]["data_shape"][1:]  # type: ignore[index]
     return noted
+
+
+def task_noted(content: Mapping[str, Any]) -> str:
+    """Returns for which task a network was trained, as this project's files note it; of all others classification."""
+    config = content.get("config")
+    noted = config.get("task") if isinstance(config, Mapping) and isinstance(content.get("variant"), Mapping) else None
+    return noted if isinstance(noted, str) else CLASSIFICATION
+
+
+def check_is_classifier(content: Mapping[str, Any], path: object) -> None:
+    """Raises a CheckpointError if a file's network was trained for something else than classification."""
+    task = task_noted(content)
+    if task != CLASSIFICATION:
+        raise CheckpointError(
+            f"{path} is of the task {task[:50]!r}, and a classifier is needed here; validate, predict, export and average "
+            "take it, and in Python conv2former.load_model"
+        )
 
 
 def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,13 @@ class Pixels(NamedTuple):
 
 
 def _as_tensors(pair: Pair, channels: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    values = np.array(in_channels(pair.photo, channels))
-    image = torch.from_numpy(values if values.ndim == 3 else values[..., None]).permute(2, 0, 1)
-    return tv_tensors.Image(image.contiguous()), tv_tensors.Mask(torch.from_numpy(pair.mask))
+    return tv_tensors.Image(_as_image(pair.photo, channels)), tv_tensors.Mask(torch.from_numpy(pair.mask))
+
+
+def _as_image(photo: Image.Image, channels: int) -> torch.Tensor:
+    """Returns a photo as a tensor of 8 bits, (channels, H, W)."""
+    values = np.array(in_channels(photo, channels))
+    return torch.from_numpy(values if values.ndim == 3 else values[..., None]).permute(2, 0, 1).contiguous()
 
 
 def scaled_size(size: tuple[int, int], short_side: int | None, factor: float = 1.0) -> tuple[int, int]:
@@ -153,9 +157,11 @@ class EvalTransform:
     channels: int
 
     def __call__(self, pair: Pair) -> Pixels:
-        size = scaled_size((pair.photo.height, pair.photo.width), self.short_side)
-        photo = pair.photo
+        return Pixels(self.image(pair.photo), torch.from_numpy(pair.mask), pair.name)
+
+    def image(self, photo: Image.Image) -> torch.Tensor:
+        """Returns a photo, (channels, H, W) of 8 bits, resized."""
+        size = scaled_size((photo.height, photo.width), self.short_side)
         if size != (photo.height, photo.width):
             photo = photo.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        image, mask = _as_tensors(pair._replace(photo=photo), self.channels)
-        return Pixels(image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), pair.name)
+        return _as_image(photo, self.channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from ...config import Plan
 from ...data import EpochSampler
 from ...errors import counted, shorten
+from ...models import CheckpointInfo
 from ...text import clipped
 from ..task import Metric, Processes, Task
 from .check import check_source
@@ -23,6 +25,7 @@ from .loader import MaskBatch, eval_loader, train_loader
 from .loss import SegmentationObjective, check_weights
 from .network import SegmentationNetwork, build_network, compile_parts, freeze
 from .pairs import PairSource
+from .restore import restore_network
 from .saved import is_pixels, is_worst
 from .sources import class_names_of, open_train_and_val
 
@@ -99,6 +102,11 @@ class Segmentation(Task):
 
     def build_model(self, config: SegmentationConfig, num_classes: int, class_names: Sequence[str] | None) -> nn.Module:
         return build_network(config, num_classes, class_names)
+
+    def restore(
+        self, content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+    ) -> tuple[SegmentationNetwork, CheckpointInfo]:
+        return restore_network(content, path, use_ema, expect)
 
     def freeze(self, model: nn.Module, until: str) -> None:
         freeze(cast(SegmentationNetwork, model), until)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,6 +25,7 @@ from ...errors import CheckpointError, ConfigError, DataError, closest, counted
 from ...inference import capture
 from ...models import Preprocessing, load_model
 from ...models.others import check_size
+from ...models.restore import restore
 from ...text import printable
 from ...weights.description import weights_text
 from .inputs import STANDARD_INPUT, ImageFile
@@ -216,6 +217,7 @@ class Predictor:
         overrides: of the file's preprocessing, `data.crop_pct=1`.
         device: where to compute, 'auto', 'cpu' or 'cuda'.
         use_ema: take the averaged weights where the file has them.
+        content: of the file, where it has been read already.
 
     Attributes:
         model: the network, in evaluation mode.
@@ -229,10 +231,15 @@ class Predictor:
     """
 
     def __init__(
-        self, checkpoint: str | Path, overrides: Sequence[str] = (), device: str = "auto", use_ema: bool = True
+        self,
+        checkpoint: str | Path,
+        overrides: Sequence[str] = (),
+        device: str = "auto",
+        use_ema: bool = True,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         self.device = choose_device(device)
-        model, self.info = load_model(checkpoint, use_ema)
+        model, self.info = load_model(checkpoint, use_ema) if content is None else restore(content, checkpoint, use_ema)
         if not self.info.num_classes:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
         check_channels(checkpoint, self.info.in_chans)
