@@ -16,7 +16,7 @@ from .classification.task import Classification
 from .segmentation.task import Segmentation
 from .task import Task
 
-__all__ = ["find_task", "load_network", "is_result", "register_task", "task_in", "task_named", "task_of"]
+__all__ = ["find_task", "is_result", "load_network", "register_task", "task_in", "task_named", "task_of"]
 
 _tasks: dict[str, Task] = {}
 

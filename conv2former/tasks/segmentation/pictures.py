@@ -18,6 +18,7 @@ __all__ = ["batch_figure", "worst_figure"]
 
 MOST_CROPS = 8
 MOST_IN_LEGEND = 40
+WORST = "Validation images of the lowest IoU, best.pt"
 OPACITY = 0.55  # of the classes over an image
 
 
@@ -46,12 +47,13 @@ def batch_figure(
     return figure
 
 
-def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str]) -> Figure | None:
+def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str], title: str = WORST) -> Figure | None:
     """Draws images of the lowest IoU: photo, truth and answer side by side, the classes laid over the photo.
 
     Args:
         worst: of each IoU in percent, place, name, and the `Thumbnails`.
         class_names: in index order.
+        title: above all.
     """
     if not worst:
         return None
@@ -68,7 +70,7 @@ def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str]) -> 
             axes.set_axis_off()
             axes.imshow(pixels, interpolation="nearest", aspect="equal")
             axes.set_title(caption, fontsize=7, parse_math=False)
-    figure.suptitle("Validation images of the lowest IoU, best.pt", fontsize=10, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     _legend(figure, class_names, palette, there)
     return figure
 

@@ -50,7 +50,12 @@ def _train_split(data: SegmentationData, names: list[str]) -> str:
 
 
 def _divided(
-    config: SegmentationConfig, names: list[str], train: str, open_: Callable[[str], Opened], why: str
+    config: SegmentationConfig,
+    names: list[str],
+    train: str,
+    open_: Callable[[str], Opened],
+    why: str,
+    class_names: list[str] | None = None,
 ) -> tuple[PairSource, PairSource]:
     """Divides the training split, as there is no other.
 
@@ -69,7 +74,10 @@ def _divided(
     if len(cells) < 2:
         raise DataError(f"{name} has {counted(len(cells), 'image')}, of which none can be held out (data.holdout)")
     kept, held = hold_out(cells, data.root, data.holdout, data.holdout_seed)
-    return _source(config, kept, f"{name}, not held out", note), _source(config, held, f"{name}, held out", "")
+    return (
+        _source(config, kept, f"{name}, not held out", note, class_names),
+        _source(config, held, f"{name}, held out", "", class_names),
+    )
 
 
 def _check_apart(train: PairSource, val: PairSource) -> None:
@@ -84,18 +92,27 @@ def _check_apart(train: PairSource, val: PairSource) -> None:
             )
 
 
-def open_split(config: SegmentationConfig, split: str | None) -> PairSource:
+def open_split(config: SegmentationConfig, split: str | None, class_names: list[str] | None = None) -> PairSource:
     """Opens one split: that of a name, or for None the first that is called like one for validation, or held out.
+
+    Args:
+        config: of the data.
+        split: its name; None for `data.val_split`, and all of a data set that has no splits if none is held out.
+        class_names: of a network, for data where nothing names the classes.
 
     Raises:
         DataError: it is missing, or one of its masks is.
     """
     with _readable():
         names, open_ = _find_splits(config)
-        chosen = choose_split(split or config.data.val_split, names, config.data.root)
+        wanted = split or config.data.val_split
+        if wanted is None and names == ["."] and config.data.holdout is None:
+            wanted = "."
+        chosen = choose_split(wanted, names, config.data.root)
         if chosen.name is None:
-            return _divided(config, names, _train_split(config.data, names), open_, chosen.why_none)[1]
-        return _source(config, *open_(chosen.name))
+            train = _train_split(config.data, names)
+            return _divided(config, names, train, open_, chosen.why_none, class_names)[1]
+        return _source(config, *open_(chosen.name), class_names)
 
 
 @contextlib.contextmanager
@@ -106,10 +123,12 @@ def _readable() -> Iterator[None]:
         raise DataError(f"{e.filename or 'data.root'}: cannot be read ({e.strerror or e})") from None
 
 
-def _source(config: SegmentationConfig, cells: Cells, name: str, note: str) -> PairSource:
+def _source(
+    config: SegmentationConfig, cells: Cells, name: str, note: str, class_names: list[str] | None = None
+) -> PairSource:
     if not len(cells):
         raise DataError(f"{name} has no images")
-    names, data = class_names_of(config), config.data
+    names, data = class_names_of(config) or class_names, config.data
     if names is None:
         raise DataError(
             f"{data.root}: nothing names the classes; write their names, one a line in the order of the numbers in the "

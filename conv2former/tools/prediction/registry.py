@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...data import Skipped
 from ...errors import CheckpointError, shorten
 from ...tasks.registry import task_of
 from ...weights.reading import read_checkpoint
