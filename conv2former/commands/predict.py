@@ -7,8 +7,8 @@ python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output fou
 An INPUT is an image, a folder with all images in and below it, a glob pattern, or '-' for an image on standard input.
 Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode,
 value_range and max_image_pixels can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with
-exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area; its data.short_side
-and evaluation.mode, window, overlap and flip can be changed. See docs/predict.md and docs/segmentation.md.
+exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area; data.short_side,
+evaluation.mode, window, overlap and flip can be changed. See docs/predict.md and docs/segmentation.md.
 """
 
 from __future__ import annotations

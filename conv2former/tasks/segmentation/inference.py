@@ -55,7 +55,7 @@ class Answerer:
     def classes(self, answer: Answer, images: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """Returns the most probable class of every pixel, (height, width) int64; the arguments are those of a call.
 
-        Without mirrored views a few classes at a time are enlarged, so that a large photo and many classes fit in memory.
+        Without mirrored views a few classes at a time are enlarged, so large photos and many classes fit in memory.
 
         Raises:
             ValueError: an answer is not a finite number.

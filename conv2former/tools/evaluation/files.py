@@ -38,15 +38,7 @@ __all__ = [
 ]
 
 WORST_CLASSES = 10  # shown on a terminal
-_NESTED = (
-    "notes",
-    "worst",
-    "worst_classes",
-    "per_class",
-    "files",
-    "changed",
-    "shows_classes",
-)  # what has no column in results.csv
+_NESTED = ("notes", "worst", "worst_classes", "per_class", "files", "changed")  # what has no column in results.csv
 PICTURE_SIDE = 320  # pixels, at most, of a mistake's image
 NOT_FINITE = "the loss is not a finite number: so are some of the network's answers, or its weights"
 

@@ -32,7 +32,7 @@ def write_mask_extras(
         extras: what was asked for.
 
     Returns:
-        What to add to the row: `files`, by what they are; `worst`; `shows_classes`.
+        What to add to the row: `files`, by what they are; `worst`.
 
     Raises:
         OutputError: a file cannot be written.
@@ -50,7 +50,6 @@ def write_mask_extras(
         lines = row["per_class"]
         cells = (["" if value is None else value for value in line.values()] for line in lines)
         write_csv(files["per_class"], list(lines[0]), cells)
-        found["shows_classes"] = True
     if extras.confusion:
         files["confusion"] = folder / "confusion.png"
         heading = f"{title}\npixels of {counted(int(row['n']), 'image')}, mIoU {row['miou']:.2f} %"
@@ -103,7 +102,7 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_heade
     if notes:
         lines += ["", *dict.fromkeys(notes)]
     for row in rows:
-        if row.get("shows_classes"):
+        if "per_class" in row.get("files", {}):
             lines += ["", *_classes_table(row, several=len(rows) > 1)]
     if folder:
         written = [path for row in rows for path in row.get("files", {}).values()]

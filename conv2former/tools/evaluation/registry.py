@@ -76,5 +76,5 @@ def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_headed: bool = False) -> list[str]:
-    """Returns lines that say what was evaluated, and the results as a table; `rows` as `validate_files` returns them."""
+    """Returns lines that say what was evaluated, and the results; `rows` as `validate_files` returns them."""
     return _printer_of(rows).summary(rows, folder, is_headed)

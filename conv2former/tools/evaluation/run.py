@@ -1,4 +1,4 @@
-"""Evaluates checkpoints one after the other, over all processes, whatever their task; writes what was found after each."""
+"""Evaluates checkpoints one after the other, over all processes, whatever their task."""
 
 from __future__ import annotations
 

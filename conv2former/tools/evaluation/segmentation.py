@@ -219,7 +219,8 @@ def _other_classes(source: PairSource, names: Sequence[str], path: Path) -> str:
     missing = [name for name in names if name not in theirs]
     parts = [f"{shorten(odd, 5)} {'are' if len(odd) > 1 else 'is'} not among the network's"] if odd else []
     parts += [f"{shorten(missing, 5)} {'are' if len(missing) > 1 else 'is'} missing"] if missing else []
-    return f"{source.name} has other classes than {path}: {', '.join(parts)}{closest(odd[0], missing) if odd else ''}; {how}"
+    near = closest(odd[0], missing) if odd else ""
+    return f"{source.name} has other classes than {path}: {', '.join(parts)}{near}; {how}"
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

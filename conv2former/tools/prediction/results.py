@@ -47,7 +47,7 @@ class ResultsFolder:
         self.count += 1
 
     def show(self, cell: Cell) -> None:
-        """Puts the image whose line was written last on a sheet; its title is cut to what the images' names differ in."""
+        """Puts the image whose line was written last on a sheet, its title without the folder of all images."""
         if self.count > MAX_SHEET_IMAGES:
             return
         self._cells.append(cell._replace(title=printable(cell.title.removeprefix(self.above))))
