@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, shorten
 from ..text import printable
 from ..variants import FUSION_NAMES, STEM_STRIDES, differences, is_builtin
@@ -186,7 +188,16 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def state_dict_of(content: Mapping[str, Any], use_ema: bool = True, path: object = None) -> dict[str, Any]:
-    """Returns the tensors of whichever network a file notes; see `native_state_dict`."""
+    """Returns the tensors of whichever network a file notes; see `native_state_dict`.
+
+    Of another task than classification they are all tensors, named as they are.
+    """
+    if task_noted(content) != CLASSIFICATION:
+        average = content.get("model_ema") if use_ema else None
+        found = average or content.get("model")
+        if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise CheckpointError("it holds no state dict of tensors")
+        return dict(found)
     other = _other_in(content, take_network(content, use_ema).state_dict)
     return (plain_state_dict if other else native_state_dict)(content, use_ema, path)
 
