@@ -40,10 +40,8 @@ def write_pair(root: Path, split: str, name: str, image: Image.Image, mask: np.n
     mask.save(root / "masks" / split / f"{name}.png")
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """12 training and 5 validation images; of one training image all is ignored."""
-    root = tmp_path / "data"
+def make_folder(root: Path) -> Path:
+    """Writes 12 training and 5 validation images; of one training image all is ignored."""
     for split, count in (("train", 12), ("val", 5)):
         for i in range(count):
             size = (40, 48) if i % 3 else (37, 55)
@@ -53,6 +51,11 @@ def folder(tmp_path) -> Path:
             )
     (root / "classes.txt").write_text("\n".join(NAMES) + "\n")
     return root
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "data")
 
 
 @pytest.fixture
