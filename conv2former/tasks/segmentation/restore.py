@@ -11,6 +11,7 @@ from torch import Tensor
 from ...config import check_config
 from ...errors import CheckpointError, ConfigError, UserError, first_line, memory_for
 from ...models.restore import check_expected
+from ...text import clipped
 from ...variants import is_builtin, parse_variant
 from ...weights.contents import EMA_NAMES
 from ...weights.description import CheckpointInfo, definition_in, describe_checkpoint
@@ -77,8 +78,8 @@ def restore_network(
         try:
             model.load_state_dict(weights)
         except RuntimeError as e:
-            reason = first_line(str(e).partition("\n")[2].strip() or str(e))
-            raise CheckpointError(f"{path} does not hold the network that it notes: {reason}") from None
+            lines = [line.strip() for line in str(e).split("\n")[1:] if line.strip()] or [first_line(e)]
+            raise CheckpointError(f"{path} does not hold the network that it notes: {clipped(lines[0], 300)}") from None
     model.auxiliary = None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return model.eval(), replace(
@@ -122,7 +123,8 @@ def _described(
 
 def _network_of(content: Mapping[str, Any], config: SegmentationConfig) -> Any:
     """Returns the section `model` with the backbone as the file defines it, without starting weights."""
-    definition, changes = definition_in(content), {"checkpoint": None, "pretrained": False, "freeze": "nothing"}
+    definition = definition_in(content)
+    changes: dict[str, Any] = {"checkpoint": None, "pretrained": False, "freeze": "nothing"}
     name = definition.get("name")
     if isinstance(name, str) and not is_other(name):
         own = None if is_builtin(name) else parse_variant(definition, "its variant").to_dict()

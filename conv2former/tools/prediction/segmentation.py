@@ -48,7 +48,8 @@ OPACITY = 0.55  # of the classes over a photo
 QUALITY = 90  # of the JPEGs
 
 
-class AreaShare(NamedTuple):
+@dataclass(frozen=True)
+class AreaShare:
     """A class in an image: its index, its names in the checkpoint and for people, and how many pixels it has."""
 
     index: int
