@@ -43,6 +43,7 @@ SETTINGS = {
     "evaluation": ("mode", "window", "overlap", "flip"),
 }  # keys that matter here
 BATCH_SIZE = 1  # images may be large, and of many sizes
+FEW = 8  # batches that are read without worker processes
 MOST_IN_PALETTE = 256
 OPACITY = 0.55  # of the classes over a photo
 QUALITY = 90  # of the JPEGs
@@ -230,7 +231,7 @@ class MaskPrediction:
         loader = DataLoader(
             cast(Any, _Images(images, self.config, results is not None)),
             batch_size=size,
-            num_workers=0 if count < 2 else min(workers_for(self.config.data), count, os.cpu_count() or 1),
+            num_workers=0 if count < FEW else min(workers_for(self.config.data), count, os.cpu_count() or 1),
             collate_fn=Sent(list),
         )
         place = 0
