@@ -379,8 +379,8 @@ def check_is_classifier(content: Mapping[str, Any], path: object) -> None:
     task = task_noted(content)
     if task != CLASSIFICATION:
         raise CheckpointError(
-            f"{path} is of the task {task[:50]!r}, and a classifier is needed here; validate, predict, average, and export "
-            "without --int8 take it, and in Python conv2former.load_model"
+            f"{path} is of the task {task[:50]!r}, and a classifier is needed here; validate, predict, average and "
+            "export without --int8 take it, and in Python conv2former.load_model"
         )
 
 
