@@ -17,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 import conv2former
-from conv2former import CheckpointError, ConfigError, DataError, OutputError, models
+from conv2former import CheckpointError, ConfigError, DataError, models
 from conv2former.engine import train
+from conv2former.errors import OutputError
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask

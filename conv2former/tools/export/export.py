@@ -6,13 +6,11 @@ the weights are from. docs/export.md lists them.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 import json
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +25,8 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from ... import __version__
-from ...config import apply_overrides
 from ...data.classes import class_names_of, display_names
-from ...errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted, first_line
+from ...errors import CheckpointError, ConfigError, OutputError, UserError, counted, first_line
 from ...models import CheckpointInfo, Conv2Former, Preprocessing
 from ...models.others import check_size
 from ...models.restore import restore
@@ -39,20 +36,17 @@ from ...weights.description import OtherInfo
 from ...weights.installed import file_sha256
 from ...weights.preprocessing import candidates
 from ...weights.reading import read_checkpoint, weight_file
-from ..output import check_writable, replacing
+from ..output import replacing
 from ..prediction.predict import read_settings
+from .options import DEFAULT_OPSET, MIN_SIZE, Options, check, format_of
 
 __all__ = [
-    "DEFAULT_OPSET",
-    "DEFAULT_TOLERANCE",
-    "FORMATS",
     "Case",
     "ClassSubject",
     "Exported",
     "Options",
     "Subject",
     "any_shape",
-    "check",
     "compare",
     "describe",
     "export",
@@ -60,16 +54,10 @@ __all__ = [
     "open_onnx",
     "quiet",
     "read_metadata",
-    "shapes_of",
     "without_paths",
     "write_checked",
 ]
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
-PREPROCESSINGS = ("checkpoint", "imagenet", "inception")
-DEFAULT_OPSET = 20  # the first with GELU as one node
-DEFAULT_TOLERANCE = 1e-4  # full-size networks differ by less than a tenth of it: docs/export.md
-MIN_SIZE, MAX_SIZE = 32, 4096  # pixels; below, the last stage would be left without any
 MAX_ONNX_BYTES = 1_500_000_000  # a file of Protocol Buffers ends at 2 GiB, and the exporter a little earlier
 METADATA = (
     "preprocessing", "class_names", "display_names", "variant", "weights", "source", "source_sha256",
@@ -77,41 +65,6 @@ METADATA = (
 )  # fmt: skip
 
 Run = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) images to (N, classes) logits, or (N, classes, H, W)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    Attributes:
-        format: one of `FORMATS`; None for that of the output's ending.
-        dynamic: any batch size, and of a Conv2Former any height and width from 32 pixels on; otherwise `batch_size` and
-            the input size.
-        img_size: of the input, pixels: one number for a square, or height and width; None for the checkpoint's.
-        batch_size: of a file that is not dynamic.
-        opset: of ONNX.
-        tolerance: the largest difference of a logit that is accepted, as a share of the largest logit.
-        preprocessing: 'checkpoint', as the file notes it; 'imagenet' or 'inception', the two that the authors' files
-            may have been evaluated with.
-        overrides: changes to it, `data.crop_pct=1`.
-        use_ema: take the averaged weights where the file has them.
-    """
-
-    format: str | None = None
-    dynamic: bool = True
-    img_size: int | tuple[int, int] | None = None
-    batch_size: int = 1
-    opset: int = DEFAULT_OPSET
-    tolerance: float = DEFAULT_TOLERANCE
-    preprocessing: str = "checkpoint"
-    overrides: tuple[str, ...] = ()
-    use_ema: bool = True
-
-    @property
-    def size_override(self) -> list[str]:
-        """`img_size` as an override, if it is set."""
-        size = self.img_size
-        return [] if size is None else [f"data.img_size={size if isinstance(size, int) else list(size)}"]
 
 
 @dataclass(frozen=True)
@@ -271,66 +224,6 @@ def export(
     return Exported(output, kind, subject.info, subject.preprocessing, subject.metadata, cases, size, facts)
 
 
-# ------------------------------------------------------------------------------- all that can be a mistake, found first
-
-
-def check(checkpoint: str | Path, output: Path, options: Options) -> str:
-    """Checks what can be checked before the weight file is read, and returns the format.
-
-    Raises:
-        UserError: something is wrong.
-    """
-    kind = _format_of(output, options.format)
-    size = options.img_size
-    sides = () if size is None else (size,) if isinstance(size, int) else size
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in sides):
-        raise ConfigError(f"--img-size {' '.join(map(str, sides))}: expected {MIN_SIZE} to {MAX_SIZE} pixels")
-    if sides and "img_size" in apply_overrides({}, options.overrides).get("data", {}):
-        raise ConfigError("--img-size and data.img_size are two ways to say the same; give one")
-    if options.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(f"preprocessing '{options.preprocessing}': expected {', '.join(PREPROCESSINGS)}")
-    if not 0 < options.tolerance < math.inf:
-        raise ConfigError(f"--tolerance {options.tolerance:g}: expected a number above 0")
-    if options.batch_size < 1 or (options.dynamic and options.batch_size != 1):
-        raise ConfigError(f"--batch-size {options.batch_size}: goes with --fixed, and is at least 1")
-    if kind == "torchscript" and not options.dynamic:
-        raise ConfigError("--fixed: a TorchScript file takes any batch size, height and width; leave it out")
-    if kind == "onnx":
-        require("onnx", "onnxruntime", "onnxscript")
-    check_writable(output)
-    source = weight_file(checkpoint)
-    if output.exists() and os.path.samefile(source, output):
-        raise OutputError(f"{output} is the checkpoint itself; give another file name")
-    return kind
-
-
-def _format_of(output: Path, wanted: str | None) -> str:
-    endings = {ending: name for name, ending in FORMATS.items()}
-    found = endings.get(output.suffix.lower())
-    if wanted is not None and wanted not in FORMATS:
-        raise ConfigError(f"--format {wanted}: expected {', '.join(FORMATS)}")
-    if wanted is None and found is None:
-        known = ", ".join(f"{ending} ({name})" for ending, name in endings.items())
-        hint = closest(output.suffix, endings)
-        raise ConfigError(f"{output}: its ending says no format{hint}; expected {known}, or --format")
-    if wanted and found and wanted != found:
-        raise ConfigError(f"{output}: the ending is that of {found}, not of {wanted}; end it in {FORMATS[wanted]}")
-    return wanted or found or ""
-
-
-def require(*packages: str) -> None:
-    """Checks that the packages of the extra `export` are there.
-
-    Raises:
-        UserError: one is not; says how to install them.
-    """
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as e:
-            raise UserError(f"ONNX needs the package {package} ({e}): pip install 'conv2former[export]'") from None
-
-
 def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessing:
     """Returns the preprocessing to note in the file.
 
@@ -368,7 +261,7 @@ def describe(checkpoint: str | Path, info: CheckpointInfo, preprocessing: Any, o
 
 def read_metadata(path: str | Path, format: str | None = None) -> dict[str, str]:  # noqa: A002 - as in Options
     """Returns the texts in an exported file; `format` as in `Options`."""
-    return _open(Path(path), _format_of(Path(path), format))[1]
+    return _open(Path(path), format_of(Path(path), format))[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

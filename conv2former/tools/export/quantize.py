@@ -26,7 +26,8 @@ from ...printing import print_lines
 from ..evaluation.settings import EvaluationOptions
 from ..evaluation.task import prepare_task
 from ..output import replacing
-from .export import ClassSubject, Exported, Options, Run, check, compare, describe, open_onnx, quiet, write_checked
+from .export import ClassSubject, Exported, Run, compare, describe, open_onnx, quiet, write_checked
+from .options import Options, check
 
 __all__ = ["CALIBRATION_IMAGES", "MAX_DROP", "Accuracy", "ImagesFor", "Quantized", "export_int8"]
 

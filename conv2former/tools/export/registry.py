@@ -10,7 +10,8 @@ from ...errors import CheckpointError, shorten
 from ...printing import print_lines
 from ...tasks.registry import task_of
 from . import export as files
-from .export import Exported, Options, Subject, open_classifier
+from .export import Exported, Subject, open_classifier
+from .options import Options
 from .segmentation import open_segmentation
 
 __all__ = ["export"]

@@ -19,7 +19,8 @@ from ...tasks.segmentation.network import SegmentationNetwork
 from ...tasks.segmentation.restore import restore_network
 from ...tasks.segmentation.thumbnails import colours
 from ..prediction.segmentation import settings_from
-from .export import MIN_SIZE, Options, any_shape, describe, without_paths
+from .export import any_shape, describe, without_paths
+from .options import MIN_SIZE, Options
 
 __all__ = ["MaskSubject", "open_segmentation"]
 
