@@ -36,6 +36,7 @@ __all__ = [
     "Predictor",
     "check_channels",
     "choose_device",
+    "fitted",
     "positive",
     "read_settings",
     "unit_crop",
@@ -198,11 +199,11 @@ class _Images(Dataset):
         except UnreadableImage as e:
             return Skipped(name, str(e))
         with portable_errors(), any_size():
-            preview = _fitted(image, self.preview) if self.preview else None
+            preview = fitted(image, self.preview) if self.preview else None
             return _Loaded(name, image.size, self.transform(image), preview)
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
+def fitted(image: Image.Image, side: int) -> Image.Image:
     """Returns the image scaled so that its longer side is `side`; the pixels of a small one stay visible as squares."""
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))

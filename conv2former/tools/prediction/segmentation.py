@@ -32,7 +32,7 @@ from ...text import printable
 from ...weights.description import weights_text
 from .inputs import STANDARD_INPUT, ImageFile
 from .options import PredictionOptions
-from .predict import choose_device
+from .predict import choose_device, fitted
 from .results import MAX_BARS, ResultsFolder
 from .sheet import WHOLE, Cell, legend
 
@@ -310,9 +310,9 @@ class MaskResults(ResultsFolder):
         shown = prediction.areas[:MAX_BARS]
         bars = [(printable(area.name), prediction.share(area)) for area in shown]
         colour = [cast(Any, tuple(self.predicting.palette[area.index].tolist())) for area in shown]
-        size = overlay.size
-        overlay.thumbnail((self.preview, self.preview))
-        self.show(Cell(overlay, prediction.name, size, WHOLE, bars, colour))
+        with any_size():
+            preview = fitted(overlay, self.preview)
+        self.show(Cell(preview, prediction.name, overlay.size, WHOLE, bars, colour))
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {counted(self.count, 'mask')}, {counted(self.count, 'overlay')}, legend.png"
