@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import CheckpointError, ConfigError, before_processes_meet, shorten
-from ...tasks.registry import task_of
+from ...errors import ConfigError, before_processes_meet
 from ...weights.reading import read_checkpoint
+from ..kinds import kind_for
 from . import files, masks
 from .segmentation import validate_masks
 from .validate import validate_files as validate_classifiers
 
-__all__ = ["heading", "headline_of", "summary", "validate_files"]
+__all__ = ["heading", "summary", "validate_files"]
 
 Rows = list[dict[str, Any]]
 
@@ -48,22 +48,14 @@ def validate_files(checkpoints: Sequence[str | Path], *args: Any, **kwargs: Any)
     return kind.validate(checkpoints, *args, **kwargs)
 
 
-def headline_of(checkpoint: str | Path) -> str:
-    """Returns the key of a row by which checkpoints of a file's task are compared; the highest is the best."""
-    return task_of(read_checkpoint(checkpoint), checkpoint).headline
-
-
 def _kind_of(checkpoints: Sequence[str | Path]) -> _Kind:
     if not checkpoints:
         raise ConfigError("no checkpoint is given")
-    tasks = {task_of(read_checkpoint(path), path).name: path for path in checkpoints}
-    if len(tasks) > 1:
-        of = ", ".join(f"{path} of {name}" for name, path in tasks.items())
-        raise ConfigError(f"these checkpoints are of several tasks, {of}: evaluate them apart")
-    (name, path), *_ = tasks.items()
-    if name not in _KINDS:
-        raise CheckpointError(f"{path} is of the task {name!r}; this command knows {shorten(_KINDS)}")
-    return _KINDS[name]
+    first, *others = (kind_for(_KINDS, path, read_checkpoint(path)) for path in checkpoints)
+    for path, other in zip(checkpoints[1:], others, strict=True):
+        if other is not first:
+            raise ConfigError(f"{path} is of another task than {checkpoints[0]}: evaluate them apart")
+    return first
 
 
 def _printer_of(rows: Sequence[dict[str, Any]]) -> _Kind:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError, shorten
 from ...printing import print_lines
-from ...tasks.registry import task_of
+from ..kinds import kind_for
 from . import export as files
 from .export import Exported, Subject, open_classifier
 from .options import Options
@@ -31,7 +30,4 @@ def export(
 
 
 def _open(checkpoint: str | Path, content: Mapping[str, Any], kind: str, options: Options) -> Subject:
-    task = task_of(content, checkpoint).name
-    if task not in _KINDS:
-        raise CheckpointError(f"{checkpoint} is of the task {task!r}; this command knows {shorten(_KINDS)}")
-    return _KINDS[task](checkpoint, content, kind, options)
+    return kind_for(_KINDS, checkpoint, content)(checkpoint, content, kind, options)

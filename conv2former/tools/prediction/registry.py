@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import CheckpointError, shorten
-from ...tasks.registry import task_of
 from ...weights.reading import read_checkpoint
+from ..kinds import kind_for
 from .classification import ClassPrediction
 from .folder import AnyResults
 from .inputs import ImageFile
@@ -55,8 +54,5 @@ def open_predicting(checkpoint: str | Path, options: PredictionOptions) -> Predi
         UserError: the file cannot be used for it, or the options do not go with it.
     """
     content = read_checkpoint(checkpoint)
-    task = task_of(content, checkpoint).name
-    if task not in _KINDS:
-        raise CheckpointError(f"{checkpoint} is of the task {task!r}; this command knows {shorten(_KINDS)}")
-    found: Predicting = _KINDS[task](checkpoint, content, options)
+    found: Predicting = kind_for(_KINDS, checkpoint, content)(checkpoint, content, options)
     return found
