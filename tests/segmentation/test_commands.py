@@ -31,7 +31,7 @@ from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
 from conv2former.tools.export.registry import export
-from conv2former.tools.export.segmentation import _Pool
+from conv2former.tools.export.segmentation import _exportable_pools, _Pool
 from conv2former.tools.prediction.folder import check_results_folder
 from conv2former.tools.prediction.inputs import ImageFile
 from conv2former.tools.prediction.segmentation import file_names, mask_image
@@ -152,7 +152,7 @@ def test_other_data_and_windows(trained, tmp_path, monkeypatch, capsys):
         (["loss.dice=1"], "loss: no effect on an evaluation"),
         (["evaluation.pictures=3"], "it is --worst here"),
         (["evaluation.mode=half"], "evaluation.mode: "),
-        (["--model", "conv2former_t"], "is not conv2former_t but a network of its own"),
+        (["--model", "conv2former_t"], "is not conv2former_t but "),
     ],
 )
 def test_what_is_not_evaluated(trained, monkeypatch, capsys, words, expected):
@@ -199,8 +199,9 @@ def test_masks_of_photos(trained, tmp_path, monkeypatch, capsys):
             assert area["pixels"] == (numbers == area["index"]).sum()
         assert sum(area["share"] for area in record["areas"]) == pytest.approx(1, abs=1e-5)
         if record["image"].endswith(".png"):
-            assert np.array_equal(numbers, answer_of(model, Image.open(record["image"])))
-    assert records[-1]["size"] == [image.height, image.width]
+            assert (numbers == answer_of(model, Image.open(record["image"]))).mean() > 0.999
+    (turned,) = (record for record in records if record["image"].endswith("turned.jpg"))
+    assert turned["size"] == [image.height, image.width]
 
     (output / "masks" / "mine.png").write_bytes(b"")
     code, _, err = run(monkeypatch, capsys, "predict", "--checkpoint", trained.best, photos, "--output", output)
@@ -274,7 +275,10 @@ def test_an_onnx_file_takes_any_size(trained, tmp_path):
         expected = model(images).numpy()
     assert found.shape == (2, 3, 45, 77)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert isinstance(model.head.decoder.psp.blocks[1][0], nn.AdaptiveAvgPool2d)
+    pools = model.head.decoder.psp.blocks
+    with _exportable_pools(model.head):
+        assert {type(pool[0]) for pool in pools} == {_Pool}
+    assert {type(pool[0]) for pool in pools} == {nn.AdaptiveAvgPool2d}
     with pytest.raises(
         ConfigError, match=r"TorchScript does not take the heads of segmentations; write \.onnx or \.pt2"
     ):
