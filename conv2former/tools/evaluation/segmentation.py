@@ -93,7 +93,10 @@ def validate_masks(
         for path in map(Path, checkpoints):
             network, info = restore_network(read_checkpoint(path), path, use_ema, model)
             settings = settings_for(info, config, overrides, data)
-            source = _open(settings, info, path)
+            try:
+                source = _open(settings, info, path)
+            except DataError as e:
+                raise (e if keep else e.below(path)) from None
             found.append(
                 MaskValidation(path, info, settings, source, use_ema, model, extras, [network] if keep else [])
             )
@@ -131,7 +134,8 @@ def settings_for(
         loaded = load_config(config, words)
         if not isinstance(loaded, SegmentationConfig):
             raise ConfigError(f"{config}: task: {loaded.task}, and the checkpoint is of task: segmentation")
-        noted_images = {key: own.get(key) for key in FIELDS if getattr(loaded.data, key) is None}
+        unsaid = [key for key in FIELDS if getattr(loaded.data, key) is None and own.get(key) is not None]
+        noted_images = {key: tuple(own[key]) if isinstance(own[key], list) else own[key] for key in unsaid}
         found = loaded.model_copy(update={"data": loaded.data.model_copy(update=noted_images)})
     else:
         if data is not None or {"source", "csv"} & given.keys():
