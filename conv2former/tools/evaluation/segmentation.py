@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..._preprocessing import FIELDS
 from ...config import apply_overrides, check_config, load_config
 from ...data import batches
@@ -291,6 +293,8 @@ class MaskValidation:
         evaluator = MaskEvaluator(self.settings.model_copy(update={"evaluation": shown}), world.device)
         loader = batches(eval_loader(self.source, self.settings, world.rank, world.size, world.device, None))
         data, train = self.settings.data, self.settings.train
+        if train.channels_last:  # as in training, for the same rounding
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return measure(network, loader, evaluator, self.source, self.path, data, train, world)
 
     def _load(self) -> SegmentationNetwork:

@@ -203,6 +203,8 @@ class MaskPrediction:
         self.answerer, images = answerer_for(self.config), self.config.data.preprocessing
         self.mean, self.std = (torch.tensor(values, device=self.device) for values in (images.mean, images.std))
         self.model = model.to(self.device)
+        if self.config.train.channels_last:  # as in training and in an evaluation, for the same rounding
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._answer = capture(self.model)
         self.class_names = list(self.info.class_names or ())
         self.names = display_names(self.class_names)
