@@ -294,7 +294,7 @@ class MaskValidation:
         loader = batches(eval_loader(self.source, self.settings, world.rank, world.size, world.device, None))
         data, train = self.settings.data, self.settings.train
         if train.channels_last:  # as in training, for the same rounding
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         return measure(network, loader, evaluator, self.source, self.path, data, train, world)
 
     def _load(self) -> SegmentationNetwork:

@@ -204,7 +204,7 @@ class MaskPrediction:
         self.mean, self.std = (torch.tensor(values, device=self.device) for values in (images.mean, images.std))
         self.model = model.to(self.device)
         if self.config.train.channels_last:  # as in training and in an evaluation, for the same rounding
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model.to(memory_format=torch.channels_last)
         self._answer = capture(self.model)
         self.class_names = list(self.info.class_names or ())
         self.names = display_names(self.class_names)
