@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ class MaskSubject:
         example = torch.zeros(shape or (2, channels, *EXAMPLE))
         dynamic = None if shape else any_shape(channels, "images")
         try:
-            with _exportable_pools(self.model.head):
+            with _exportable_pools(self.model.head), _silent():
                 return without_paths(torch.export.export(self.model, (example,), dynamic_shapes=dynamic))
         except Exception as e:  # the compilers' errors have no common class
             if shape:
@@ -152,6 +154,18 @@ def _means(length: int, cells: int, like: Tensor) -> Tensor:
     last = torch.div((cell + 1) * length + (cells - 1), cells, rounding_mode="floor")  # rounded up; not in the cell
     inside = ((places >= first) & (places < last)).to(like.dtype)
     return inside / (last - first).to(like.dtype)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps back the pages of graphs that torch prints and logs where it cannot write a network."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
 
 
 @contextmanager
