@@ -125,7 +125,8 @@ def mistakes_in(words: list[str], whole: bool, parse, capsys) -> list[str]:
     wrong = [word for word, key in zip(rest, keys, strict=True) if not key]
     if words[0] == "scripts/predict.py" or words[:2] == ["conv2former", "predict"]:  # images may stand anywhere
         wrong = [word for word in wrong if word.startswith("-")]
-    return [f"unrecognized: {word}" for word in wrong] + [f"no such key: {k[1]}" for k in keys if k and not known_to_a_task(k[1])]
+    unknown = [key[1] for key in keys if key and not known_to_a_task(key[1])]
+    return [f"unrecognized: {word}" for word in wrong] + [f"no such key: {key}" for key in unknown]
 
 
 @pytest.mark.parametrize("paths", SOURCES.values(), ids=SOURCES)
