@@ -45,7 +45,8 @@ def test_every_script_is_a_command_and_the_other_way_round():
         script = SCRIPTS.get(name, name)
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
-    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "transfer"}  # of the clone alone
+    # of the clone alone
+    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "small_sets", "transfer"}
 
 
 def test_help_and_version(monkeypatch, capsys):
@@ -263,7 +264,7 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["benchmark", "models", "conv2former_n"], "train"),
         *(
             ([ROOT / "scripts" / name], "train")
-            for name in ("kill_test.py", "modulation.py", "transfer.py", "sample_digits.py")
+            for name in ("kill_test.py", "modulation.py", "small_sets.py", "transfer.py", "sample_digits.py")
         ),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)

@@ -13,6 +13,7 @@ import pytest
 import conv2former
 from conv2former import variants
 from conv2former.config import Config, load_config
+from conv2former.config.auto import AUTO_KEYS
 from conv2former.engine import dry_run
 from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table, run_name
 
@@ -105,7 +106,8 @@ def test_header(recipe):
     words += ["x", str(train.accum_steps), "accumulation steps"] if train.accum_steps > 1 else []
     words += ["x", str(recipe.devices), "devices" if recipe.devices > 1 else "device"]
     assert f"Global batch {plan.global_batch_size} = {' '.join(words)}, learning rate " in header
-    assert float(re.search(r"learning rate ([\de.-]+?)\.? ", f"{header} ")[1]) == pytest.approx(plan.lr)
+    rate = re.search(r"learning rate ([\de.-]+?|auto)[.:]? ", f"{header} ")[1]
+    assert rate == "auto" if "optim.base_lr" in recipe.config.auto else float(rate) == pytest.approx(plan.lr)
     if recipe.path.name != "quickstart.yaml":  # a test runs that one to its end
         assert "Unverified: " in header
         assert "Measured" in header or "Training time and memory are not measured." in header
@@ -166,7 +168,8 @@ def test_recipes_for_ones_own_images():
         for source in sources:
             config = load_config(CONFIGS / folder / f"{source}.yaml")
             assert (config.data.source, config.data.holdout, config.train.shrink_batch) == (source, 0.2, True)
-            assert (config.train.eval_every, config.schedule.cooldown_epochs) == (1, 0)  # schedule.epochs is all
+            assert config.schedule.cooldown_epochs == 0  # schedule.epochs is all
+            assert config.auto == (AUTO_KEYS if folder == "finetune" else ())
             assert (config.model.name == "auto") == (folder != "scratch")
             assert (config.optim.layer_decay, config.model.freeze) == {
                 "finetune": (0.8, "nothing"),

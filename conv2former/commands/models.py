@@ -24,6 +24,7 @@ def main() -> None:
         raise ConfigError("--verify: only with --installed")
     if args.installed:
         print_lines(f"in {store_folder()}:", *installed_table(args.verify).split("\n"))
+        print_lines("in the package:", *installed_table(args.verify, shipped=True).split("\n"))
     else:
         print_lines(*variants_table().split("\n"))
 

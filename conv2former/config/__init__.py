@@ -9,7 +9,7 @@ except ModuleNotFoundError as e:
 
 from .base import BaseConfig
 from .load import apply_overrides, check_config, differences, load_config, override_config
-from .resolve import Plan, fit_batch, img_size_at, make_plan
+from .resolve import Plan, fit_auto, fit_batch, img_size_at, make_plan
 from .schema import Config
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "apply_overrides",
     "check_config",
     "differences",
+    "fit_auto",
     "fit_batch",
     "img_size_at",
     "load_config",

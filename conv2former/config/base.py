@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 
 from .._preprocessing import FIELDS, Preprocessing, as_img_size, channels_text
 from ..errors import ConfigError, counted
+from .auto import AUTO, AutoKeys, with_values
 
 __all__ = ["ONE", "TWO", "BaseConfig"]
 
@@ -179,6 +180,8 @@ class BaseTrainConfig(Section):
     early_stop: BaseEarlyStopConfig | None = None  # end the run before its last epoch; docs/tracking.md
     # let a training set that is smaller than the global batch have a smaller batch; the rate follows it
     shrink_batch: bool = False
+    # filled in by the run: the keys that were `auto`, and now have the values that fit the training set
+    fitted: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     keep_tail: bool = False  # also train on an epoch's last batches that do not fill all accumulation steps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     tf32: bool = True  # let GPUs round the factors of fp32 products to 19 bits
@@ -221,11 +224,12 @@ class LogConfig(Section):
     project: str | None = None  # to which the trackers count the run; null: what their variables say, or conv2former
 
 
-class BaseConfig(Section):
+class BaseConfig(AutoKeys, Section):
     """A whole run of any task, as the engine sees it.
 
     A task's class gives `task` the one word that it may be, and `data`, `train` and `checkpoint` its own classes. Every
-    key has a default, so that runs of before a key was there can be continued.
+    key has a default, so that runs of before a key was there can be continued. Where keys may be `auto`, `auto_keys`
+    names them and `fitting_values` says what they become.
     """
 
     task: str  # what is trained for; a configuration without this key is of classification
@@ -251,10 +255,11 @@ class BaseConfig(Section):
         if self.model.name == "auto" and self.model.variant is None and not self.model.checkpoint:
             found.append("model.name: auto reads the network off model.checkpoint; give a weight file, or a name")
         found += self._conflicts_of_network()
-        if self.schedule.warmup_epochs >= self.schedule.epochs:
+        is_open = {*self.auto} & {"schedule.epochs", "schedule.warmup_epochs"}
+        if not is_open and self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
-        if self.schedule.min_lr > self.optim.base_lr:
+        if "optim.base_lr" not in self.auto and self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
         if self.train.cuda_graph == "on" and self.model.grad_checkpointing:
             found.append("train.cuda_graph: not with model.grad_checkpointing, which no graph can hold; leave one out")
@@ -293,6 +298,6 @@ class BaseConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole configuration as plain built-in types, for YAML and for checkpoints."""
-        plain = self.model_dump(mode="json")
+        plain = with_values(self.model_dump(mode="json"), dict.fromkeys(self.auto, AUTO))
         own = [key for key in plain if key not in BaseConfig.model_fields]
         return {key: plain[key] for key in dict.fromkeys(["task", "model", "data", *own, *plain])}

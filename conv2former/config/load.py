@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
+from .auto import AUTO, is_auto
 from .base import ONE, TWO, BaseConfig
 from .registry import config_class
 from .suggest import suggest_key
@@ -216,4 +217,7 @@ def _describe(error: Any, kind: type[BaseConfig]) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     example = suggest_key(dotted, kind=kind) if dotted in kind.model_fields else ""
     hint = f"; its keys are set one by one, such as {example}" if example else ""
+    if is_auto(error["input"]) and not example:
+        allowed = ", ".join(kind.auto_keys)
+        hint = f"; what can be {AUTO}: {allowed}" if allowed else f"; this task has no key that can be {AUTO}"
     return f"{dotted}: {message}, found {show(error['input'])}{hint}"

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from .._preprocessing import as_img_size
-from ..errors import DataError, counted
+from ..errors import ConfigError, DataError, counted, raise_mistakes
+from .auto import AUTO, value_at, with_values
 from .base import BaseConfig
 from .schema import Config
 
-__all__ = ["Plan", "fit_batch", "img_size_at", "make_plan"]
+__all__ = ["Plan", "fit_auto", "fit_batch", "img_size_at", "is_noted", "make_plan"]
+
+MANY = 10**6  # images of a set that is not small
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -95,6 +102,51 @@ def fit_batch(config: C, world_size: int, num_train_images: int) -> C:
         return config
     smaller = train.model_copy(update={"batch_size": batch_size, "accum_steps": accum_steps})
     return config.model_copy(update={"train": smaller})
+
+
+def fit_auto(
+    config: C, world_size: int, num_train_images: int | None, noted: Mapping[str, Any] | None = None
+) -> tuple[C, list[str]]:
+    """Returns the configuration with the values that fit the training set in the place of `auto`, and lines about them.
+
+    Args:
+        config: with the batch that it has in the end.
+        world_size: devices.
+        num_train_images: None if they are not counted: then what fits sets that are not small.
+        noted: the configuration of the run that is continued, as plain types, whose values it keeps.
+
+    Raises:
+        ConfigError: what results has conflicts, such as more epochs of warm-up than of training, or what is noted is no
+            value.
+    """
+    if not config.auto:
+        return config, []
+    batch = config.train.batch_size * config.train.accum_steps * world_size
+    images = MANY if num_train_images is None else num_train_images
+    kept = {key: value_at(noted, key) for key in config.auto if is_noted(noted, key)} if noted else {}
+    found = config.fitting_values(images, batch)
+    values = {key: found[key] for key in config.auto} | kept
+    try:
+        settled = type(config).model_validate(with_values(config.to_dict(), {**values, "train.fitted": config.auto}))
+    except ValidationError as e:  # of a damaged checkpoint, or of a version with other values
+        keys = {".".join(map(str, error["loc"][:2])) for error in e.errors()}
+        raise ConfigError(f"{', '.join(sorted(keys))}: no such value, in the run to go on with; give one") from None
+    raise_mistakes("the configuration", [text for text in settled.conflicts() if text not in config.conflicts()])
+    return settled, [_about_auto(values, batch, num_train_images)]
+
+
+def is_noted(noted: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a run has found the value of a key by itself, where `auto` stood."""
+    keys = value_at(noted, "train.fitted")
+    return isinstance(keys, (list, tuple)) and key in keys and value_at(noted, key) != AUTO
+
+
+def _about_auto(values: Mapping[str, Any], batch: int, images: int | None) -> str:
+    texts = " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in values.items())
+    if images is None:
+        return f"{AUTO}, of a large training set, as the images were not counted: {texts}"
+    steps = counted(images // batch, "step")
+    return f"{AUTO}, by {counted(images, 'training image')} and {steps} in an epoch: {texts}"
 
 
 def img_size_at(config: Config, epoch: int) -> int | tuple[int, int]:

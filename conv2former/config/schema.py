@@ -5,10 +5,11 @@ One class per YAML section, every key with its unit and default.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from .auto import AUTO_KEYS, fitted
 from .base import (
     BaseCheckpointConfig,
     BaseConfig,
@@ -123,6 +124,8 @@ class CheckpointConfig(BaseCheckpointConfig):
 class Config(BaseConfig):
     """A whole run of image classification."""
 
+    auto_keys: ClassVar[tuple[str, ...]] = AUTO_KEYS
+
     task: Literal["classification"] = "classification"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -137,6 +140,11 @@ class Config(BaseConfig):
     @property
     def pairs_images(self) -> bool:
         return bool(self.augment.mixup or self.augment.cutmix)
+
+    def fitting_values(self, images: int, batch: int) -> dict[str, Any]:
+        """See `AutoKeys`."""
+        epochs = None if "schedule.epochs" in self.auto else self.schedule.epochs
+        return fitted(images, batch, epochs, self.optim.base_batch_size)
 
     def conflicts(self) -> list[str]:
         """See `BaseConfig`."""
@@ -176,7 +184,8 @@ class Config(BaseConfig):
         first = self.augment.first_img_size
         if first and is_known and first > min(self.data.preprocessing.size):
             found.append(f"augment.first_img_size: above data.img_size: {self.augment.first_img_size}")
-        if self.augment.mix_off_epochs > self.schedule.epochs + self.schedule.cooldown_epochs:
+        last = self.schedule.epochs + self.schedule.cooldown_epochs
+        if "schedule.epochs" not in self.auto and self.augment.mix_off_epochs > last:
             found.append(f"augment.mix_off_epochs: more than the run has: {self.augment.mix_off_epochs}")
         for key in ("scale", "ratio"):
             low, high = getattr(self.augment, key)

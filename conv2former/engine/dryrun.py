@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import BaseConfig, fit_batch, make_plan
+from ..config import BaseConfig, fit_auto, fit_batch, make_plan
 from ..errors import before_processes_meet, counted
 from ..tasks.network import name_network
 from ..tasks.registry import find_task
@@ -48,6 +48,7 @@ def dry_run(config: BaseConfig | Mapping[str, Any] | str | Path) -> list[str]:
         class_names, num_images = source.class_names, len(source)
         num_classes = len(class_names)
         config = fit_batch(config, world.size, num_images)
+    config, about_auto = fit_auto(config, world.size, num_images)
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
     model = task.build_model(config, num_classes, class_names)
@@ -73,6 +74,7 @@ def dry_run(config: BaseConfig | Mapping[str, Any] | str | Path) -> list[str]:
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if world.device.type == "cuda" else ""
     return [
         *about_images,
+        *about_auto,
         *lines,
         *filter(None, [run.about_graphs]),
         f"{parameters:,} parameters{f', {trained:,} of them trained' if trained < parameters else ''}{classes}",

@@ -15,7 +15,9 @@ from torch import nn
 
 from .._yaml import dump_yaml
 from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
+from ..config.auto import is_auto, value_at, with_values
 from ..config.registry import config_class
+from ..config.resolve import fit_auto, is_noted
 from ..data import StreamSource
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
 from ..tasks.registry import find_task
@@ -42,6 +44,7 @@ _HARMLESS = (
     "train.accum_steps",
     "train.cuda_graph",
     "train.early_stop",
+    "train.fitted",
     "train.timeout_minutes",
 )
 
@@ -55,13 +58,20 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
         allowed: keys that may differ, besides those that change nothing.
     """
     # a key, or a section, that this version has and that one had not is at its default, which is what was done then
-    defaults = fill_images(config_class(now).model_validate({})).to_dict()
+    kind = config_class(now)
+    defaults = fill_images(kind.model_validate({})).to_dict()
     before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted} if key != "task"}
     before["task"] = noted.get("task", "classification")  # earlier versions had no other
+    now = with_values(now, {key: value_at(before, key) for key in kind.auto_keys if _is_found_again(before, now, key)})
     allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
     return [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
     ]
+
+
+def _is_found_again(noted: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    """Returns whether a key is `auto` now, and was when the run was started, whose value it then has."""
+    return is_auto(value_at(now, key)) and is_noted(noted, key)
 
 
 @dataclass
@@ -138,15 +148,18 @@ def _prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job
     train_source, val_source = task.open_data(config)
     given, config = config, fit_batch(config, world.size, len(train_source))
     config = task.settle_data(config, train_source, val_source)
-    plan = make_plan(config, world.size, len(train_source))
-    model = task.build_model(config, len(train_source.class_names), train_source.class_names)
     with ExitStack() as stack:  # an error lets go of the lock, although a notebook keeps the exception and its frames
         lock = stack.enter_context(_lock(output)) if world.is_main and output.is_dir() else None
         saved, started_from, notes = _find_checkpoint(output, resume)
+        if saved:
+            _check_task(config, saved)
+        config, about_auto = fit_auto(config, world.size, len(train_source), saved["config"] if saved else None)
+        plan = make_plan(config, world.size, len(train_source))
+        model = task.build_model(config, len(train_source.class_names), train_source.class_names)
         notes += [note for source in (train_source, val_source) if (note := getattr(source, "note", ""))]
         if world.is_main:
             notes += _smaller_batch(given, config, len(train_source))
-            notes += [*task.notes(config, train_source, val_source, output), *about_images]
+            notes += [*task.notes(config, train_source, val_source, output), *about_images, *about_auto]
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,
@@ -226,6 +239,12 @@ def _find_checkpoint(output: Path, resume: str) -> tuple[dict[str, Any] | None, 
     return saved, str(Path(resume).resolve()), [f"going on from {resume}"]
 
 
+def _check_task(config: BaseConfig, saved: dict[str, Any]) -> None:
+    """Checks that a checkpoint is of the configuration's task; raises a ConfigError."""
+    if (task := saved["config"].get("task", "classification")) != config.task:  # earlier versions had no other
+        raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
+
+
 def _check_continuation(
     config: BaseConfig, saved: dict[str, Any], class_names: list[str], plan_of_data: dict[str, int]
 ) -> None:
@@ -236,8 +255,6 @@ def _check_continuation(
         DataError: the classes differ.
     """
     now, noted = config.to_dict(), saved["config"]
-    if (task := noted.get("task", "classification")) != config.task:  # earlier versions had no other
-        raise ConfigError(f"the run to go on with is of the task {task}, not {config.task}; choose another --output")
     changed = changed_keys(noted, now, config.checkpoint.allow_changes)
     if changed:
         raise ConfigError(

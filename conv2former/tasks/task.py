@@ -33,6 +33,7 @@ objective and its evaluator. What a task must promise, and what it then has for 
     freezing, torch.compile   `freeze`, `compile_model`; the defaults are for a classifier of the registry
     layer decay               the network has timm's `group_matcher`, which puts a head's layers above its backbone's
     drop path                 `build_model` reads the section `model`
+    keys that are `auto`      its configuration's class names them, and says what fits
     data.cache                the splits are `DataSource`s; else its configuration refuses the key
     exact evaluation          `total` counts every image once, by `Processes.sum` and `Processes.gather`
     early stop, best.pt       every evaluation has the keys of `metrics`; of equal ones that of the lower `loss` is the

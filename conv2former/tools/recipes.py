@@ -9,6 +9,7 @@ from typing import get_args
 
 from .._configs import find_recipes
 from ..config import BaseConfig, Plan, load_config, make_plan
+from ..config.auto import AUTO
 from ..config.schema import DataConfig
 from ..errors import ConfigError
 from ..tasks.registry import find_task
@@ -28,7 +29,8 @@ class Recipe:
         header: the comments above its first key, without the marks, lines joined by blanks.
         published: the result that its header gives, `83.2 % top-1 at 224` or `none`.
         devices: for which the command in the header is.
-        plan: batch and rate on these devices; its steps are not those of a run, because the data is not opened.
+        plan: batch and rate on these devices; its steps are not those of a run, because the data is not opened. What is
+            `auto` is not known.
     """
 
     path: Path
@@ -93,8 +95,10 @@ def recipes_table(configs: Path) -> str:
         classes = f"{known:,} classes" if known else "classes found"
         batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
         size = "the file's" if data.img_size is None and model.checkpoint else data.preprocessing.img_size
+        epochs = AUTO if "schedule.epochs" in config.auto else plan.epochs
+        rate = AUTO if "optim.base_lr" in config.auto else f"{plan.lr:g}"
         rows.append(
             f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {size} | "
-            f"{plan.epochs} | {batch} | {plan.lr:g} | {recipe.published} |"
+            f"{epochs} | {batch} | {rate} | {recipe.published} |"
         )
     return "\n".join(rows)

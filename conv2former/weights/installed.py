@@ -38,6 +38,7 @@ __all__ = [
     "file_sha256",
     "find_installed",
     "list_installed",
+    "list_shipped",
     "published_tag",
     "say_if_unverified",
     "store_folder",
@@ -194,7 +195,16 @@ def list_installed(verify: bool = False) -> list[InstalledModel]:
     Args:
         verify: also read the weight files and compare their checksums.
     """
-    found = [_read(*item) for item in _names(store_folder()).items()]
+    return _list(store_folder(), verify)
+
+
+def list_shipped(verify: bool = False) -> list[InstalledModel]:
+    """Lists the weights that are part of the package, as `list_installed` does."""
+    return _list(shipped_folder(), verify)
+
+
+def _list(folder: Path, verify: bool) -> list[InstalledModel]:
+    found = [_read(*item) for item in _names(folder).items()]
     return [_verified(model) if verify and not model.problem else model for model in found]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, closest, shorten
 from ..variants import list_variants, variant
 from .hub_config import HUB_CONFIG, read_hub_config
-from .installed import HUB_FILES, find_installed, list_installed
+from .installed import HUB_FILES, find_installed, list_installed, list_shipped
 from .safe_load import load_tensors
 
 __all__ = ["read_checkpoint", "weight_file"]
@@ -90,7 +90,7 @@ def _no_such_file(path: Path) -> str:
     """Returns what to say about a path where nothing is: which file or which installed weights may be meant."""
     own, _, tag = str(path).partition(".")
     if own in list_variants() and not path.name.endswith(WEIGHT_ENDINGS):
-        installed = [found.name for found in list_installed()]
+        installed = _installed_names()
         if hint := closest(path, installed):
             return f"{path}: no such file, nor installed weights of that name{hint}"
         tags = [source.tag for source in variant(own).pretrained]
@@ -103,8 +103,12 @@ def _no_such_file(path: Path) -> str:
         return f"{path}: no such file, nor installed weights of that name; installed: {shorten(installed) or 'nothing'}"
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     siblings = [file.name for file in beside if file.name.endswith(WEIGHT_ENDINGS)]
-    names = [*siblings, *(found.name for found in list_installed())] if path.parent == Path(".") else siblings
+    names = [*siblings, *_installed_names()] if path.parent == Path(".") else siblings
     return f"{path}: no such file{closest(path.name, names)}"
+
+
+def _installed_names() -> list[str]:
+    return [found.name for found in (*list_installed(), *list_shipped())]
 
 
 def _read_hub_config(path: Path) -> dict[str, Any]:

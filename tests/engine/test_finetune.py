@@ -140,7 +140,7 @@ def test_grey_images(kinds, tmp_path):
 
 def test_a_set_smaller_than_a_batch(tmp_path, capsys):
     fill(tmp_path / "photos", {"cat": 5, "dog": 5})
-    config = recipe(tmp_path / "photos", "train.batch_size=32", "augment.mixup=0.2")
+    config = recipe(tmp_path / "photos", "train.batch_size=32", "augment.mixup=0.2", "optim.base_lr=1e-4")
     report = train(config, tmp_path / "run")
     assert (report["n"], report["steps"]) == (2, 2)
     printed = capsys.readouterr().out

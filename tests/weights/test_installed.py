@@ -20,6 +20,7 @@ from conv2former import CheckpointError, Conv2Former
 from conv2former._store import store_folder
 from conv2former.models.restore import load_model
 from conv2former.models.zoo import add_and_register, make_cfg, register_installed
+from conv2former.tools.checkpoints import table
 from conv2former.tools.checkpoints.publish import uninstall
 from conv2former.variants import add_variant, names_of_same_file, parse_variant
 from conv2former.weights import installed
@@ -98,7 +99,7 @@ def test_the_tests_do_not_see_what_a_developer_has_installed():
 
 
 def test_what_the_package_brings(zoo, tmp_path, monkeypatch):
-    """It is found as what is installed is, which goes before it; only the latter is listed and can be removed."""
+    """It is found as what is installed is, which goes before it and alone can be removed; each has its own list."""
     monkeypatch.setattr(installed, "shipped_folder", lambda: tmp_path / "shipped")
     expected = put(tmp_path / "shipped", "pub_a.one")
     put(tmp_path / "shipped", "own_net.tag", "own_net")
@@ -108,6 +109,14 @@ def test_what_the_package_brings(zoo, tmp_path, monkeypatch):
     assert_same(load_model("pub_a.one")[0], expected)
     assert timm.create_model("own_net", pretrained=True).num_classes == CLASSES
     assert conv2former.list_installed() == []
+    names = ["own_net.tag", "pub_a.one"]
+    assert [found.name for found in installed.list_shipped(verify=True)] == names
+    assert [line.split()[0] for line in table.installed_table(shipped=True).splitlines()[1:3]] == names
+    monkeypatch.setattr(table, "measure", lambda name, size: (0, 0.0))
+    assert "`own_net`" not in table.variants_table()
+    assert "`pub_b`" in table.variants_table()
+    with pytest.raises(CheckpointError, match=r"no such file.*did you mean 'own_net\.tag'"):
+        load_model("own_net.tax")
     with pytest.raises(CheckpointError, match="is not installed; installed: nothing"):
         uninstall("pub_a.one")
     other = put(zoo, "pub_a.one", seed=1)

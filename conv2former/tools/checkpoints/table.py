@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...models import InstalledModel, list_installed, list_variants, variant
 from ...text import printable
+from ...variants import is_builtin
 from ...weights.description import noted_kind
+from ...weights.installed import list_shipped
 from ..output import text_table
 
 __all__ = ["installed_table", "measure", "variants_table"]
@@ -38,13 +40,14 @@ def variants_table(names: Sequence[str] | None = None) -> str:
     """Returns a Markdown table of variants: shape, measured size, published accuracy.
 
     Args:
-        names: of the variants; None for all that are known.
+        names: of the variants; None for all that are known, without those that are no more than weights of the package.
     """
     rows = [
         "| model | channels | blocks | kernel | parameters | GMACs 224 / 384 | published top-1, ImageNet-1k |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in names or list_variants():
+    shipped = {model.variant for model in list_shipped()}
+    for name in names or [name for name in list_variants() if is_builtin(name) or name not in shipped]:
         known = variant(name)
         parameters, gmacs_224 = measure(name, 224)
         _, gmacs_384 = measure(name, 384)
@@ -59,13 +62,14 @@ def variants_table(names: Sequence[str] | None = None) -> str:
     return "\n".join(rows)
 
 
-def installed_table(verify: bool = False) -> str:
-    """Returns a table of the installed weights for a terminal, and what is wrong with those that cannot be used.
+def installed_table(verify: bool = False, shipped: bool = False) -> str:
+    """Returns a table of installed weights for a terminal, and what is wrong with those that cannot be used.
 
     Args:
         verify: also compare the checksums of the weight files.
+        shipped: those that are part of the package, instead of those in the store.
     """
-    found = list_installed(verify)
+    found = list_shipped(verify) if shipped else list_installed(verify)
     header = ["name", "classes", "metric", "source", "sha256", "state", "weights", "accuracy"]
     rows = [
         [

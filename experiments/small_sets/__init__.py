@@ -1,0 +1,1 @@
+"""Which settings make the most of small sets: see README.md."""
