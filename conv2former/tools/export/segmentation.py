@@ -20,6 +20,7 @@ from ...tasks.segmentation.config import SegmentationConfig
 from ...tasks.segmentation.network import SegmentationNetwork
 from ...tasks.segmentation.restore import restore_network
 from ...tasks.segmentation.thumbnails import colours
+from ...text import clipped
 from ..prediction.segmentation import settings_from
 from .export import any_shape, describe, without_paths
 from .options import MIN_SIZE, Options
@@ -94,12 +95,10 @@ class MaskSubject:
             with _exportable_pools(self.model.head), _silent():
                 return without_paths(torch.export.export(self.model, (example,), dynamic_shapes=dynamic))
         except Exception as e:  # the compilers' errors have no common class
-            if shape:
-                raise OutputError(f"torch cannot write {self.info.name} with this head ({first_line(e)})") from None
-            raise OutputError(
-                f"torch cannot write {self.info.name} for any size ({first_line(e)}): give --fixed, and --img-size "
-                "HEIGHT WIDTH"
-            ) from None
+            reason = clipped(first_line(e), 100)
+            how = "with this head" if shape else "for any size"
+            advice = "" if shape else ": give --fixed, and --img-size HEIGHT WIDTH"
+            raise OutputError(f"torch cannot write {self.info.name} {how} ({reason}){advice}") from None
 
     def shapes(self, options: Options) -> list[tuple[int, ...]]:
         """Returns the input shapes that a file is tried with; of a dynamic one also odd ones."""
