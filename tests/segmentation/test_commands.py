@@ -25,7 +25,7 @@ from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask
 from conv2former.tasks.segmentation.network import SegmentationNetwork
 from conv2former.tasks.segmentation.thumbnails import colours
-from conv2former.tools.checkpoints.average import average
+from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
@@ -307,6 +307,10 @@ def test_the_mean_of_files(trained, tmp_path):
         torch.testing.assert_close(value, (two[0][key] + two[1][key]) / 2 if value.is_floating_point() else two[0][key])
     assert info.weights() == "soup of 2"
     assert validate_files([tmp_path / "soup.pt"])[0]["n"] == 5
+    lines: list[str] = []
+    found = greedy([trained.best, trained.last], tmp_path / "greedy.pt", say=lines.append)
+    assert found >= trained.report["miou"]
+    assert f"{trained.best}: mIoU {trained.report['miou']:.2f} %" in lines
 
 
 @pytest.mark.slow
