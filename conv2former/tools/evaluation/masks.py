@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...data.classes import display_names
 from ...errors import counted
+from ...tasks.classification.evaluation import MAX_CONFUSION_CLASSES
 from ...tasks.segmentation.evaluation import MaskEvaluation, about_missing
 from ...text import clipped
 from ...weights.description import weights_text
@@ -37,7 +40,6 @@ def write_mask_extras(
     Raises:
         OutputError: a file cannot be written.
     """
-    from ...tasks import pictures
     from ...tasks.segmentation.pictures import worst_figure
 
     checkpoint, data = (clipped(row[key], 50, keep_end=True) for key in ("checkpoint", "data"))
@@ -53,7 +55,7 @@ def write_mask_extras(
     if extras.confusion:
         files["confusion"] = folder / "confusion.png"
         heading = f"{title}\npixels of {counted(int(row['n']), 'image')}, mIoU {row['miou']:.2f} %"
-        save_figure(pictures.many_confusions_figure(result.confusion, shown, heading), files["confusion"])
+        save_figure(_confusion_figure(result.confusion, shown, heading), files["confusion"])
     if extras.worst:
         found["worst"] = [{"image": one.name, "index": one.place, "iou": one.iou} for one in result.worst]
         rows = [[one.iou, one.place, one.name, *one.pictures] for one in result.worst]
@@ -63,6 +65,16 @@ def write_mask_extras(
             files["worst"] = folder / "worst.png"
             save_figure(figure, files["worst"])
     return {**found, "files": {key: str(path) for key, path in files.items()}}
+
+
+def _confusion_figure(counts: torch.Tensor, shown: list[str], title: str) -> Any:
+    """Draws a table, in percent of each true class, of few classes, and the most frequent confusions of many."""
+    from ...tasks import pictures
+
+    if len(counts) > MAX_CONFUSION_CLASSES:
+        return pictures.many_confusions_figure(counts, shown, title, "pixels")
+    percent = (100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).round().long()
+    return pictures.confusion_figure(percent.tolist(), shown, f"{title}\npercent of the true class")
 
 
 def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
