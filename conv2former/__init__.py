@@ -26,13 +26,44 @@ from .models import (
     inspect_checkpoint,
     list_installed,
     list_variants,
-    load_model,
     load_weights,
     register_variant,
     variant,
 )
+from .models.restore import restore as _restore
+from .weights.description import task_noted as _task_noted
+from .weights.reading import read_checkpoint as _read_checkpoint
 
 __version__ = "0.1.0"
+
+
+def load_model(
+    path: str | _PathLike[str], use_ema: bool = True, expect: str | _PathLike[str] | None = None
+) -> tuple[_Any, CheckpointInfo]:
+    """Builds the network that a weight file holds, with its weights, in evaluation mode.
+
+    Args:
+        path: a file in any known layout, or a folder in timm's hub layout; see `read_checkpoint`.
+        use_ema: take the averaged weights where the file has them.
+        expect: the name of a variant, or its YAML file, that the network must be; None for whatever it is. Or the name
+            of another network, `timm/NAME`: what a file is that does not say so.
+
+    Returns:
+        The network, and what the file says about itself. Of a classifier it is a `Conv2Former` or that of timm's
+        registry which the file notes, whose `pretrained_cfg` has the file's preprocessing where timm looks for it; of a
+        Conv2Former's weights without a head it has none either, and gives the last stage's features, pooled. Of a
+        checkpoint of `task: segmentation` it gives logits for every pixel.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds code, is not a whole network, or another than expected.
+        ConfigError: there is no variant of the expected name.
+        ImportError: a package is not installed that the task needs and a classifier does not.
+    """
+    content, path, expect = _read_checkpoint(str(path)), str(path), None if expect is None else str(expect)
+    if _task_noted(content) == "classification":
+        return _restore(content, path, use_ema, expect)
+    registry = _import_module("conv2former.tasks.registry")  # only now: the zoo needs less
+    return registry.task_of(content, path).restore(content, path, use_ema, expect)
 
 
 def train(

@@ -18,9 +18,14 @@ else:
 
 FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = FILE["project"]
-TESTED = ("train", "export", "explain", "test")
+TESTED = ("train", "export", "explain", "dense", "test")
 # What is imported under another name than it is installed by, and what comes with another package
-NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+NAMES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
 # What comes with onnxscript and onnx, whose newest versions do not fit to the oldest of those
 PINNED_TOO = {"onnx-ir", "protobuf"}
 COMES_WITH = {"triton": "torch", "huggingface_hub": "timm", "pyarrow": "datasets", "fsspec": "datasets"}

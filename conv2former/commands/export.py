@@ -23,8 +23,10 @@ from ..printing import print_lines
 from ..text import clipped, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.export.export import DEFAULT_OPSET, DEFAULT_TOLERANCE, FORMATS, PREPROCESSINGS, Exported, Options, export
+from ..tools.export.export import Exported
+from ..tools.export.options import DEFAULT_OPSET, DEFAULT_TOLERANCE, FORMATS, PREPROCESSINGS, Options
 from ..tools.export.quantize import CALIBRATION_IMAGES, MAX_DROP, ImagesFor, Quantized, export_int8
+from ..tools.export.registry import export
 from ..tools.output import text_table
 from ..weights.description import weights_text
 
@@ -94,10 +96,18 @@ def describe(exported: Exported) -> str:
     info = exported.info
     names = "with their names" if "class_names" in exported.metadata else "without names"
     classes = f"{counted(info.num_classes, 'class', 'classes')} {names}"
+    has_pixels = any(case.agreement is not None for case in exported.cases)
     rows = [
-        (" x ".join(map(str, case.shape)), f"{case.scale:.4g}", f"{case.difference:.3g}", f"{case.relative:.2g}")
+        (
+            " x ".join(map(str, case.shape)),
+            f"{case.scale:.4g}",
+            f"{case.difference:.3g}",
+            f"{case.relative:.2g}",
+            *[f"{100 * (case.agreement or 0.0):.3f} %"] * has_pixels,
+        )
         for case in exported.cases
     ]
+    columns = ("noise, N x C x H x W", "largest logit", "largest difference", "relative")
     facts = ", ".join([exported.format, *exported.facts, f"{exported.size / 1e6:.2f} MB"])
     return "\n".join(
         [
@@ -105,7 +115,7 @@ def describe(exported: Exported) -> str:
             f"{weights_text(exported.metadata['weights'])}, "
             f"{classes if info.num_classes else 'no classifier: it gives features'}",
             f"images: {exported.preprocessing}",
-            text_table(("noise, N x C x H x W", "largest logit", "largest difference", "relative"), rows),
+            text_table((*columns, *["same class"] * has_pixels), rows),
             printable(f"{exported.path}: {facts}"),
         ]
     )

@@ -1,4 +1,4 @@
-"""Predicts the classes of images, and shows what speaks for them.
+"""Predicts the classes of images, or of their pixels, and shows what speaks for them.
 
 python scripts/predict.py --checkpoint conv2former_t.pth.tar cat.jpg photos 'more/*.png'
 python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output found              # JSON lines, pictures
@@ -7,7 +7,8 @@ python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output fou
 An INPUT is an image, a folder with all images in and below it, a glob pattern, or '-' for an image on standard input.
 Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode,
 value_range and max_image_pixels can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with
-exit code 2.
+exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area; data.short_side,
+evaluation.mode, window, overlap and flip can be changed. See docs/predict.md and docs/segmentation.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from ..data import Skipped
@@ -25,10 +27,11 @@ from ..engine.terminal import bar, say
 from ..text import columns_of, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.prediction.explain import Explainer
+from ..tools.prediction.folder import check_results_folder, writing_folder
 from ..tools.prediction.inputs import find_images, raise_unreadable
-from ..tools.prediction.predict import Predictor, positive
-from ..tools.prediction.results import check_results_folder, writing_results
+from ..tools.prediction.options import ExplainOptions, PredictionOptions
+from ..tools.prediction.predict import positive
+from ..tools.prediction.registry import open_predicting
 
 STAGES = [1, 2, 3, 4]
 
@@ -38,12 +41,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, 'glob', '-', or data.KEY=VALUE")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
     parser.add_argument("--raw", action="store_true", help="take the raw weights although the file has averaged ones")
-    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--topk", type=positive, default=5, metavar="K", help="classes per image that are shown (default: 5)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of text")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="write predictions.jsonl and contact sheets there"
+        "--output", type=Path, metavar="FOLDER", help="write predictions.jsonl, contact sheets and masks there"
     )
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images at a time (default: 32; of a segmentation 1)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group = parser.add_argument_group("with --explain")
     group.add_argument("--explain", action="store_true", help="a picture of two maps for each image; needs --output")
@@ -51,7 +58,9 @@ def parse() -> argparse.Namespace:
     group.add_argument("--stage", type=int, choices=STAGES, action="append", help="of the modulation; can be repeated")
     group.add_argument("--cam-stage", type=int, choices=STAGES, help="of the class activation map")
     args = parser.parse_intermixed_args()
-    args.overrides = [text for text in args.inputs if re.match(r"data\.\w+=", text) and not os.path.exists(text)]
+    args.overrides = [
+        text for text in args.inputs if re.match(r"(data|evaluation)\.\w+=", text) and not os.path.exists(text)
+    ]
     args.inputs = [text for text in args.inputs if text not in args.overrides]
     if not args.inputs:
         parser.error("the following arguments are required: INPUT")
@@ -67,15 +76,17 @@ def main() -> None:
     images = find_images(args.inputs)
     if args.output:
         check_results_folder(args.output)
-    predictor = Predictor(args.checkpoint, args.overrides, args.device, use_ema=not args.raw)
-    explainer = Explainer(predictor, args.class_name, args.cam_stage, args.stage) if args.explain else None
+    explain = ExplainOptions(args.class_name, args.cam_stage, args.stage) if args.explain else None
+    options = PredictionOptions(args.overrides, args.device, not args.raw, args.topk, args.batch_size, explain)
+    predicting = open_predicting(args.checkpoint, options)
     about = sys.stderr if args.json else sys.stdout
     alone = args.output is None  # then there is nothing to do once nobody reads the lines
-    say(*str(predictor).split("\n"), file=about, required=alone)
+    say(*str(predicting).split("\n"), file=about, required=alone)
     total, unreadable = len(images), []
     width = min(40, max(columns_of(printable(image.name)) for image in images))
-    with writing_results(args.output, images, predictor, explainer) if args.output else nullcontext() as results:
-        found = predictor(images, args.topk, args.batch_size, results.preview if results else None)
+    results_in = partial(predicting.results, images=images)
+    with writing_folder(args.output, images, results_in) if args.output else nullcontext() as results:
+        found = predicting.predict(images, results)
         for prediction in bar(found, total, " images", "predicting", file=sys.stderr):
             if isinstance(prediction, Skipped):
                 unreadable.append(prediction)
@@ -91,4 +102,4 @@ def main() -> None:
 
 def run() -> None:
     """Runs the command and exits, errors as one message."""
-    run_cli(main, less_memory="lower --batch-size")
+    run_cli(main, less_memory="lower --batch-size, or of a segmentation data.short_side")

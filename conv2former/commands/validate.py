@@ -6,7 +6,8 @@ python scripts/validate.py --checkpoint conv2former_t.hvision_in1k --data /data/
 python scripts/validate.py --checkpoint a.pt b.safetensors --data photos/val --confusion --worst 20 --output results
 
 A checkpoint of this project brings its data section along; any key of it can be changed, data.val_split=test. The
-network and its preprocessing are read from the file. See docs/evaluate.md.
+network and its preprocessing are read from the file. See docs/evaluate.md; of checkpoints of task: segmentation, whose
+section evaluation can be changed, too, evaluation.mode=slide, docs/segmentation.md.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.evaluation.confirm import check_confirmable, confirm
-from ..tools.evaluation.files import Extras, heading, summary
+from ..tools.evaluation.files import Extras
+from ..tools.evaluation.registry import heading, summary, validate_files
 from ..tools.evaluation.settings import PREPROCESSINGS
 from ..tools.evaluation.task import AMONG
-from ..tools.evaluation.validate import DEFAULT_FOLDER, validate_files
+from ..tools.evaluation.validate import DEFAULT_FOLDER
 
 MAX_WORST = 200  # in one picture
 
@@ -50,7 +52,13 @@ def main() -> None:
     add("--per-class", action="store_true", help="print the worst classes and write a table of all")
     add("--confusion", action="store_true", help="draw the confusions")
     add("--calibration", action="store_true", help="expected calibration error and reliability diagram")
-    add("--worst", type=_count, default=0, metavar="K", help="draw the K mistakes of the highest loss")
+    add(
+        "--worst",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="draw the K mistakes of the highest loss, or the images of the lowest IoU",
+    )
     add(
         "--output",
         type=Path,

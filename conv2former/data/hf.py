@@ -33,7 +33,7 @@ from .split import (
 )
 from .streams import StreamSource
 
-__all__ = ["HfSplits", "find_hf"]
+__all__ = ["HfSplits", "find_hf", "read_cell", "reading"]
 
 MAX_BYTES = 1 << 30  # of an image in an archive, where a small file may claim any size
 
@@ -59,23 +59,37 @@ class _HfReader:
         return self._image(row[self.image_key], where), self.relabel[label]
 
     def _image(self, value: Any, where: str) -> Image.Image:
-        """Reads a value of an image column that is not decoded: bytes, or a dictionary of `bytes` and `path`.
+        """Reads a value of an image column; see `read_cell`."""
+        file, name = read_cell(value, where, self.places)
+        return open_rgb(file, name, self.value_range, self.max_pixels)
 
-        Raises:
-            UnreadableImage: there is none, or it is not readable; named by its row, or by its path if it is a file.
-            DataError: it is a file in a place that is none of the data's.
-        """
-        value = value if isinstance(value, dict) else {"bytes": value}
-        content, path = value.get("bytes"), value.get("path")
-        if content is None and not path:
-            raise UnreadableImage(f"{where}: no image; remove the row", where)
-        if content is not None:
-            return open_rgb(content, where, self.value_range, self.max_pixels)
-        self.places.check(path, where)
-        if "://" not in path:
-            return open_rgb(path, path, self.value_range, self.max_pixels)
-        name = f"{where} ({path})"
-        return open_rgb(_fetched(path, name), name, self.value_range, self.max_pixels)
+
+def read_cell(value: Any, where: str, places: Places) -> tuple[str | bytes, str]:
+    """Returns the file of a value of an image column that is not decoded, and what to call it.
+
+    Args:
+        value: bytes, or a dictionary of `bytes` and `path`.
+        where: what to call its row.
+        places: where files may lie.
+
+    Returns:
+        The path, or the content. It is named by its row, or by its path if it is a file.
+
+    Raises:
+        UnreadableImage: there is none, or it cannot be fetched.
+        DataError: it is a file in a place that is none of the data's.
+    """
+    value = value if isinstance(value, dict) else {"bytes": value}
+    content, path = value.get("bytes"), value.get("path")
+    if content is None and not path:
+        raise UnreadableImage(f"{where}: no image; remove the row", where)
+    if content is not None:
+        return content, where
+    places.check(path, where)
+    if "://" not in path:
+        return path, path
+    name = f"{where} ({path})"
+    return _fetched(path, name), name
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,13 @@ class _HfImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         where = self.name(index)
-        with _reading(where):
+        with reading(where):
             row = self.dataset[index]
         return self.read(row, where)
 
     @property
     def labels(self) -> np.ndarray:
-        with _reading(self.source_name):
+        with reading(self.source_name):
             column = self.dataset[self.read.label_key]
         return np.fromiter((self.read.relabel.get(label, -1) for label in column), np.int64, len(self))
 
@@ -119,7 +133,7 @@ def _fetched(path: str, name: str) -> bytes:
 
 
 @contextmanager
-def _reading(where: str) -> Iterator[None]:
+def reading(where: str) -> Iterator[None]:
     """Turns what `datasets` raises inside for damaged files into a DataError."""
     import datasets
     import pyarrow
@@ -247,7 +261,7 @@ def _open_hf(config: DataConfig, places: Places, dataset: Any, own: str, class_n
 
     name = f"{config.root} ({own})"
     if config.streaming and dataset.features is None:
-        with _reading(name):
+        with reading(name):
             dataset = _private.features_of_stream(dataset)
     _check_columns(dataset.features, config, name)
     if not config.streaming and len(dataset) == 0:
@@ -358,7 +372,7 @@ def _hf_labels(
     kind = getattr(feature, "dtype", type(feature).__name__)
     if not str(kind).startswith(("int", "uint", "string", "large_string", "bool")):
         raise DataError(f"{where}: the column '{key}' (data.label_key) holds {kind}, not classes")
-    with _reading(where):
+    with reading(where):
         labels = list(unique(key))
     if any(is_no_label(label, () if is_named else class_names) for label in labels):
         none = "" if None in labels else " (-1)" if -1 in labels else " (blank, or -1)"

@@ -20,11 +20,14 @@ __all__ = [
     "UNREAD_ENDINGS",
     "UnreadableImage",
     "any_size",
+    "check_shape",
     "naming",
     "open_rgb",
+    "opened_image",
     "pixel_limit",
     "to_rgb",
     "unread_hint",
+    "upright_size",
 ]
 
 IMAGE_ENDINGS = (
@@ -82,6 +85,8 @@ def naming(name: str) -> Iterator[None]:
     """Turns whatever goes wrong inside, while an image is read, into an UnreadableImage that names it."""
     try:
         yield
+    except DataError:  # says by itself what is wrong
+        raise
     except _RefusedImage as e:
         raise UnreadableImage(f"{name}: {e}", name) from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything, from struct.error to MemoryError
@@ -138,6 +143,19 @@ def open_rgb(
     Raises:
         UnreadableImage: the file is missing, no image or damaged, or `to_rgb` refuses it.
     """
+    with opened_image(file, name, max_pixels) as image:
+        return to_rgb(image, value_range)
+
+
+@contextmanager
+def opened_image(
+    file: str | os.PathLike[str] | bytes | IO[bytes], name: str, max_pixels: int | None = None
+) -> Iterator[Image.Image]:
+    """Opens an image to read its pixels inside; the arguments are as for `open_rgb`.
+
+    Raises:
+        UnreadableImage: the file is missing, no image or damaged; whatever goes wrong inside, but for a DataError.
+    """
     with naming(name), pixel_limit(max_pixels), ExitStack() as stack:
         if isinstance(file, bytes):
             file = io.BytesIO(file)
@@ -145,7 +163,25 @@ def open_rgb(
             file = stack.enter_context(_opened(file))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return to_rgb(stack.enter_context(Image.open(file, formats=_formats())), value_range)
+        yield stack.enter_context(Image.open(file, formats=_formats()))
+
+
+def check_shape(image: Image.Image) -> None:
+    """Checks the size of an opened image, of which no pixel need be read; raises a ValueError that `naming` knows."""
+    if 0 in image.size:
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels is too long and thin; cut it in pieces")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns width and height of an opened image as `to_rgb` turns it by its EXIF orientation; reads no pixel."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # an image with damaged metadata is still an image
+        orientation = 1
+    width, height = image.size
+    return (height, width) if orientation in range(5, 9) else (width, height)
 
 
 def _opened(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -182,10 +218,7 @@ def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
     encoding = str([tile[3] for tile in getattr(image, "tile", ())])  # such as RGB;16B
     tags = dict(getattr(image, "tag_v2", {}))
     image.load()
-    if 0 in image.size:
-        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels; remove or replace it")
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise _RefusedImage(f"an image of {image.width} x {image.height} pixels is too long and thin; cut it in pieces")
+    check_shape(image)
     if image.mode.startswith(("I", "F")):
         rgb = _scaled(image, value_range, tags)
     else:

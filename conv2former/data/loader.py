@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ from .workers import Sent, starting_workers, worker_errors
 __all__ = [
     "EpochSampler",
     "Loader",
+    "Share",
+    "TrainLoader",
     "Transformed",
     "batches",
     "eval_loader",
@@ -184,7 +186,7 @@ class _BatchNumbers(Sampler):
             yield sampler.epoch, number
 
 
-class _Share(Sampler):
+class Share(Sampler):
     """One device's places in a data set, in order: every `world_size`-th."""
 
     def __init__(self, num_images: int, rank: int, world_size: int) -> None:
@@ -205,7 +207,7 @@ def start_workers(loader: DataLoader) -> None:
     autograd's threads do. Before training starts they are at rest.
     """
     for sampler in (loader.sampler, loader.batch_sampler):
-        if loader.num_workers and isinstance(sampler, (EpochSampler, _BatchNumbers, _Share)):
+        if loader.num_workers and isinstance(sampler, (EpochSampler, _BatchNumbers, Share)):
             sampler.idle = True
             with starting_workers(loader.num_workers):
                 iter(loader)
@@ -253,14 +255,14 @@ class Loader(DataLoader):
         """Does without torch's warning, which each process would print: the number is the user's, or fits the cores."""
 
 
-class _TrainLoader(Loader):
-    """A loader whose workers make `PixelBatch`es, and which yields `Batch`es."""
+class TrainLoader(Loader):
+    """A loader whose workers make batches of 8-bit pixels, of which this process makes what it yields: `finish`."""
 
-    def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, finish: Callable[[Any], Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._finish = finish
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self._finish, super().__iter__())
 
 
@@ -298,7 +300,7 @@ def train_loader(
             source, transforms, skip, sampler.batch_size, sampler.rank, sampler.world_size, sampler.seed
         )
         workers = stream.useful_workers(workers)
-        return _TrainLoader(
+        return TrainLoader(
             stream,
             batch_size=None,
             sampler=_BatchNumbers(sampler),
@@ -307,7 +309,7 @@ def train_loader(
             collate_fn=Sent(_itself),
             **common,
         )
-    return _TrainLoader(
+    return TrainLoader(
         Transformed(source, transforms, skip, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
@@ -363,7 +365,7 @@ def eval_loader(
         return Loader(images, num_workers=workers, persistent_workers=workers > 0, **common)
     return Loader(
         Transformed(source, [transform], skip),
-        sampler=_Share(len(source), rank, world_size),
+        sampler=Share(len(source), rank, world_size),
         num_workers=workers,
         persistent_workers=workers > 0,  # not forked anew for every evaluation, see `start_workers`
         **common,

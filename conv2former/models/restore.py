@@ -13,7 +13,14 @@ from ..errors import CheckpointError, memory_for
 from ..text import printable
 from ..variants import differences, list_variants, read_variant, variant
 from ..weights.contents import native_state_dict, plain_state_dict
-from ..weights.description import CheckpointInfo, OtherInfo, definition_in, describe_checkpoint, untold_args
+from ..weights.description import (
+    CheckpointInfo,
+    OtherInfo,
+    check_is_classifier,
+    definition_in,
+    describe_checkpoint,
+    untold_args,
+)
 from ..weights.installed import say_if_unverified
 from ..weights.others import is_other, other_network
 from ..weights.reading import read_checkpoint
@@ -21,7 +28,7 @@ from .backbone import Conv2Former
 from .others import load_other
 from .zoo import make_cfg
 
-__all__ = ["load_content", "load_model", "load_weights", "restore"]
+__all__ = ["check_expected", "load_content", "load_model", "load_weights", "restore"]
 
 
 def load_model(path: str | Path, use_ema: bool = True, expect: str | Path | None = None) -> tuple[Any, CheckpointInfo]:
@@ -39,10 +46,13 @@ def load_model(path: str | Path, use_ema: bool = True, expect: str | Path | None
         without a head it has none either, and gives the last stage's features, pooled.
 
     Raises:
-        CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, or another than expected.
+        CheckpointError: the file cannot be read, holds code, is not a whole Conv2Former, another than expected, or of
+            another task than classification.
         ConfigError: there is no variant of the expected name.
     """
-    return restore(read_checkpoint(path), path, use_ema, expect)
+    content = read_checkpoint(path)
+    check_is_classifier(content, path)
+    return restore(content, path, use_ema, expect)
 
 
 def restore(
@@ -51,7 +61,7 @@ def restore(
     """As `load_model`, of what `read_checkpoint` returned; `path` is named in errors."""
     info = describe_checkpoint(content, path, other_network(str(expect)) if is_other(expect) else None)
     if expect is not None:
-        _check_expected(info, path, expect)
+        check_expected(info, path, expect)
     if info.is_part:
         raise CheckpointError(
             f"{path} holds a part of a network; all four stages and the whole head or none are needed"
@@ -85,7 +95,8 @@ def restore(
     return model.eval(), info
 
 
-def _check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) -> None:
+def check_expected(info: CheckpointInfo, path: str | Path, expect: str | Path) -> None:
+    """Raises a CheckpointError if a file's network is not the expected one; see `load_model`."""
     if is_other(expect) or isinstance(info, OtherInfo):
         if str(expect).partition(".")[0] != str(info.name).partition(".")[0]:
             raise CheckpointError(f"{path} is not {expect} but {info.name or 'a Conv2Former'}")

@@ -185,13 +185,16 @@ def _drop_path_rate(config: BaseConfig, network: Variant) -> float:
     return network.train_drop_path_rate if rate is None else rate
 
 
-def build_model(config: BaseConfig, num_classes: int, class_names: Sequence[str] | None = None) -> nn.Module:
+def build_model(
+    config: BaseConfig, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
+) -> nn.Module:
     """Builds the network on the CPU, with the configured starting weights. The same seed gives the same weights.
 
     Args:
         config: the run.
         num_classes: of the data.
         class_names: of the data, in index order; None where they are not known.
+        **options: further arguments of the network's constructor, which change none of its weights.
 
     Raises:
         ConfigError: there is no such network.
@@ -204,9 +207,9 @@ def build_model(config: BaseConfig, num_classes: int, class_names: Sequence[str]
     content = read_start(path) if path else None
     with memory_for(f"the network {network.name} of {num_classes:,} classes", SMALLER):
         if isinstance(network, OtherNetwork):
-            model, info, fresh = others.build(config, network, num_classes, content)
+            model, info, fresh = others.build(config, network, num_classes, content, **options)
         else:
-            model, info, fresh = _build(config, network, num_classes, content)
+            model, info, fresh = _build(config, network, num_classes, content, **options)
         if info:
             _match_classes(model, fresh, info, str(path), class_names)
     return model
@@ -215,7 +218,9 @@ def build_model(config: BaseConfig, num_classes: int, class_names: Sequence[str]
 Built = tuple[nn.Module, CheckpointInfo | None, list[dict[str, Any]]]
 
 
-def _build(config: BaseConfig, network: Variant, num_classes: int, content: dict[str, Any] | None) -> Built:
+def _build(
+    config: BaseConfig, network: Variant, num_classes: int, content: dict[str, Any] | None, **options: Any
+) -> Built:
     """Builds a Conv2Former.
 
     Args:
@@ -223,6 +228,7 @@ def _build(config: BaseConfig, network: Variant, num_classes: int, content: dict
         network: which one.
         num_classes: of the data.
         content: of the file with the starting weights; None for none.
+        **options: see `build_model`.
 
     Returns:
         The network, what its file says about itself, and its fresh classifier.
@@ -235,6 +241,7 @@ def _build(config: BaseConfig, network: Variant, num_classes: int, content: dict
         drop_path_rate=_drop_path_rate(config, network),
         head_init_scale=config.model.head_init_scale,
         fused=config.model.fused,
+        **options,
     )
     assert isinstance(model, Conv2Former)
     fresh = [copy.deepcopy(model.get_classifier().state_dict())]

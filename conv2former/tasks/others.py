@@ -81,7 +81,7 @@ def start_of(config: BaseConfig) -> Start | None:
 
 
 def build(
-    config: BaseConfig, network: OtherNetwork, num_classes: int, content: dict[str, Any] | None
+    config: BaseConfig, network: OtherNetwork, num_classes: int, content: dict[str, Any] | None, **more: Any
 ) -> tuple[nn.Module, CheckpointInfo | None, list[dict[str, Any]]]:
     """Builds a network on the CPU, with its starting weights, and tries it.
 
@@ -90,6 +90,7 @@ def build(
         network: which one.
         num_classes: of the data.
         content: of the file with the starting weights; None for none, or timm's own.
+        **more: further arguments of the constructor.
 
     Returns:
         The network, what its file says about itself, and its fresh classifiers.
@@ -99,7 +100,7 @@ def build(
         CheckpointError: the weights cannot be had, or are of another network.
     """
     model_config, path = config.model, config.model.checkpoint
-    options: dict[str, Any] = {"drop_rate": model_config.drop_rate} if model_config.drop_rate else {}
+    options: dict[str, Any] = {"drop_rate": model_config.drop_rate, **more} if model_config.drop_rate else dict(more)
     if model_config.drop_path_rate is not None:
         options["drop_path_rate"] = model_config.drop_path_rate
     model: Any = build_other(network, num_classes, model_config.pretrained, **options)

@@ -144,13 +144,14 @@ def confused_pairs(counts: torch.Tensor, limit: int | None = None) -> list[tuple
     return sorted(pairs, key=lambda pair: (-pair[2], int(sizes[pair[0]]), pair[:2]))[:limit]
 
 
-def many_confusions_figure(counts: torch.Tensor, class_names: list[str], title: str) -> Figure:
+def many_confusions_figure(counts: torch.Tensor, class_names: list[str], title: str, unit: str = "images") -> Figure:
     """Draws the confusions of more classes than a table with numbers can show: a map, and the most frequent ones.
 
     Args:
         counts: (classes, classes), a row per true class.
         class_names: in index order.
         title: above it.
+        unit: what is counted.
     """
     figure = Figure(figsize=(16, 8.5), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
@@ -188,7 +189,7 @@ def many_confusions_figure(counts: torch.Tensor, class_names: list[str], title: 
     right.set_ylim(29.6, -0.6)
     right.margins(x=0.15)
     right.xaxis.get_major_locator().set_params(integer=True)
-    right.set(xlabel="images", title="Most frequent: true → predicted")
+    right.set(xlabel=unit, title="Most frequent: true → predicted")
     right.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config import BaseConfig
 from ..config.registry import add_config_class
 from ..errors import CheckpointError, shorten
+from ..models import CheckpointInfo
+from ..weights.description import task_noted
+from ..weights.reading import read_checkpoint
 from .classification.task import Classification
+from .segmentation.task import Segmentation
 from .task import Task
 
-__all__ = ["find_task", "is_result", "register_task", "task_in", "task_named"]
+__all__ = ["find_task", "is_result", "load_network", "register_task", "task_in", "task_named", "task_of"]
 
 _tasks: dict[str, Task] = {}
 
@@ -50,4 +55,31 @@ def task_in(content: Mapping[str, Any]) -> Task:
     return _tasks[name]
 
 
+def task_of(content: Mapping[str, Any], path: object) -> Task:
+    """Returns the task of any weight file; that of one which notes none, such as the authors', is classification.
+
+    Args:
+        content: of the file.
+        path: of it, named in errors.
+
+    Raises:
+        CheckpointError: this version does not know the task.
+    """
+    if task_noted(content) == Classification.name:
+        return _tasks[Classification.name]
+    try:
+        return task_in(content)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path} {e}") from None
+
+
+def load_network(
+    path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+) -> tuple[Any, CheckpointInfo]:
+    """Builds the network that a weight file holds, whatever its task, in evaluation mode; see `models.load_model`."""
+    content = read_checkpoint(path)
+    return task_of(content, path).restore(content, path, use_ema, expect)
+
+
 register_task(Classification())
+register_task(Segmentation())

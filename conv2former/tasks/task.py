@@ -14,6 +14,7 @@ A task is told what it needs, holds nothing of a run, and is the same in every p
     report.py      batch_figure before the first step, result_figures and report at the end; of the report
                    commands/train.py prints summarise and last_text
     dryrun.py      known_classes, synthetic_batch
+    tools          restore; what else they do with a checkpoint of the task is in tools/*/registry.py
     early_stop.py, state.py, saved.py, logging.py    metrics, headline, details and check_details: see `Task`
 
 A batch has `images`, of which `len` is their number, and `skipped`; all else in it is between a task's collate, its
@@ -62,6 +63,8 @@ from torch.utils.data import DataLoader
 from ..config.base import BaseConfig
 from ..config.resolve import Plan
 from ..data import EpochSampler, Skipped
+from ..models import CheckpointInfo
+from ..models.restore import restore
 from . import network
 
 if TYPE_CHECKING:
@@ -219,9 +222,11 @@ class Task(Protocol):
 
     def check(self, config: Any) -> None:
         """Checks what needs more than the schema and no data, such as names of augmentations; raises ConfigErrors."""
+        return None
 
     def check_output(self, config: Any, output: Path) -> None:
         """Checks that the run folder does not lie where it would become data; raises an OutputError."""
+        return None
 
     @abstractmethod
     def open_data(self, config: Any) -> tuple[Any, Any]:
@@ -236,6 +241,7 @@ class Task(Protocol):
 
     def write_split(self, config: Any, train: Any, val: Any, output: Path) -> None:
         """Writes into the run folder which images are used for what, where that is not in the data."""
+        return None
 
     def notes(self, config: Any, train: Any, val: Any, output: Path) -> list[str]:
         """Returns lines about the data that a run begins with."""
@@ -290,6 +296,12 @@ class Task(Protocol):
         """Returns what to train the network through so that torch.compile computes it."""
         return network.compile_network(model)
 
+    def restore(
+        self, content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
+    ) -> tuple[Any, CheckpointInfo]:
+        """Builds the network that a checkpoint of the task holds, in evaluation mode; see `models.load_model`."""
+        return restore(content, path, use_ema, expect)
+
     def statistics(self, config: Any, train: Any) -> Any:
         """Returns what the objective needs to know of the training split, such as how many images a class has."""
         return None
@@ -314,6 +326,7 @@ class Task(Protocol):
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:
         """Checks that what a checkpoint keeps of its best evaluation fits the data; raises ValueErrors."""
+        return None
 
     def hidden_metrics(self, num_classes: int) -> tuple[str, ...]:
         """Returns the keys of metrics that say nothing for so few classes and are not shown."""

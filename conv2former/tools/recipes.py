@@ -16,7 +16,7 @@ from ..tasks.registry import find_task
 
 __all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table", "run_name"]
 
-PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % top-1 at \d+)\b", re.MULTILINE)
+PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % (?:top-1|mIoU) at \d+)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)

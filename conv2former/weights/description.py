@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, shorten
 from ..text import printable
 from ..variants import FUSION_NAMES, STEM_STRIDES, differences, is_builtin
@@ -24,11 +26,13 @@ from .reading import read_checkpoint
 __all__ = [
     "CheckpointInfo",
     "OtherInfo",
+    "check_is_classifier",
     "definition_in",
     "describe_checkpoint",
     "inspect_checkpoint",
     "noted_kind",
     "state_dict_of",
+    "task_noted",
     "untold_args",
     "weights_text",
 ]
@@ -36,6 +40,7 @@ __all__ = [
 HEAD_HIDDEN_SIZE = 1280  # of every published network; assumed where a file has no head
 MOST_MISSING = 10  # times as many weights as a file has, in the network that its names tell of
 NOT_NOTED = "not noted"
+CLASSIFICATION = "classification"  # the task of files that note none
 # the arguments of a network that its tensors do not tell, as most networks have them
 UNTOLD_ARGS = {"fusion": "product", "stem_stride": 4}
 _KINDS = {"averaged": "average", "average": "average", "raw": "raw"}  # in converted files, and their canonical names
@@ -183,7 +188,16 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def state_dict_of(content: Mapping[str, Any], use_ema: bool = True, path: object = None) -> dict[str, Any]:
-    """Returns the tensors of whichever network a file notes; see `native_state_dict`."""
+    """Returns the tensors of whichever network a file notes; see `native_state_dict`.
+
+    Of another task than classification they are all tensors, named as they are.
+    """
+    if task_noted(content) != CLASSIFICATION:
+        average = content.get("model_ema") if use_ema else None
+        found = average or content.get("model")
+        if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise CheckpointError("it holds no state dict of tensors")
+        return dict(found)
     other = _other_in(content, take_network(content, use_ema).state_dict)
     return (plain_state_dict if other else native_state_dict)(content, use_ema, path)
 
@@ -351,6 +365,23 @@ def _birder_images(content: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(TypeError, LookupError):
         noted["input_size"] = signature["inputs"][0]["data_shape"][1:]  # type: ignore[index]
     return noted
+
+
+def task_noted(content: Mapping[str, Any]) -> str:
+    """Returns for which task a network was trained, as this project's files note it; of all others classification."""
+    config = content.get("config")
+    noted = config.get("task") if isinstance(config, Mapping) and isinstance(content.get("variant"), Mapping) else None
+    return noted if isinstance(noted, str) else CLASSIFICATION
+
+
+def check_is_classifier(content: Mapping[str, Any], path: object) -> None:
+    """Raises a CheckpointError if a file's network was trained for something else than classification."""
+    task = task_noted(content)
+    if task != CLASSIFICATION:
+        raise CheckpointError(
+            f"{path} is of the task {task[:50]!r}, and a classifier is needed here; validate, predict, average and "
+            "export without --int8 take it, and in Python conv2former.load_model"
+        )
 
 
 def definition_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -487,7 +487,7 @@ def test_too_many_classes_for_confusions(photos, tmp_path):
 def test_nothing_is_evaluated_if_something_is_wrong(lettered, photos, tmp_path, monkeypatch):
     (tmp_path / "broken.pt").write_bytes(lettered.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    monkeypatch.setattr("conv2former.tools.evaluation.validate.evaluate", lambda *a: pytest.fail("it was evaluated"))
+    monkeypatch.setattr("conv2former.tools.evaluation.run.evaluate", lambda *a: pytest.fail("it was evaluated"))
     for name in ("broken.pt", "text.pt", "missing.pt"):
         with pytest.raises(CheckpointError, match=name):
             validate_files([lettered, tmp_path / name], None, SMALL, data=photos, output=tmp_path / "out")
@@ -520,7 +520,7 @@ def test_the_script_begins_with_what_it_evaluates(lettered, photos, monkeypatch,
     heads = []
     name = inspect_checkpoint(lettered).name or "unnamed variant"  # another test may have registered its shape
     monkeypatch.setattr(
-        "conv2former.tools.evaluation.validate.evaluate",
+        "conv2former.tools.evaluation.run.evaluate",
         lambda *args, **kwargs: heads.append(capsys.readouterr().out) or evaluate(*args, **kwargs),
     )
     script(monkeypatch, "--checkpoint", lettered, *SMALL, "--data", photos / "val")

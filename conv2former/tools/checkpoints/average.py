@@ -17,10 +17,11 @@ from ...config import apply_overrides
 from ...errors import CheckpointError, ConfigError, OutputError, shorten
 from ...models import CheckpointInfo, inspect_checkpoint
 from ...printing import print_lines
+from ...tasks.registry import task_of
 from ...weights.description import definition_in, describe_checkpoint, state_dict_of
 from ...weights.installed import file_sha256
 from ...weights.reading import read_checkpoint, weight_file
-from ..evaluation.validate import validate
+from ..evaluation.registry import validate_files
 from ..output import check_writable, replacing
 
 __all__ = ["average", "greedy"]
@@ -126,7 +127,7 @@ def greedy(
         overrides: of the evaluation, `data.root=...`; the rest is as the files note it.
 
     Returns:
-        Its top-1 accuracy, percent.
+        Its accuracy by the measure of the task, such as top-1 or mIoU, percent.
 
     Raises:
         UserError: as for `average`, or the data is wrong.
@@ -134,19 +135,21 @@ def greedy(
     first = _check(checkpoints, output, use_ema, say)
     _check_same_images(checkpoints, overrides)
 
+    task = task_of(read_checkpoint(checkpoints[0]), checkpoints[0])
+    label = task.metrics[task.headline].label
+
     def accuracy(path: str | Path, ema: bool) -> float:
-        result = validate(path, None, overrides, ema)
-        return float(result["top1"])
+        return float(validate_files([path], None, overrides, ema)[0][task.headline])
 
     scores = []
     for path in checkpoints:
         scores.append(accuracy(path, use_ema))
-        say(f"{path}: top-1 {scores[-1]:.2f} %")
+        say(f"{path}: {label} {scores[-1]:.2f} %")
     order = sorted(range(len(checkpoints)), key=lambda i: -scores[i])  # of equal ones the first that was given
     best = scores[order[0]]
     like, source = _read(checkpoints[order[0]], use_ema)
     soup = _Soup().with_file(like, source)
-    say(f"start with {checkpoints[order[0]]}: top-1 {best:.2f} %")
+    say(f"start with {checkpoints[order[0]]}: {label} {best:.2f} %")
     with replacing(output) as temporary:
         for i in order[1:]:
             state_dict, source = _read(checkpoints[i], use_ema)
@@ -154,11 +157,11 @@ def greedy(
             _save(temporary, candidate.mean(like), first, candidate.sources, None)
             score = accuracy(temporary, False)
             kept = score >= best
-            say(f"{'added' if kept else 'left out'} {checkpoints[i]}: top-1 {score:.2f} %")
+            say(f"{'added' if kept else 'left out'} {checkpoints[i]}: {label} {score:.2f} %")
             if kept:
                 soup, best = candidate, score
         _save(temporary, soup.mean(like), first, soup.sources, best)
-    say(f"{output}: the mean of {len(soup.sources)} of {len(checkpoints)} files, top-1 {best:.2f} %")
+    say(f"{output}: the mean of {len(soup.sources)} of {len(checkpoints)} files, {label} {best:.2f} %")
     return best
 
 

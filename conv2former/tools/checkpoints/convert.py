@@ -24,7 +24,14 @@ from ...models.restore import restore
 from ...models.zoo import make_cfg
 from ...text import printable
 from ...variants import PretrainedTag, differences, names_of_same_file, parse_variant, read_builtin_variants
-from ...weights.description import OtherInfo, definition_in, describe_checkpoint, noted_kind, weights_text
+from ...weights.description import (
+    OtherInfo,
+    check_is_classifier,
+    definition_in,
+    describe_checkpoint,
+    noted_kind,
+    weights_text,
+)
 from ...weights.hub_config import SECTION
 from ...weights.installed import NAME, file_sha256, published_tag
 from ...weights.preprocessing import candidates
@@ -99,6 +106,7 @@ def convert(
         DataError: the class names are more or fewer than the classes.
     """
     content = read_checkpoint(checkpoint)
+    check_is_classifier(content, checkpoint)
     info = describe_checkpoint(content, checkpoint)
     if use_ema and info.weights() != "average":
         raise CheckpointError(f"{checkpoint} has no averaged weights; leave --ema out")

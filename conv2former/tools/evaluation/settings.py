@@ -24,6 +24,7 @@ from ...weights.preprocessing import Preprocessing, candidates
 from .files import Extras
 
 __all__ = [
+    "OF_TRAIN",
     "PREPROCESSINGS",
     "EvaluationOptions",
     "class_names_for",
@@ -36,7 +37,7 @@ PREPROCESSINGS = ("checkpoint", "imagenet", "inception", "both")
 
 # of a checkpoint's own data section, what holds for other data too
 _OF_ANY_DATA = {*FIELDS, "on_error", "max_skipped", "value_range", "max_image_pixels", "workers"}
-_OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "cuda_graph", "timeout_minutes"}
+OF_TRAIN = {"batch_size", "eval_batch_size", "precision", "channels_last", "cuda_graph", "timeout_minutes"}
 # of an evaluation's configuration nothing else is used, so that nothing else can be in conflict
 _NEUTRAL = ("augment.mixup=0", "augment.cutmix=0", "augment.first_img_size=null")
 
@@ -60,11 +61,11 @@ def settings_for(info: CheckpointInfo, path: Path, options: EvaluationOptions) -
     useless = sorted(apply_overrides({}, options.overrides).keys() - {"data", "train"})
     given = given_on_command_line(options.overrides, "data")
     train = given_on_command_line(options.overrides, "train")
-    useless += [f"train.{key}" for key in sorted(train.keys() - _OF_TRAIN) if key in TrainConfig.model_fields]
+    useless += [f"train.{key}" for key in sorted(train.keys() - OF_TRAIN) if key in TrainConfig.model_fields]
     if useless:
         raise ConfigError(
             f"{', '.join(useless)}: no effect on an evaluation, which takes the data section and, of train, "
-            f"{', '.join(sorted(_OF_TRAIN))}"
+            f"{', '.join(sorted(OF_TRAIN))}"
         )
     root = [] if options.data is None else [f"data.root={json.dumps(str(options.data))}"]
     words = [*_NEUTRAL, *root, *options.overrides]
@@ -96,7 +97,7 @@ def _own(info: CheckpointInfo, path: Path, options: EvaluationOptions, given: Ma
         data = {key: value for key, value in data.items() if key in _OF_ANY_DATA}
     elif not data.get("root") and "root" not in given:
         raise ConfigError(f"{path} does not say where images are: give --data FOLDER, or data.root=...")
-    return {"data": data, "train": {key: value for key, value in train.items() if key in _OF_TRAIN}}
+    return {"data": data, "train": {key: value for key, value in train.items() if key in OF_TRAIN}}
 
 
 def _located(data: DataConfig) -> DataConfig:

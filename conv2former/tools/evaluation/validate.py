@@ -1,12 +1,11 @@
-"""Evaluates weight files on a validation split."""
+"""Evaluates classifiers' weight files on a validation split."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,19 @@ import torch
 from ...data import DataSource, batches, eval_loader
 from ...data.tables import TABLE_ENDINGS
 from ...engine.build import autocast_for
-from ...engine.distributed import World, join_world
-from ...engine.evaluate import evaluate, shown
-from ...engine.skipped import SkippedImages
-from ...errors import ConfigError, DataError, before_processes_meet
+from ...engine.distributed import World
+from ...errors import ConfigError
 from ...models import load_model
 from ...tasks.classification.class_metrics import ClassMetrics
 from ...tasks.classification.evaluation import Evaluation, Score, Views, has_top5, standard_error
 from ...tasks.classification.tallies import Calibration, RealLabels, Tally, Worst
 from ...weights.preprocessing import Preprocessing
-from .files import NOT_FINITE, Extras, check_folder, folders_of, write_extras, write_results
+from .files import NOT_FINITE, Extras, write_extras
+from .run import Announce, measure, run_evaluations
 from .settings import EvaluationOptions, given_on_command_line
 from .task import MAX_COUNTED_CLASSES, Task, prepare_tasks, present_classes
 
-__all__ = ["DEFAULT_FOLDER", "validate", "validate_files"]
+__all__ = ["DEFAULT_FOLDER", "ClassEvaluation", "validate", "validate_files"]
 
 DEFAULT_FOLDER = Path("runs/evaluation")
 
@@ -50,7 +48,7 @@ def validate_files(
     among: str | None = None,
     extras: Extras | None = None,
     output: str | Path | None = None,
-    announce: Callable[[list[dict[str, Any]]], None] | None = None,
+    announce: Announce | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates weight files; under torchrun every process calls it. All are checked before the first is evaluated.
 
@@ -82,93 +80,74 @@ def validate_files(
         UserError: a file, the configuration, the data or the folder is wrong, or they do not go together.
     """
     extras = extras or Extras()
-    world = World.from_environment()
-    with before_processes_meet():
+
+    def prepare() -> list[ClassEvaluation]:
+        words, root = tuple(overrides), data
         if not checkpoints:
             raise ConfigError("no checkpoint is given")
-        if data is not None and Path(data).suffix.lower() in TABLE_ENDINGS and Path(data).is_file():
-            table = Path(data)  # its paths are relative to its own folder, or to data.root
+        if root is not None and Path(root).suffix.lower() in TABLE_ENDINGS and Path(root).is_file():
+            table = Path(root)  # its paths are relative to its own folder, or to data.root
             above = f"data.root={json.dumps(str(table.parent))}"
-            overrides = [above, *overrides, "data.source=csv", f"data.csv={json.dumps(str(table))}"]
-            data = None
-        if data is not None and "root" in given_on_command_line(overrides, "data"):
+            words = (above, *words, "data.source=csv", f"data.csv={json.dumps(str(table))}")
+            root = None
+        if root is not None and "root" in given_on_command_line(words, "data"):
             raise ConfigError("--data and data.root are two ways to say the same; give one")
-        options = EvaluationOptions(config, tuple(overrides), use_ema, model, data, preprocessing, among, extras)
-        tasks = prepare_tasks(checkpoints, options)
+        options = EvaluationOptions(config, words, use_ema, model, root, preprocessing, among, extras)
+        return [ClassEvaluation(task, options) for task in prepare_tasks(checkpoints, options)]
+
     folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
-    rows: list[dict[str, Any]] = []
-    with join_world(world, tasks[0].settings.train.timeout_minutes) as world:
-        _check_agreement(tasks, world)
-        if folder:
-            world.on_main(partial(check_folder, folder))
-        if announce and world.is_main:
-            announce([_known(task, name, view, world, options) for task in tasks for name, view in task.views.items()])
-        folders = folders_of(folder, [(task.path, name) for task in tasks for name in task.views])
-        for task in tasks:
-            results, shared = _evaluate(task, world, options)
-            first = len(rows)
-            for (name, view), result in zip(task.views.items(), results, strict=True):
-                rows.append(_row(_known(task, name, view, world, options), result, task.class_names) | shared)
-            if folder:
-                write = partial(_write, task, results, rows, first, folders, folder, extras)
-                world.on_main(write)  # after every file, so that nothing is lost if a later one fails
-            task.model = None
-    return rows
+    return run_evaluations(prepare, folder, announce)
 
 
-def _check_agreement(tasks: Sequence[Task], world: World) -> None:
-    """Checks that all processes have found the same images and classes on their machines.
+@dataclass(frozen=True)
+class ClassEvaluation:
+    """The evaluation of a classifier; see `run.Prepared`."""
 
-    Raises:
-        ConfigError: they have not.
-    """
-    found = world.gather([(len(task.source), task.class_names, task.info.num_parameters) for task in tasks])
-    for rank, theirs in enumerate(found):
-        if theirs != found[0]:
-            raise ConfigError(f"rank {rank} has found other checkpoints, images or classes than rank 0")
+    task: Task
+    options: EvaluationOptions
 
+    @property
+    def path(self) -> Path:
+        return self.task.path
 
-def _evaluate(task: Task, world: World, options: EvaluationOptions) -> tuple[list[Evaluation], dict[str, Any]]:
-    """Evaluates one checkpoint.
+    @property
+    def views(self) -> list[str]:
+        return list(self.task.views)
 
-    Returns:
-        The result of each view, and what the rows of all of them have in common.
-    """
-    model = task.model or load_model(task.path, options.use_ema, options.model)[0]
-    train = task.settings.train
-    autocast = autocast_for(train.precision, world.device)[1]
-    loader = eval_loader(
-        task.source,
-        task.data.model_copy(update=vars(next(iter(task.views.values())))),
-        train.eval_batch_size or train.batch_size,
-        world.rank,
-        world.size,
-        world.device.type == "cuda",
-        views=list(task.views.values()) if len(task.views) > 1 else (),
-    )
-    scores = [_score(task, options.extras, world.device) for _ in task.views]
-    start = time.perf_counter()
-    loaded = shown(batches(loader), len(task.source), task.path.name, world.size)  # of a stream 0
-    model.to(world.device)
-    uses_graph = train.cuda_graph != "off"
-    views = Views(scores, world.device, train.channels_last)
-    results = evaluate(model, loaded, world, autocast, views, cuda_graph=uses_graph)
-    seconds = max(world.gather(time.perf_counter() - start))
-    assert results is not None
-    n = int(results[0].metrics["n"])
-    skipped = SkippedImages(task.data, world, [""])
-    skipped.note("", results[0].skipped)
-    reasons = skipped.exchange()
-    skipped.check("", n + len(skipped))
-    if not n:
-        error = DataError(f"{task.source.name}: {'not one image could be read' if reasons else 'there are no images'}")
-        error.scope = "run"
-        raise error
-    return results, {
-        "seconds": round(seconds, 3),
-        "images_per_second": round(n / max(seconds, 1e-9), 1),
-        "skipped": reasons,
-    }
+    @property
+    def timeout_minutes(self) -> float:
+        return self.task.settings.train.timeout_minutes
+
+    @property
+    def signature(self) -> Any:
+        return len(self.task.source), self.task.class_names, self.task.info.num_parameters
+
+    def known(self, world: World) -> list[dict[str, Any]]:
+        return [_known(self.task, name, view, world, self.options) for name, view in self.task.views.items()]
+
+    def evaluate(self, world: World) -> tuple[list[Evaluation], dict[str, Any]]:
+        task, options = self.task, self.options
+        model = task.model or load_model(task.path, options.use_ema, options.model)[0]
+        task.model = None
+        train = task.settings.train
+        loader = eval_loader(
+            task.source,
+            task.data.model_copy(update=vars(next(iter(task.views.values())))),
+            train.eval_batch_size or train.batch_size,
+            world.rank,
+            world.size,
+            world.device.type == "cuda",
+            views=list(task.views.values()) if len(task.views) > 1 else (),
+        )
+        scores = [_score(task, options.extras, world.device) for _ in task.views]
+        views = Views(scores, world.device, train.channels_last)
+        return measure(model, batches(loader), views, task.source, task.path, task.data, train, world)
+
+    def row(self, known: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+        return _row(known, result, self.task.class_names)
+
+    def write(self, folder: Path, row: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+        return write_extras(folder, row, result, self.task.source, self.task.class_names, self.options.extras)
 
 
 def _score(task: Task, extras: Extras, device: torch.device) -> Score:
@@ -213,18 +192,3 @@ def _row(known: dict[str, Any], result: Evaluation, class_names: Sequence[str]) 
         n, top1, top5 = result.tallies["real"].tolist()
         row |= {"real_top1": 100 * top1 / max(n, 1), "real_top5": 100 * top5 / max(n, 1), "real_n": n}
     return row if has_top5(row["classes"]) else row | {key: None for key in row if key.endswith("top5")}
-
-
-def _write(
-    task: Task,
-    results: Sequence[Evaluation],
-    rows: list[dict[str, Any]],
-    first: int,
-    folders: Sequence[Path],
-    folder: Path,
-    extras: Extras,
-) -> None:
-    """Writes the files of one checkpoint's rows, which begin at `first`, and the results so far."""
-    for row, result, place in zip(rows[first:], results, folders[first:], strict=False):
-        row |= write_extras(place, row, result, task.source, task.class_names, extras)
-    write_results(folder, rows)

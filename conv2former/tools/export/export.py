@@ -6,20 +6,18 @@ the weights are from. docs/export.md lists them.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 import json
 import logging
 import math
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,69 +25,46 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from ... import __version__
-from ...config import apply_overrides
 from ...data.classes import class_names_of, display_names
-from ...errors import CheckpointError, ConfigError, OutputError, UserError, closest, counted, first_line
-from ...models import CheckpointInfo, Conv2Former, Preprocessing, load_model
+from ...errors import CheckpointError, ConfigError, OutputError, UserError, counted, first_line
+from ...models import CheckpointInfo, Conv2Former, Preprocessing
 from ...models.others import check_size
+from ...models.restore import restore
 from ...printing import print_lines
 from ...text import printable
 from ...weights.description import OtherInfo
 from ...weights.installed import file_sha256
 from ...weights.preprocessing import candidates
-from ...weights.reading import weight_file
-from ..output import check_writable, replacing
+from ...weights.reading import read_checkpoint, weight_file
+from ..output import replacing
 from ..prediction.predict import read_settings
+from .options import DEFAULT_OPSET, MIN_SIZE, Options, check, format_of
 
-__all__ = ["DEFAULT_OPSET", "DEFAULT_TOLERANCE", "FORMATS", "Case", "Exported", "Options", "export", "read_metadata"]
+__all__ = [
+    "Case",
+    "ClassSubject",
+    "Exported",
+    "Options",
+    "Subject",
+    "any_shape",
+    "compare",
+    "describe",
+    "export",
+    "open_classifier",
+    "open_onnx",
+    "quiet",
+    "read_metadata",
+    "without_paths",
+    "write_checked",
+]
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
-PREPROCESSINGS = ("checkpoint", "imagenet", "inception")
-DEFAULT_OPSET = 20  # the first with GELU as one node
-DEFAULT_TOLERANCE = 1e-4  # full-size networks differ by less than a tenth of it: docs/export.md
-MIN_SIZE, MAX_SIZE = 32, 4096  # pixels; below, the last stage would be left without any
 MAX_ONNX_BYTES = 1_500_000_000  # a file of Protocol Buffers ends at 2 GiB, and the exporter a little earlier
 METADATA = (
     "preprocessing", "class_names", "display_names", "variant", "weights", "source", "source_sha256",
-    "conv2former_version", "quantization",
+    "conv2former_version", "quantization", "task", "palette",
 )  # fmt: skip
 
-Run = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) images to (N, classes) logits
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    Attributes:
-        format: one of `FORMATS`; None for that of the output's ending.
-        dynamic: any batch size, and of a Conv2Former any height and width from 32 pixels on; otherwise `batch_size` and
-            the input size.
-        img_size: of the input, pixels: one number for a square, or height and width; None for the checkpoint's.
-        batch_size: of a file that is not dynamic.
-        opset: of ONNX.
-        tolerance: the largest difference of a logit that is accepted, as a share of the largest logit.
-        preprocessing: 'checkpoint', as the file notes it; 'imagenet' or 'inception', the two that the authors' files
-            may have been evaluated with.
-        overrides: changes to it, `data.crop_pct=1`.
-        use_ema: take the averaged weights where the file has them.
-    """
-
-    format: str | None = None
-    dynamic: bool = True
-    img_size: int | tuple[int, int] | None = None
-    batch_size: int = 1
-    opset: int = DEFAULT_OPSET
-    tolerance: float = DEFAULT_TOLERANCE
-    preprocessing: str = "checkpoint"
-    overrides: tuple[str, ...] = ()
-    use_ema: bool = True
-
-    @property
-    def size_override(self) -> list[str]:
-        """`img_size` as an override, if it is set."""
-        size = self.img_size
-        return [] if size is None else [f"data.img_size={size if isinstance(size, int) else list(size)}"]
+Run = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) images to (N, classes) logits, or (N, classes, H, W)
 
 
 @dataclass(frozen=True)
@@ -100,11 +75,13 @@ class Case:
         shape: of the input, (N, C, H, W).
         scale: the largest logit of the network, as an absolute value.
         difference: the largest of a logit.
+        agreement: of a segmentation, the share of the pixels that have the same class; None of other networks.
     """
 
     shape: tuple[int, ...]
     scale: float
     difference: float
+    agreement: float | None = None
 
     @property
     def relative(self) -> float:
@@ -120,7 +97,7 @@ class Exported:
         path: of the file.
         format: one of `FORMATS`.
         info: what the weight file is.
-        preprocessing: of images, as noted in the file.
+        preprocessing: of images, as noted in the file; as text, for people.
         metadata: the texts in the file.
         cases: the comparisons.
         size: bytes.
@@ -130,15 +107,98 @@ class Exported:
     path: Path
     format: str
     info: CheckpointInfo
-    preprocessing: Preprocessing
+    preprocessing: Any
     metadata: dict[str, str]
     cases: list[Case]
     size: int
     facts: list[str] = field(default_factory=list)
 
 
+class Subject(Protocol):
+    """A network to export, with what goes with it.
+
+    Attributes:
+        model: in evaluation mode.
+        info: what its file says about itself.
+        preprocessing: to be noted; as text, for people.
+        metadata: the texts for the file.
+        output: the name of what it gives, in ONNX.
+        open_sizes: names of the input's dimensions that a dynamic file leaves open.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def info(self) -> CheckpointInfo: ...
+
+    @property
+    def preprocessing(self) -> Any: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+    @property
+    def output(self) -> str: ...
+
+    @property
+    def open_sizes(self) -> dict[int, str]: ...
+
+    def trace(self, shape: tuple[int, ...] | None) -> torch.export.ExportedProgram:
+        """Returns the network's graph, for one input shape; None for all that `open_sizes` allows."""
+
+    def shapes(self, options: Options) -> list[tuple[int, ...]]:
+        """Returns the input shapes that a file is tried with."""
+
+
+@dataclass(frozen=True)
+class ClassSubject:
+    """A classifier; see `Subject`."""
+
+    model: nn.Module
+    info: CheckpointInfo
+    preprocessing: Preprocessing
+    metadata: dict[str, str]
+
+    @property
+    def output(self) -> str:
+        return "logits" if self.info.num_classes else "features"
+
+    @property
+    def open_sizes(self) -> dict[int, str]:
+        return {0: "batch", 2: "height", 3: "width"} if isinstance(self.model, Conv2Former) else {0: "batch"}
+
+    def trace(self, shape: tuple[int, ...] | None) -> torch.export.ExportedProgram:
+        return _trace(self.model, self.info.in_chans, self.preprocessing.size, shape)
+
+    def shapes(self, options: Options) -> list[tuple[int, ...]]:
+        return shapes_of(self.info, self.preprocessing, options)
+
+
+def open_classifier(checkpoint: str | Path, content: Mapping[str, Any], kind: str, options: Options) -> ClassSubject:
+    """Returns what is exported of a classifier's file.
+
+    Args:
+        checkpoint: whatever `load_model` takes.
+        content: of it.
+        kind: one of `FORMATS`.
+        options: how.
+
+    Raises:
+        UserError: it cannot be loaded, or does not go with the options.
+    """
+    model, info = restore(content, checkpoint, options.use_ema)
+    preprocessing = chosen_preprocessing(info, options)
+    check_size(model, checkpoint, preprocessing.size, info.in_chans)
+    return ClassSubject(model, info, preprocessing, describe(checkpoint, info, preprocessing, options))
+
+
 def export(
-    checkpoint: str | Path, output: str | Path, options: Options | None = None, say: Callable[[str], None] = print_lines
+    checkpoint: str | Path,
+    output: str | Path,
+    options: Options | None = None,
+    say: Callable[[str], None] = print_lines,
+    open_subject: Callable[[str | Path, Mapping[str, Any], str, Options], Subject] = open_classifier,
 ) -> Exported:
     """Writes a network for another runtime, and compares the file with the network before it is put in its place.
 
@@ -147,6 +207,7 @@ def export(
         output: the file; its ending is the format, unless `options` say it.
         options: how.
         say: told what is being done, where it takes long.
+        open_subject: returns what is exported of a weight file, of its path, its content, the format and the options.
 
     Raises:
         UserError: the options, the checkpoint or the output are wrong, a package is missing, or the file's answers
@@ -155,75 +216,12 @@ def export(
     options, output = options or Options(), Path(output)
     kind = check(checkpoint, output, options)
     say(f"reading {checkpoint}")
-    model, info = load_model(checkpoint, options.use_ema)
-    preprocessing = chosen_preprocessing(info, options)
-    check_size(model, checkpoint, preprocessing.size, info.in_chans)
-    metadata = describe(checkpoint, info, preprocessing, options)
+    subject = open_subject(checkpoint, read_checkpoint(checkpoint), kind, options)
     with replacing(output) as temporary:
-        written = write_checked(model, info, preprocessing, metadata, kind, temporary, options, say)
+        written = write_checked(subject, kind, temporary, options, say)
         size = temporary.stat().st_size
     cases, facts = written
-    return Exported(output, kind, info, preprocessing, metadata, cases, size, facts)
-
-
-# ------------------------------------------------------------------------------- all that can be a mistake, found first
-
-
-def check(checkpoint: str | Path, output: Path, options: Options) -> str:
-    """Checks what can be checked before the weight file is read, and returns the format.
-
-    Raises:
-        UserError: something is wrong.
-    """
-    kind = _format_of(output, options.format)
-    size = options.img_size
-    sides = () if size is None else (size,) if isinstance(size, int) else size
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in sides):
-        raise ConfigError(f"--img-size {' '.join(map(str, sides))}: expected {MIN_SIZE} to {MAX_SIZE} pixels")
-    if sides and "img_size" in apply_overrides({}, options.overrides).get("data", {}):
-        raise ConfigError("--img-size and data.img_size are two ways to say the same; give one")
-    if options.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(f"preprocessing '{options.preprocessing}': expected {', '.join(PREPROCESSINGS)}")
-    if not 0 < options.tolerance < math.inf:
-        raise ConfigError(f"--tolerance {options.tolerance:g}: expected a number above 0")
-    if options.batch_size < 1 or (options.dynamic and options.batch_size != 1):
-        raise ConfigError(f"--batch-size {options.batch_size}: goes with --fixed, and is at least 1")
-    if kind == "torchscript" and not options.dynamic:
-        raise ConfigError("--fixed: a TorchScript file takes any batch size, height and width; leave it out")
-    if kind == "onnx":
-        require("onnx", "onnxruntime", "onnxscript")
-    check_writable(output)
-    source = weight_file(checkpoint)
-    if output.exists() and os.path.samefile(source, output):
-        raise OutputError(f"{output} is the checkpoint itself; give another file name")
-    return kind
-
-
-def _format_of(output: Path, wanted: str | None) -> str:
-    endings = {ending: name for name, ending in FORMATS.items()}
-    found = endings.get(output.suffix.lower())
-    if wanted is not None and wanted not in FORMATS:
-        raise ConfigError(f"--format {wanted}: expected {', '.join(FORMATS)}")
-    if wanted is None and found is None:
-        known = ", ".join(f"{ending} ({name})" for ending, name in endings.items())
-        hint = closest(output.suffix, endings)
-        raise ConfigError(f"{output}: its ending says no format{hint}; expected {known}, or --format")
-    if wanted and found and wanted != found:
-        raise ConfigError(f"{output}: the ending is that of {found}, not of {wanted}; end it in {FORMATS[wanted]}")
-    return wanted or found or ""
-
-
-def require(*packages: str) -> None:
-    """Checks that the packages of the extra `export` are there.
-
-    Raises:
-        UserError: one is not; says how to install them.
-    """
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as e:
-            raise UserError(f"ONNX needs the package {package} ({e}): pip install 'conv2former[export]'") from None
+    return Exported(output, kind, subject.info, subject.preprocessing, subject.metadata, cases, size, facts)
 
 
 def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessing:
@@ -241,9 +239,7 @@ def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessin
 # ------------------------------------------------------------------------------------------------ what the file carries
 
 
-def describe(
-    checkpoint: str | Path, info: CheckpointInfo, preprocessing: Preprocessing, options: Options
-) -> dict[str, str]:
+def describe(checkpoint: str | Path, info: CheckpointInfo, preprocessing: Any, options: Options) -> dict[str, str]:
     """Returns the texts that go with the network; see docs/export.md."""
     source = weight_file(checkpoint)
     names = class_names_of(info.num_classes, info.class_names)
@@ -265,21 +261,14 @@ def describe(
 
 def read_metadata(path: str | Path, format: str | None = None) -> dict[str, str]:  # noqa: A002 - as in Options
     """Returns the texts in an exported file; `format` as in `Options`."""
-    return _open(Path(path), _format_of(Path(path), format))[1]
+    return _open(Path(path), format_of(Path(path), format))[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_checked(
-    model: nn.Module,
-    info: CheckpointInfo,
-    preprocessing: Preprocessing,
-    metadata: dict[str, str],
-    kind: str,
-    path: Path,
-    options: Options,
-    say: Callable[[str], None],
+    subject: Subject, kind: str, path: Path, options: Options, say: Callable[[str], None]
 ) -> tuple[list[Case], list[str]]:
     """Writes the file, reads it back, and compares it with the network.
 
@@ -289,7 +278,8 @@ def write_checked(
     Raises:
         UserError: it cannot be exported in this way, or differs by more than the tolerance.
     """
-    fixed = None if options.dynamic else shapes_of(info, preprocessing, options)[0]
+    model, info, metadata = subject.model, subject.info, subject.metadata
+    fixed = None if options.dynamic else subject.shapes(options)[0]
     with quiet(), torch.no_grad():
         if kind == "torchscript":
             say("compiling the network")
@@ -302,11 +292,10 @@ def write_checked(
         else:
             say("tracing the network")
             with _refusals_of(info, "--fixed, for one input shape, may do, or .ts"):
-                program = _trace(model, info.in_chans, preprocessing.size, fixed)
+                program = subject.trace(fixed)
             say(f"writing {kind}")
             if kind == "onnx":
-                names = {0: "batch", 2: "height", 3: "width"} if isinstance(model, Conv2Former) else {0: "batch"}
-                facts = _write_onnx(program, path, metadata, options, bool(info.num_classes), names)
+                facts = _write_onnx(program, path, subject, options)
             else:
                 buffer = io.BytesIO()
                 torch.export.save(program, buffer, extra_files=metadata)
@@ -315,7 +304,7 @@ def write_checked(
             del program
         run, found = _open(path, kind)
         assert found == metadata, found.keys()
-    cases = compare(model, run, shapes_of(info, preprocessing, options), say)
+    cases = compare(model, run, subject.shapes(options), say)
     worst = max(cases, key=lambda case: case.relative if math.isfinite(case.relative) else math.inf)
     if not worst.relative <= options.tolerance:
         shape = " x ".join(map(str, worst.shape))
@@ -345,6 +334,8 @@ def _refusals_of(info: CheckpointInfo, advice: str) -> Iterator[None]:
     """Turns what torch says about one of timm's networks, which may have what it cannot write, into one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:  # the compilers' errors have no common class
         if not isinstance(info, OtherInfo):
             raise
@@ -365,27 +356,27 @@ def _trace(
     if not isinstance(model, Conv2Former):
         example = torch.zeros(shape or (2, in_chans, *size))
         name = next(iter(inspect.signature(model.forward).parameters))
-        dynamic = None if shape else _any_shape(in_chans, name, size)
-        return _without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
+        dynamic = None if shape else any_shape(in_chans, name, size)
+        return without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
     example = torch.zeros(shape or (2, in_chans, 64, 96))
     pool = model.head.global_pool
     # The same mean, without a look at the size: adaptive pooling asks whether the map is one pixel wide.
     model.head.global_pool = SelectAdaptivePool2d(pool_type="fast", flatten=True)
     try:
-        dynamic = None if shape else _any_shape(in_chans)
-        return _without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
+        dynamic = None if shape else any_shape(in_chans)
+        return without_paths(torch.export.export(model, (example,), dynamic_shapes=dynamic))
     finally:
         model.head.global_pool = pool
 
 
-def _without_paths(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def without_paths(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Removes this machine's paths from a graph, and returns it."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
 
 
-def _any_shape(in_chans: int, name: str = "x", size: tuple[int, int] | None = None) -> Any:
+def any_shape(in_chans: int, name: str = "x", size: tuple[int, int] | None = None) -> Any:
     """Returns the sizes that a file is for, in the terms of torch.export.
 
     Args:
@@ -402,23 +393,14 @@ def _any_shape(in_chans: int, name: str = "x", size: tuple[int, int] | None = No
     return ShapesSpec(params=ParamsSpec({name: TensorSpec([ShapeVar("batch", min=1), in_chans, *sides])}))
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram,
-    path: Path,
-    metadata: dict[str, str],
-    options: Options,
-    has_classes: bool,
-    names: dict[int, str],
-) -> list[str]:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, subject: Subject, options: Options) -> list[str]:
     """Writes one ONNX file, and returns its opset and number of nodes.
 
     Args:
         program: what to write.
         path: of the file.
-        metadata: the texts in the file.
+        subject: whose graph it is.
         options: how.
-        has_classes: whether the answer are logits.
-        names: of the input's dimensions that a dynamic file leaves open.
 
     Raises:
         UserError: it would be too large, or the opset cannot be written.
@@ -439,9 +421,9 @@ def _write_onnx(
             dynamo=True,
             verbose=False,
             input_names=["images"],
-            output_names=["logits" if has_classes else "features"],
+            output_names=[subject.output],
             opset_version=options.opset,
-            dynamic_shapes={argument: names} if options.dynamic else None,
+            dynamic_shapes={argument: subject.open_sizes} if options.dynamic else None,
         )
     except torch.onnx.errors.OnnxExporterError as e:
         raise ConfigError(f"--opset {options.opset}: torch cannot write it ({first_line(e)})") from None
@@ -455,7 +437,7 @@ def _write_onnx(
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
-    exported.model.metadata_props.update(metadata)
+    exported.model.metadata_props.update(subject.metadata)
     exported.save(path, external_data=False)
     onnx.checker.check_model(str(path), full_check=True)
     return [f"opset {found}", counted(graph.num_nodes(), "node")]
@@ -542,5 +524,6 @@ def compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]], say: 
             raise OutputError(f"the file does not run on an input of {size} ({first_line(e)})") from None
         if found.shape != expected.shape:
             raise OutputError(f"the file's answer has the shape {found.shape}, the network's {expected.shape}")
-        cases.append(Case(shape, float(np.abs(expected).max()), float(np.abs(found - expected).max())))
+        same = float((found.argmax(1) == expected.argmax(1)).mean()) if expected.ndim == 4 else None
+        cases.append(Case(shape, float(np.abs(expected).max()), float(np.abs(found - expected).max()), same))
     return cases

@@ -26,7 +26,8 @@ from ...printing import print_lines
 from ..evaluation.settings import EvaluationOptions
 from ..evaluation.task import prepare_task
 from ..output import replacing
-from .export import Exported, Options, Run, check, compare, describe, open_onnx, quiet, shapes_of, write_checked
+from .export import ClassSubject, Exported, Run, compare, describe, open_onnx, quiet, write_checked
+from .options import Options, check
 
 __all__ = ["CALIBRATION_IMAGES", "MAX_DROP", "Accuracy", "ImagesFor", "Quantized", "export_int8"]
 
@@ -149,11 +150,12 @@ def export_int8(
     with replacing(output) as temporary:
         original = temporary.parent / "float" / temporary.name
         original.parent.mkdir()
-        cases, facts = write_checked(task.model, task.info, preprocessing, metadata, "onnx", original, options, say)
+        subject = ClassSubject(task.model, task.info, preprocessing, metadata)
+        cases, facts = write_checked(subject, "onnx", original, options, say)
         say(f"calibrating on {counted(_length(calibration, images.calibration), 'image')}")
         used = _quantize(original, temporary, _inputs(calibration, data, size, images.calibration))
         float_run, int8_run = open_onnx(original)[0], open_onnx(temporary)[0]
-        noise = compare(task.model, int8_run, shapes_of(task.info, preprocessing, options), lambda text: None)
+        noise = compare(task.model, int8_run, subject.shapes(options), lambda text: None)
         if not all(np.isfinite(case.difference) for case in noise):
             raise OutputError(f"{output} is not written: the int8 network's answers are not all finite numbers")
         say("evaluating both files")

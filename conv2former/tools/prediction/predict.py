@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,6 +25,7 @@ from ...errors import CheckpointError, ConfigError, DataError, closest, counted
 from ...inference import capture
 from ...models import Preprocessing, load_model
 from ...models.others import check_size
+from ...models.restore import restore
 from ...text import printable
 from ...weights.description import weights_text
 from .inputs import STANDARD_INPUT, ImageFile
@@ -35,6 +36,7 @@ __all__ = [
     "Predictor",
     "check_channels",
     "choose_device",
+    "fitted",
     "positive",
     "read_settings",
     "unit_crop",
@@ -197,11 +199,11 @@ class _Images(Dataset):
         except UnreadableImage as e:
             return Skipped(name, str(e))
         with portable_errors(), any_size():
-            preview = _fitted(image, self.preview) if self.preview else None
+            preview = fitted(image, self.preview) if self.preview else None
             return _Loaded(name, image.size, self.transform(image), preview)
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
+def fitted(image: Image.Image, side: int) -> Image.Image:
     """Returns the image scaled so that its longer side is `side`; the pixels of a small one stay visible as squares."""
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
@@ -216,6 +218,7 @@ class Predictor:
         overrides: of the file's preprocessing, `data.crop_pct=1`.
         device: where to compute, 'auto', 'cpu' or 'cuda'.
         use_ema: take the averaged weights where the file has them.
+        content: of the file, where it has been read already.
 
     Attributes:
         model: the network, in evaluation mode.
@@ -229,10 +232,15 @@ class Predictor:
     """
 
     def __init__(
-        self, checkpoint: str | Path, overrides: Sequence[str] = (), device: str = "auto", use_ema: bool = True
+        self,
+        checkpoint: str | Path,
+        overrides: Sequence[str] = (),
+        device: str = "auto",
+        use_ema: bool = True,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         self.device = choose_device(device)
-        model, self.info = load_model(checkpoint, use_ema)
+        model, self.info = load_model(checkpoint, use_ema) if content is None else restore(content, checkpoint, use_ema)
         if not self.info.num_classes:
             raise CheckpointError(f"{checkpoint} has no classifier; to predict classes the network needs one")
         check_channels(checkpoint, self.info.in_chans)

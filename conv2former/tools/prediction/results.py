@@ -1,33 +1,81 @@
-"""The folder of results of a prediction, which appears whole or not at all."""
+"""What the predictions of a classifier leave in a folder: JSON lines, contact sheets, explanations."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import OutputError, counted
+from ...errors import counted
 from ...text import printable
-from ..output import replacing
 from .explain import Explainer
+from .folder import JSON_LINES, common_folder, writing_folder
 from .inputs import ImageFile
 from .predict import Prediction, Predictor, unit_crop
 from .sheet import WHOLE, Cell, contact_sheet, layout_for
 
-__all__ = ["Results", "check_results_folder", "writing_results"]
+__all__ = ["MAX_BARS", "Results", "ResultsFolder", "writing_results"]
 
-JSON_LINES = "predictions.jsonl"
-OWN_FILE = re.compile(r"predictions\.jsonl|sheet(_\d+)?\.png|explanations")  # what a folder of results holds
 SHEET_ROWS, MAX_BARS, MAX_SHEET_IMAGES = 6, 5, 1000
 
 
-class Results:
-    """A folder of results being written: `predictions.jsonl`, contact sheets, and with an explainer explanations.
+class ResultsFolder:
+    """What every task's results have: a line of JSON for each image, and contact sheets; see `folder.AnyResults`.
+
+    Args:
+        folder: exists, and is empty.
+        images: all that there are, whether or not they can be read.
+        title: of the network, above each sheet.
+        note: about the pictures, in the same place.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[ImageFile], title: str, note: str = "") -> None:
+        self.folder, self.total, self.title, self.note = folder, len(images), title, note
+        self.above = common_folder(images)
+        self.columns, self.preview = layout_for(self.total)
+        self.per_sheet = self.columns * SHEET_ROWS
+        self.pages = -(-min(self.total, MAX_SHEET_IMAGES) // self.per_sheet)
+        self.count = self.sheets = 0
+        self._cells: list[Cell] = []
+
+    def write_line(self, record: dict[str, Any]) -> None:
+        """Writes the line of one more image."""
+        with (self.folder / JSON_LINES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.count += 1
+
+    def show(self, cell: Cell) -> None:
+        """Puts the image whose line was written last on a sheet, its title without the folder of all images."""
+        if self.count > MAX_SHEET_IMAGES:
+            return
+        self._cells.append(cell._replace(title=printable(cell.title.removeprefix(self.above))))
+        if len(self._cells) == self.per_sheet:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes the sheet that has been filled so far, if there is anything on it."""
+        if not self._cells:
+            return
+        self.sheets += 1
+        several = self.pages > 1
+        name = f"sheet_{self.sheets:0{len(str(self.pages))}}.png" if several else "sheet.png"
+        parts = [self.title]
+        parts += [printable(self.above)] * bool(self.above)
+        parts += [self.note] * bool(self.note)
+        parts += ["in the frame: what the network sees"] * any(cell.frame != WHOLE for cell in self._cells)
+        parts += [f"page {self.sheets} of {self.pages}"] * several
+        contact_sheet(self._cells, self.columns, self.preview, " · ".join(parts)).save(self.folder / name)
+        self._cells = []
+
+    def __str__(self) -> str:
+        more = f" of the first {MAX_SHEET_IMAGES:,} images" if self.count > MAX_SHEET_IMAGES else ""
+        return f"{JSON_LINES}, {counted(self.sheets, 'contact sheet')}{more}"
+
+
+class Results(ResultsFolder):
+    """A classifier's results, with an explainer explanations, too.
 
     Args:
         folder: exists, and is empty.
@@ -39,105 +87,29 @@ class Results:
     def __init__(
         self, folder: Path, images: Sequence[ImageFile], predictor: Predictor, explainer: Explainer | None = None
     ) -> None:
-        self.folder, self.total, self.predictor, self.explainer = folder, len(images), predictor, explainer
-        self.above = _common_folder(images)
-        self.columns, self.preview = layout_for(self.total)
-        self.per_sheet = self.columns * SHEET_ROWS
-        self.pages = -(-min(self.total, MAX_SHEET_IMAGES) // self.per_sheet)
-        self.count = self.sheets = 0
-        self._cells: list[Cell] = []
+        super().__init__(folder, images, predictor.title)
+        self.predictor, self.explainer = predictor, explainer
 
     def add(self, prediction: Prediction) -> dict[str, Any]:
         """Adds an image; returns the object of its JSON line."""
         record = prediction.to_dict()
         if self.explainer:
             record["explanation"] = self.explainer.write(prediction, self.folder, self.total, self.count + 1)
-        with (self.folder / JSON_LINES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.count += 1
-        if self.count <= MAX_SHEET_IMAGES and prediction.preview is not None:
+        self.write_line(record)
+        if prediction.preview is not None:
             bars = [(printable(guess.name), guess.probability) for guess in prediction.top[:MAX_BARS]]
             crop = unit_crop(prediction.size, self.predictor.settings)
-            title = printable(prediction.name.removeprefix(self.above))
-            self._cells.append(Cell(prediction.preview, title, prediction.size, crop, bars))
-            if len(self._cells) == self.per_sheet:
-                self.write_sheet()
+            self.show(Cell(prediction.preview, prediction.name, prediction.size, crop, bars))
         return record
 
-    def write_sheet(self) -> None:
-        """Writes the sheet that has been filled so far, if there is anything on it."""
-        if not self._cells:
-            return
-        self.sheets += 1
-        several = self.pages > 1
-        name = f"sheet_{self.sheets:0{len(str(self.pages))}}.png" if several else "sheet.png"
-        parts = [self.predictor.title]
-        parts += [printable(self.above)] * bool(self.above)
-        parts += ["in the frame: what the network sees"] * any(cell.frame != WHOLE for cell in self._cells)
-        parts += [f"page {self.sheets} of {self.pages}"] * several
-        contact_sheet(self._cells, self.columns, self.preview, " · ".join(parts)).save(self.folder / name)
-        self._cells = []
-
     def __str__(self) -> str:
-        parts = [JSON_LINES, counted(self.sheets, "contact sheet")]
-        if self.count > MAX_SHEET_IMAGES:
-            parts[-1] += f" of the first {MAX_SHEET_IMAGES:,} images"
-        if self.explainer:
-            parts.append(counted(self.count, "explanation"))
-        return ", ".join(parts)
-
-
-def _common_folder(images: Sequence[ImageFile]) -> str:
-    """Returns the path of the deepest folder that all images are below, with a slash; '' where there is none."""
-    folders = {os.path.dirname(image.name) for image in images}
-    if len({os.path.isabs(folder) for folder in folders}) > 1:
-        return ""
-    common = os.path.commonpath(folders)
-    return os.path.join(common, "") if common else ""
+        return super().__str__() + (f", {counted(self.count, 'explanation')}" if self.explainer else "")
 
 
 @contextmanager
 def writing_results(
     folder: Path, images: Sequence[ImageFile], predictor: Predictor, explainer: Explainer | None = None
 ) -> Iterator[Results]:
-    """Lets results be written into a folder that appears whole, or not at all: after an error, or without any result.
-
-    A folder that holds nothing but earlier results is replaced.
-
-    Raises:
-        OutputError: it cannot be written, or holds something else.
-    """
-    folder = Path(os.path.realpath(folder))  # a link stays one
-    check_results_folder(folder, images)
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        results = Results(temporary, images, predictor, explainer)
+    """Lets the results of a classifier be written into a folder; see `writing_folder`."""
+    with writing_folder(folder, images, lambda temporary: Results(temporary, images, predictor, explainer)) as results:
         yield results
-        results.write_sheet()
-        if not results.count:
-            shutil.rmtree(temporary)
-        elif folder.exists():
-            check_results_folder(folder, images)  # again: it may have been used in the meantime
-            os.replace(folder, temporary.with_name("replaced"))  # goes with the temporary folder
-
-
-def check_results_folder(folder: Path, images: Sequence[ImageFile] = ()) -> None:
-    """Raises OutputError if there is something at `folder` that is not results of an earlier call, or of `images`."""
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise OutputError(f"{folder} cannot be written ({e.strerror}); give the name of a folder") from None
-    own = str(folder.resolve())
-    inputs = [image.name for image in images if isinstance(image.file, str)]
-    if names and any(os.path.realpath(name).startswith(os.path.join(own, "")) for name in inputs):
-        raise OutputError(f"{folder} holds images to predict; give another folder")
-    foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
-    if names and JSON_LINES not in names:
-        foreign = foreign or names
-    if "explanations" in names:
-        inside = os.listdir(folder / "explanations") if (folder / "explanations").is_dir() else ["explanations"]
-        foreign += [name for name in inside if not re.fullmatch(r"\d+_.*\.png", name, re.DOTALL)]
-    if foreign:
-        raise OutputError(f"{folder} holds something else than predictions ({foreign[0]}); give another folder")

@@ -9,11 +9,13 @@ from PIL import Image, ImageDraw
 
 from ...engine.fonts import prepare, runs_of
 
-__all__ = ["WHOLE", "Cell", "contact_sheet", "layout_for"]
+__all__ = ["WHOLE", "Cell", "Colour", "contact_sheet", "layout_for", "legend"]
 
 GAP, LINE, MARGIN = 18, 20, 4  # between cells, of a line of text, inside a bar; pixels
+Colour = tuple[int, int, int]
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # the frame of a whole image; it is not drawn
 SIZE = 13  # of the letters, pixels
+LEGEND_ROWS, LEGEND_WIDTH = 40, 240  # entries of a column, and its pixels
 FRAME, BAR, GROUND = "#ff9d00", "#bcd7f0", "#f3f3f3"
 # up to so many images in all, columns of a page, and the side of the square that each is fitted into, pixels
 LAYOUTS = ((1, 1, 560), (4, 2, 400), (12, 4, 260), (10**9, 6, 210))
@@ -28,6 +30,7 @@ class Cell(NamedTuple):
         size: width and height of the original, pixels.
         frame: left, top, right and bottom of a part of it, as shares of width and height.
         bars: texts, each with a share from 0 to 1.
+        colours: of the bars' classes in the image, a square before each text; none if they have none.
     """
 
     image: Image.Image
@@ -35,6 +38,7 @@ class Cell(NamedTuple):
     size: tuple[int, int]
     frame: tuple[float, float, float, float]
     bars: list[tuple[str, float]]
+    colours: Sequence[Colour] = ()
 
 
 def layout_for(count: int) -> tuple[int, int]:
@@ -66,6 +70,20 @@ def contact_sheet(cells: Sequence[Cell], columns: int, side: int, heading: str) 
     return page
 
 
+def legend(entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+    """Draws colours with their names, in columns, as 8-bit RGB."""
+    prepare([text for _, text in entries])
+    rows = min(len(entries), LEGEND_ROWS)
+    columns = -(-len(entries) // rows)
+    page = Image.new("RGB", (GAP + columns * (LEGEND_WIDTH + GAP), 2 * GAP + rows * LINE), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (colour, text) in enumerate(entries):
+        x, y = GAP + i // rows * (LEGEND_WIDTH + GAP), GAP + i % rows * LINE
+        draw.rectangle((x, y + 1, x + LINE, y + LINE - 3), colour, outline="#777")
+        _write(draw, x + LINE + MARGIN + 2, y + 1, _fitting(text, LEGEND_WIDTH - LINE - 2 * MARGIN), "black")
+    return page
+
+
 def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) -> None:
     draw = ImageDraw.Draw(page)
     right = left + side - 1
@@ -79,11 +97,15 @@ def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) ->
         _draw_frame(draw, cell, x, y)
     top += side + MARGIN
     column = _length("100.0 %") + MARGIN  # of the percentages, where no bar reaches
-    room = side - column - 2 * MARGIN
-    for text, share in cell.bars:
+    square = SIZE + MARGIN if cell.colours else 0  # of a class's colour
+    room = side - column - 2 * MARGIN - square
+    for i, (text, share) in enumerate(cell.bars):
         percent = f"{100 * share:.1f} %"
-        draw.rectangle((left, top + 1, left + round(share * (room + MARGIN)), top + LINE - 2), BAR)
-        _write(draw, left + MARGIN, top + 2, _fitting(text, room), "black")
+        if square:
+            draw.rectangle((left, top + 3, left + SIZE - 2, top + SIZE + 1), cell.colours[i])
+        start = left + square
+        draw.rectangle((start, top + 1, start + round(share * (room + MARGIN)), top + LINE - 2), BAR)
+        _write(draw, start + MARGIN, top + 2, _fitting(text, room), "black")
         _write(draw, right - MARGIN - _length(percent), top + 2, percent, "black")
         top += LINE
 

@@ -1,0 +1,187 @@
+"""A segmentation as the export sees it: any height and width, logits for every pixel of the input."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, OutputError, first_line
+from ...models import CheckpointInfo
+from ...tasks.segmentation.config import SegmentationConfig
+from ...tasks.segmentation.network import SegmentationNetwork
+from ...tasks.segmentation.restore import restore_network
+from ...tasks.segmentation.thumbnails import colours
+from ...text import clipped
+from ..prediction.segmentation import settings_from
+from .export import any_shape, describe, without_paths
+from .options import MIN_SIZE, Options
+
+__all__ = ["MaskSubject", "open_segmentation"]
+
+EXAMPLE = (70, 110)  # height and width of the traced images: no multiples of a stride, so that both are filled up
+
+
+@dataclass(frozen=True)
+class MaskPreprocessing:
+    """How images become inputs.
+
+    Attributes:
+        short_side: to which an image is resized with its aspect ratio, pixels; None for none.
+        mean, std: of values from 0 to 1, for each channel.
+        size: (height, width) of the input of a file for one size.
+    """
+
+    short_side: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, config: SegmentationConfig) -> MaskPreprocessing:
+        images = config.data.preprocessing
+        return cls(config.data.short_side, tuple(images.mean), tuple(images.std), images.size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is noted in a file."""
+        return {
+            "short_side": self.short_side,
+            "interpolation": "bilinear",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def __str__(self) -> str:
+        size = f"shorter side {self.short_side} pixels, bilinear" if self.short_side else "at their own size"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{size}, mean {mean}, std {std}"
+
+
+@dataclass(frozen=True)
+class MaskSubject:
+    """A segmentation; see `export.Subject`."""
+
+    model: SegmentationNetwork
+    info: CheckpointInfo
+    preprocessing: MaskPreprocessing
+    metadata: dict[str, str]
+
+    @property
+    def output(self) -> str:
+        return "logits"
+
+    @property
+    def open_sizes(self) -> dict[int, str]:
+        return {0: "batch", 2: "height", 3: "width"}
+
+    def trace(self, shape: tuple[int, ...] | None) -> torch.export.ExportedProgram:
+        """Returns the network's graph, for one input shape; None for any batch size, height and width.
+
+        Raises:
+            OutputError: torch cannot write it.
+        """
+        channels = self.info.in_chans
+        example = torch.zeros(shape or (2, channels, *EXAMPLE))
+        dynamic = None if shape else any_shape(channels, "images")
+        try:
+            with _exportable_pools(self.model.head), _silent():
+                return without_paths(torch.export.export(self.model, (example,), dynamic_shapes=dynamic))
+        except Exception as e:  # the compilers' errors have no common class
+            reason = clipped(first_line(e), 100)
+            how = "with this head" if shape else "for any size"
+            advice = "" if shape else ": give --fixed, and --img-size HEIGHT WIDTH"
+            raise OutputError(f"torch cannot write {self.info.name} {how} ({reason}){advice}") from None
+
+    def shapes(self, options: Options) -> list[tuple[int, ...]]:
+        """Returns the input shapes that a file is tried with; of a dynamic one also odd ones."""
+        height, width = self.preprocessing.size
+        channels = self.info.in_chans
+        if not options.dynamic:
+            return [(options.batch_size, channels, height, width)] * 2
+        sizes = ((height, width), (height + 27, max(width - 33, MIN_SIZE)), (max(height // 2, MIN_SIZE) + 1, width + 7))
+        return [(batch, channels, *size) for size in sizes for batch in (1, 3)]
+
+
+def open_segmentation(checkpoint: str | Path, content: Mapping[str, Any], kind: str, options: Options) -> MaskSubject:
+    """Returns what is exported of a segmentation's checkpoint; see `export.open_classifier`."""
+    if options.preprocessing != "checkpoint":
+        raise ConfigError("--preprocessing: of classifiers, and this is a segmentation; leave it out")
+    if kind == "torchscript":
+        raise ConfigError("TorchScript does not take the heads of segmentations; write .onnx or .pt2")
+    model, info = restore_network(content, checkpoint, options.use_ema)
+    config = settings_from(info.recipe, [*options.size_override, *options.overrides])
+    given = MaskPreprocessing.of(config)
+    metadata = describe(checkpoint, info, given, options)
+    metadata |= {"task": "segmentation", "palette": json.dumps(colours(model.num_classes)[:-1].tolist())}
+    return MaskSubject(model, info, given, metadata)
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
+
+
+class _Pool(nn.Module):
+    """As `nn.AdaptiveAvgPool2d` of a fixed number of cells, by two products with matrices: for maps of any size.
+
+    ONNX has no such pooling, and torch writes it for one size of the map alone.
+
+    Args:
+        cells: along each side.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, cells, cells)."""
+        down, across = (_means(x.shape[dim], self.cells, x) for dim in (-2, -1))
+        return down @ x @ across.transpose(0, 1)
+
+
+def _means(length: int, cells: int, like: Tensor) -> Tensor:
+    """Returns the matrix, (cells, length), that takes the means of a side's cells, which may share pixels."""
+    places, cell = torch.arange(length, device=like.device), torch.arange(cells, device=like.device)[:, None]
+    first = torch.div(cell * length, cells, rounding_mode="floor")
+    last = torch.div((cell + 1) * length + (cells - 1), cells, rounding_mode="floor")  # rounded up; not in the cell
+    inside = ((places >= first) & (places < last)).to(like.dtype)
+    return inside / (last - first).to(like.dtype)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps back the pages of graphs that torch prints and logs where it cannot write a network."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextmanager
+def _exportable_pools(head: nn.Module) -> Iterator[None]:
+    """Puts pooling that can be written for any size in the place of a head's, as long as it lasts."""
+    found = [
+        (module, name, child)
+        for module in head.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.AdaptiveAvgPool2d)
+    ]
+    for module, name, child in found:
+        size = child.output_size
+        assert isinstance(size, int)
+        setattr(module, name, _Pool(size))
+    try:
+        yield
+    finally:
+        for module, name, child in found:
+            setattr(module, name, child)
