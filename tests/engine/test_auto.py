@@ -78,8 +78,8 @@ def test_a_run_with_auto(raw_config, tmp_path, monkeypatch, capsys, short):
 def test_dry_run_with_auto(raw_config, short):
     config = configure(raw_config, **AUTO, schedule__cooldown_epochs=0)
     lines = dry_run(config)
-    assert lines[0].startswith("auto, by 44 training images and 5 steps in an epoch: ")
+    assert lines[1].startswith("auto, by 44 training images and 5 steps in an epoch: ")
     assert any(text.startswith("3 epochs (1 warm-up, 0 cool-down) of 5 steps") for text in lines)
     blind = dry_run(configure(raw_config, **AUTO, schedule__cooldown_epochs=0, data__num_classes=3))
-    assert blind[0].startswith("auto, of a large training set, as the images were not counted: ")
+    assert blind[1].startswith("auto, of a large training set, as the images were not counted: ")
     assert "2 epochs; the number of steps follows from the data" in blind

@@ -144,7 +144,7 @@ def test_only_ignored_pixels_are_no_numbers_that_are_none(config):
     targets = torch.full((2, 4, 5), -1)
     loss = cross_entropy(logits, targets) + dice_loss(logits, targets)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert not logits.grad.any()
 
 
