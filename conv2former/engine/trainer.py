@@ -297,7 +297,8 @@ class Trainer:
     def _check_evaluation(self, row: Mapping[str, float]) -> None:
         if not row["n"]:
             raise DataError(f"{self.job.val_source.name}: not one image could be read")
-        broken = [key for key in ("loss", "ema_loss") if not math.isfinite(row.get(key, 0.0))]
+        keys = ("loss", self.task.headline)  # not every task has the first
+        broken = [key for name in keys for key in (name, f"ema_{name}") if not math.isfinite(row.get(key, 0.0))]
         if broken:
             raise TrainingError(
                 f"the validation {broken[0]} is not finite after step {self.state.step}: the weights have grown beyond "

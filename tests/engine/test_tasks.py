@@ -17,6 +17,7 @@ from conv2former.config.registry import as_classification
 from conv2former.engine import dry_run, train, trainer
 from conv2former.engine.checkpoint import read_training_checkpoint
 from conv2former.engine.logging import read_metrics
+from conv2former.errors import TrainingError
 from conv2former.tasks import registry
 from conv2former.tasks.registry import find_task, register_task
 from conv2former.tools.runs.comparing import differing_runs
@@ -87,6 +88,24 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ConfigError, match=r"loss\.beta: 0\.5 -> 0\.1"):
         train(configure(raw, loss__beta=0.1), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("key", ["error", "ema_error"])
+def test_exploded_weights_are_not_saved(raw, tmp_path, monkeypatch, key):
+    """There is no validation loss here, so the headline says it."""
+    real, calls = trainer.evaluate, []
+
+    def exploded(*args):
+        result = real(*args)
+        calls.append(result)
+        if len(calls) == ["error", "ema_error"].index(key) + 1:
+            result.metrics["error"] = float("inf")
+        return result
+
+    monkeypatch.setattr(trainer, "evaluate", exploded)
+    with pytest.raises(TrainingError, match=f"the validation {key} is not finite after step 5"):
+        train(configure(raw, checkpoint__every_steps=None), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
