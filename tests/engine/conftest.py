@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from conv2former.config import Config, check_config
-from conv2former.engine import logging
+from conv2former.engine import logging, trainer
 from conv2former.engine import pictures as curves
 from conv2former.engine.evaluate import evaluate
 from conv2former.tasks import pictures
@@ -31,6 +33,26 @@ def small_data(tmp_path_factory):
             root / f"{split}.parquet"
         )
     return root
+
+
+class Killed(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Ends the training in it after so many steps, counted from where it starts, as a kill does: nothing is saved."""
+    real, done = trainer.train_step, []
+
+    def dying_step(*args):
+        if len(done) == steps:
+            raise Killed
+        done.append(args)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "train_step", dying_step)
+        yield
 
 
 def configure(raw: dict, **changes) -> Config:

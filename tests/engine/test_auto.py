@@ -7,13 +7,13 @@ import yaml
 
 from conv2former import ConfigError
 from conv2former.config import auto
-from conv2former.engine import dry_run, train, trainer
+from conv2former.engine import dry_run, train
 from conv2former.engine.images import settle_images
 from conv2former.engine.prepare import changed_keys
 from conv2former.tools.runs.comparing import differing_runs
 
-from .conftest import configure
-from .test_trainer import Killed, final
+from .conftest import configure, killed_after
+from .test_trainer import final
 
 pytestmark = pytest.mark.slow
 
@@ -45,18 +45,8 @@ def test_a_run_with_auto(raw_config, tmp_path, monkeypatch, capsys, short):
     assert noted == final(tmp_path / "whole")["config"]
     assert set(noted["train"]["fitted"]) == {key.replace("__", ".") for key in AUTO}
 
-    real_step, done = trainer.train_step, []
-
-    def dying_step(*args):
-        if len(done) == 7:
-            raise Killed
-        done.append(args)
-        return real_step(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(7):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real_step)
     monkeypatch.setattr(auto, "MIN_STEPS", 40)
     assert train(config, tmp_path / "parts")["steps"] == 15
     assert differing_runs(tmp_path / "whole", tmp_path / "parts") == []

@@ -12,13 +12,12 @@ from PIL import Image
 
 from conv2former import ConfigError
 from conv2former.data.cache import CachePlace
-from conv2former.engine import cache, train, trainer
+from conv2former.engine import cache, train
 from conv2former.errors import DataError, RunStopped
 from conv2former.tools.runs.comparing import differing_runs, metrics_of
 
-from .conftest import configure
+from .conftest import configure, killed_after
 from .test_processes import run
-from .test_trainer import Killed
 
 SHORT = {"schedule__epochs": 2, "schedule__cooldown_epochs": 0, "checkpoint__every_steps": 3}
 
@@ -35,7 +34,7 @@ def reads(monkeypatch):
     return read
 
 
-def test_a_run_in_memory_is_the_run_from_files(raw_config, tmp_path, monkeypatch, reads, capsys):
+def test_a_run_in_memory_is_the_run_from_files(raw_config, tmp_path, reads, capsys):
     """Bit for bit: in one go, and killed twice within an epoch, with other workers, at last without a cache."""
     train(configure(raw_config, **SHORT), tmp_path / "files")
     reads.clear()
@@ -45,18 +44,8 @@ def test_a_run_in_memory_is_the_run_from_files(raw_config, tmp_path, monkeypatch
     assert not differing_runs(tmp_path / "files", tmp_path / "memory")
     assert "51 images read into memory in 0 s, 0." in capsys.readouterr().out
 
-    real_step = trainer.train_step
     for changes, steps in (({**cached, "data__workers": 2}, 4), (cached, 4), (SHORT, 10)):
-        done = []
-
-        def dying_step(*args, done=done, steps=steps):
-            if len(done) == steps:
-                raise Killed
-            done.append(args)
-            return real_step(*args)
-
-        monkeypatch.setattr(trainer, "train_step", dying_step)
-        with pytest.raises(Killed) if steps < 10 else contextlib.nullcontext():
+        with killed_after(steps) if steps < 10 else contextlib.nullcontext():
             train(configure(raw_config, **changes), tmp_path / "parts")
     assert not differing_runs(tmp_path / "files", tmp_path / "parts")
 
@@ -70,7 +59,7 @@ def test_held_out_images_are_in_memory_too(raw_config, tmp_path, small_data, rea
     assert not differing_runs(tmp_path / "files", tmp_path / "memory")
 
 
-def test_processes_of_one_machine_read_every_image_once(raw_config, tmp_path, monkeypatch, reads):
+def test_processes_of_one_machine_read_every_image_once(raw_config, tmp_path, reads):
     """Two processes; the second opens the memory of the first."""
     log = tmp_path / "read.txt"
 

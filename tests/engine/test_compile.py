@@ -15,14 +15,14 @@ import yaml
 
 from conv2former import ConfigError, compiling
 from conv2former.config import check_config
-from conv2former.engine import train, trainer
+from conv2former.engine import train
 from conv2former.tasks import network
 from conv2former.tools.runs.comparing import differing, metrics_of
 
 from ..conftest import ROOT
-from .conftest import configure
+from .conftest import configure, killed_after
 from .test_step import make_run
-from .test_trainer import Killed, final
+from .test_trainer import final
 
 
 @pytest.fixture
@@ -33,24 +33,13 @@ def without_code_generation(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_goes_on_exactly_and_in_eager_mode_too(
-    raw_config, tmp_path, monkeypatch, without_code_generation
-):
+def test_a_compiled_run_goes_on_exactly_and_in_eager_mode_too(raw_config, tmp_path, without_code_generation):
     """With accumulation, drop path, averaged weights and evaluations."""
     config = configure(raw_config, train__compile=True, checkpoint__every_steps=3)
     train(config, tmp_path / "whole")
-    real_step = trainer.train_step
-
-    def dying_step(run, batches, step, check):
-        if step == 8:
-            raise Killed
-        return real_step(run, batches, step, check)
-
     for name in ("parts", "eager"):
-        monkeypatch.setattr(trainer, "train_step", dying_step)
-        with pytest.raises(Killed):
+        with killed_after(8):
             train(config, tmp_path / name)
-        monkeypatch.setattr(trainer, "train_step", real_step)
     train(config, tmp_path / "parts")
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     for key in ("model", "model_ema", "optimizer", "best_metric"):

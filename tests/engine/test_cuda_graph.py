@@ -21,7 +21,7 @@ from conv2former.tasks.network import build_model
 from conv2former.tools.runs.comparing import differing, differing_runs
 
 from ..graphs_on_cpu import CpuRecorder, capture_with
-from .conftest import configure
+from .conftest import Killed, configure, killed_after
 from .conftest import evaluate_classifier as evaluate
 from .test_processes import run as run_processes
 
@@ -310,10 +310,6 @@ def recorders(monkeypatch):
     return made
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_a_run_is_the_same_and_goes_on_the_same(raw_config, tmp_path, monkeypatch, recorders, capsys):
     """Evaluated in between, with shorter steps at epochs' ends and mixup off at the end; stopped after eight steps."""
@@ -331,21 +327,11 @@ def test_a_run_is_the_same_and_goes_on_the_same(raw_config, tmp_path, monkeypatc
     assert (tmp_path / "captured" / "train.log").read_text().count("CUDA graphs: after 3 batches of a shape") == 1
     assert not differing_runs(tmp_path / "plain", tmp_path / "captured")
 
-    real_step, done = trainer.train_step, []
-
-    def dying_step(*args):
-        if len(done) == 8:
-            raise Killed
-        done.append(args)
-        return real_step(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
     monkeypatch.setattr(CpuRecorder, "is_short_of_memory", lambda recorder: True)
-    with pytest.raises(Killed):
+    with killed_after(8):
         train(make(), tmp_path / "parts")
     assert recorders[1].events[-2:] == ["reset", "close"]
     assert recorders[1].events.count("close") == 2  # before the evaluation, and at the end
-    monkeypatch.setattr(trainer, "train_step", real_step)
     train(make(train__cuda_graph="auto"), tmp_path / "parts")
     assert not differing_runs(tmp_path / "plain", tmp_path / "parts")
     assert "other kernels" not in (tmp_path / "parts" / "train.log").read_text()
@@ -376,19 +362,10 @@ def test_graphs_go_before_the_process_group(raw_config, tmp_path, monkeypatch, r
 
 
 @pytest.mark.slow
-def test_a_run_may_go_on_with_or_without(raw_config, tmp_path, recorders, monkeypatch):
+def test_a_run_may_go_on_with_or_without(raw_config, tmp_path, recorders):
     short = {"schedule__epochs": 2, "schedule__warmup_epochs": 0, "schedule__cooldown_epochs": 0}
-    real_step = trainer.train_step
-
-    def dying_step(run, window, step, check):
-        if step == 5:
-            raise Killed
-        return real_step(run, window, step, check)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(5):
         train(configure(raw_config, **short), tmp_path / "run")
-    monkeypatch.setattr(trainer, "train_step", real_step)
     assert train(configure(raw_config, **short, train__cuda_graph="off"), tmp_path / "run")["steps"] == 10
 
 

@@ -18,7 +18,7 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, DataError
 from conv2former.config import load_config, make_plan
 from conv2former.data import Batch
-from conv2former.engine import dry_run, prepare, train, trainer
+from conv2former.engine import dry_run, prepare, train
 from conv2former.engine.build import build_run
 from conv2former.engine.step import FiniteCheck, train_step
 from conv2former.errors import OutputError
@@ -30,9 +30,9 @@ from conv2former.tools.runs.comparing import differing_runs
 from conv2former.weights.architecture import CLASSIFIER
 
 from ..conftest import ROOT
-from .conftest import SHAPE, configure
+from .conftest import SHAPE, configure, killed_after
 from .test_step import PLAIN, WORLD, batch
-from .test_trainer import Killed, final
+from .test_trainer import final
 
 pytestmark = pytest.mark.slow
 
@@ -173,22 +173,12 @@ def test_an_evaluation_of_other_images_is_refused(photos, tmp_path):
     assert validate(best)["n"] == 7
 
 
-def test_going_on_is_exact(photos, tmp_path, monkeypatch):
+def test_going_on_is_exact(photos, tmp_path):
     """With a held-out split, a batch that was made smaller, and images that repeat in an epoch."""
     words = ("data.sampling=balanced", "train.batch_size=64", "checkpoint.every_steps=1", "schedule.epochs=4")
     train(recipe(photos, *words), tmp_path / "whole")
-    real_step, done = trainer.train_step, []
-
-    def dying_step(*args):
-        if len(done) == 2:
-            raise Killed
-        done.append(args)
-        return real_step(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(2):
         train(recipe(photos, *words), tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real_step)
     train(recipe(photos, *words), tmp_path / "parts")
     assert differing_runs(tmp_path / "whole", tmp_path / "parts") == []
     assert (tmp_path / "whole" / "split.csv").read_text() == (tmp_path / "parts" / "split.csv").read_text()

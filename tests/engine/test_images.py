@@ -11,7 +11,7 @@ from PIL import Image
 import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import eval_transform
-from conv2former.engine import dry_run, dryrun, train, trainer
+from conv2former.engine import dry_run, dryrun, train
 from conv2former.engine.images import settle_images
 from conv2former.models import Conv2Former
 from conv2former.tasks.network import build_model, name_network
@@ -24,8 +24,8 @@ from conv2former.tools.prediction.predict import Predictor
 from conv2former.tools.runs.comparing import differing_runs
 from conv2former.weights.reading import read_checkpoint
 
+from .conftest import killed_after
 from .test_finetune import OFFICIAL, fill, recipe
-from .test_trainer import Killed
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_channels_that_cannot_be(tmp_path):
         settled(small, "augment.first_img_size=64")
 
 
-def test_wide_grey_images_end_to_end(tmp_path, monkeypatch, capsys, with_pictures):
+def test_wide_grey_images_end_to_end(tmp_path, capsys, with_pictures):
     """16-bit grey, not square, growing: trained, stopped and gone on with exactly, evaluated, predicted, converted."""
     fill(tmp_path / "photos", {"dark": 12, "light": 12}, ("I;16",))
     words = (
@@ -163,18 +163,8 @@ def test_wide_grey_images_end_to_end(tmp_path, monkeypatch, capsys, with_picture
     config = recipe(tmp_path / "photos", *words, *more)
     report = train(config, tmp_path / "whole")
     assert "images: input size 32 x 64 (height x width), 1 channel (grey) from the conf" in capsys.readouterr().out
-    step, done = trainer.train_step, []
-
-    def dying_step(*args):
-        if len(done) == 2:
-            raise Killed
-        done.append(args)
-        return step(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(2):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", step)
     train(config, tmp_path / "parts")
     assert differing_runs(tmp_path / "whole", tmp_path / "parts") == []
 

@@ -31,9 +31,9 @@ from conv2former.tools.prediction.predict import Predictor
 from conv2former.tools.runs.comparing import differing
 from conv2former.weights.reading import read_checkpoint
 
-from .conftest import configure
+from .conftest import configure, killed_after
 from .test_step import make_run
-from .test_trainer import Killed, final
+from .test_trainer import final
 
 ARGS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 CONVNEXT = {"name": "timm/convnext_tiny", "args": ARGS, "drop_path_rate": 0.2, "drop_rate": 0.1}
@@ -60,24 +60,15 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_exactly_and_its_checkpoint_is_of_use(raw_other, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_exactly_and_its_checkpoint_is_of_use(raw_other, tmp_path, capsys):
     """With accumulation, drop path, layer decay and averaged weights."""
     config = configure(raw_other, **SHORT, checkpoint__every_steps=1)
     report = train(config, tmp_path / "whole")
     assert report["model"] == "timm/convnext_tiny"
     assert "depths=[1, 1, 1, 1], dims=[8, 16, 24, 32]) from scratch, drop path 0.2" in capsys.readouterr().out
     assert report["kernels"]["network"] == "PyTorch, module by module"
-    real_step = trainer.train_step
-
-    def dying_step(run, batches, step, check):
-        if step == 3:
-            raise Killed
-        return real_step(run, batches, step, check)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(3):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real_step)
     train(config, tmp_path / "parts")
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     for key in ("model", "model_ema", "optimizer", "best_metric"):

@@ -25,7 +25,7 @@ from conv2former.tools.runs.killing import RunProcesses
 
 from ..graphs_on_cpu import CpuRecorder, capture_with
 from .colour_task import ColourTask
-from .conftest import SHAPE, configure
+from .conftest import SHAPE, configure, killed_after
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +51,8 @@ def raw(tmp_path) -> dict:
     }
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.slow
-def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
+def test_it_trains_and_goes_on_exactly(raw, tmp_path, capsys):
     config = configure(raw)
     report = train(config, tmp_path / "whole")
     assert (report["task"], report["steps"], report["n"]) == ("colour", 10, 7)
@@ -72,18 +68,8 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     assert saved["config"]["loss"] == {"beta": 0.5}
     assert "training on 21 images (noise), validating on 7 (other noise)" in capsys.readouterr().out
 
-    real, done = trainer.train_step, []
-
-    def dying(*args):
-        if len(done) == 7:  # in the second epoch
-            raise Killed
-        done.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying)
-    with pytest.raises(Killed):
+    with killed_after(7):  # in the second epoch
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real)
     train(configure(raw, data__workers=1), tmp_path / "parts")
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ConfigError, match=r"loss\.beta: 0\.5 -> 0\.1"):

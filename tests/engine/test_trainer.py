@@ -25,7 +25,7 @@ from conv2former.tasks.classification import task as classification
 from conv2former.tools.evaluation.validate import validate
 from conv2former.tools.runs.comparing import differing, differing_runs, metrics_of
 
-from .conftest import configure
+from .conftest import Killed, configure, killed_after
 
 pytestmark = pytest.mark.slow
 
@@ -36,10 +36,6 @@ def final(folder) -> dict:
 
 def assert_equal(a, b, where: str = "") -> None:
     assert not differing(a, b), where
-
-
-class Killed(Exception):
-    pass
 
 
 def test_a_run_and_what_it_leaves(raw_config, tmp_path, with_pictures):
@@ -80,24 +76,12 @@ def test_a_run_and_what_it_leaves(raw_config, tmp_path, with_pictures):
 
 
 @pytest.mark.parametrize(("stop_after", "every_steps", "workers"), [(8, 3, 0), (8, 3, 2), (10, None, 0), (3, 1, 0)])
-def test_a_resumed_run_equals_one_that_never_stopped(
-    raw_config, tmp_path, monkeypatch, stop_after, every_steps, workers
-):
+def test_a_resumed_run_equals_one_that_never_stopped(raw_config, tmp_path, stop_after, every_steps, workers):
     config = configure(raw_config, checkpoint__every_steps=every_steps)
     train(config, tmp_path / "whole")
 
-    real_step, done = trainer.train_step, []
-
-    def dying_step(*args):
-        if len(done) == stop_after:
-            raise Killed
-        done.append(args)
-        return real_step(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying_step)
-    with pytest.raises(Killed):
+    with killed_after(stop_after):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real_step)
     report = train(
         configure(raw_config, checkpoint__every_steps=every_steps, data__workers=workers), tmp_path / "parts"
     )
@@ -198,22 +182,12 @@ def test_the_loss_that_is_logged_is_the_mean_since_the_last_line(raw_config, tmp
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
 
 
-def test_lookahead_goes_on_exactly(raw_config, tmp_path, monkeypatch):
+def test_lookahead_goes_on_exactly(raw_config, tmp_path):
     """Killed after 8 steps, of which the sixth made the slow weights, which are part of the checkpoint."""
     config = configure(raw_config, optim__opt="lookahead_adamw", checkpoint__every_steps=1)
     train(config, tmp_path / "whole")
-    real, done = trainer.train_step, []
-
-    def dying(*args):
-        if len(done) == 8:
-            raise Killed
-        done.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying)
-    with pytest.raises(Killed):
+    with killed_after(8):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real)
     train(config, tmp_path / "parts")
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
     state = final(tmp_path / "parts")["optimizer"]["state"]

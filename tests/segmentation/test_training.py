@@ -9,21 +9,17 @@ import pytest
 
 from conv2former import ConfigError, DataError
 from conv2former.commands.train import summary
-from conv2former.engine import dry_run, train, trainer
+from conv2former.engine import dry_run, train
 from conv2former.engine.checkpoint import read_training_checkpoint
 from conv2former.engine.logging import read_metrics
 from conv2former.tasks.segmentation.task import Segmentation
 from conv2former.tools.runs.comparing import differing_runs
 from conv2former.tools.runs.killing import RunProcesses
 
-from ..engine.conftest import configure
+from ..engine.conftest import configure, killed_after
 from .conftest import NAMES
 
 LAST = {f"{layer}.{kind}" for layer in ("head.classifier", "auxiliary.4") for kind in ("weight", "bias")}
-
-
-class Killed(Exception):
-    pass
 
 
 def check_start(raw, saved, path):
@@ -40,7 +36,7 @@ def check_start(raw, saved, path):
 
 
 @pytest.mark.slow
-def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
+def test_it_trains_and_goes_on_exactly(raw, tmp_path, capsys):
     """With everything on that draws; the picture of the worst images comes out of the checkpoint of the first part."""
     config = configure(raw)
     report = train(config, tmp_path / "whole")
@@ -62,18 +58,8 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     assert "  worst images " in "\n".join(summary(report, tmp_path))
 
     check_start(raw, saved, str(tmp_path / "whole" / "checkpoints" / "best.pt"))
-    real, done = trainer.train_step, []
-
-    def dying(*args):
-        if len(done) == 4:  # in the second epoch
-            raise Killed
-        done.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "train_step", dying)
-    with pytest.raises(Killed):
+    with killed_after(4):  # in the second epoch
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", real)
     train(configure(raw, data__workers=1), tmp_path / "parts")
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ConfigError, match=r"loss\.dice: 0\.5 -> 0\.1"):
