@@ -21,11 +21,10 @@ from ..engine.terminal import say
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
 from ..tools.evaluation.confirm import check_confirmable, confirm
-from ..tools.evaluation.files import Extras
+from ..tools.evaluation.files import DEFAULT_FOLDER, Extras
 from ..tools.evaluation.registry import heading, summary, validate_files
 from ..tools.evaluation.settings import PREPROCESSINGS
 from ..tools.evaluation.task import AMONG
-from ..tools.evaluation.validate import DEFAULT_FOLDER
 
 MAX_WORST = 200  # in one picture
 
@@ -74,7 +73,7 @@ def main() -> None:
 
     confirmable = check_confirmable(files) if args.confirm else None
     extras = Extras(args.real, args.per_class, args.confusion, args.calibration, args.worst)
-    folder = args.output or (DEFAULT_FOLDER if extras.need_files else None)
+    folder = extras.folder_for(args.output)
 
     def show(lines: list[str]) -> None:
         say(*lines, required=folder is None)

@@ -27,6 +27,7 @@ from ...weights.preprocessing import Preprocessing
 from ..output import check_writable, replacing, save_figure, text_table, write_csv
 
 __all__ = [
+    "DEFAULT_FOLDER",
     "NOT_FINITE",
     "Extras",
     "check_folder",
@@ -40,6 +41,7 @@ __all__ = [
 WORST_CLASSES = 10  # shown on a terminal
 _NESTED = ("notes", "worst", "worst_classes", "per_class", "files", "changed")  # what has no column in results.csv
 PICTURE_SIDE = 320  # pixels, at most, of a mistake's image
+DEFAULT_FOLDER = Path("runs/evaluation")
 NOT_FINITE = "the loss is not a finite number: so are some of the network's answers, or its weights"
 
 
@@ -65,6 +67,10 @@ class Extras:
     def need_files(self) -> bool:
         """Whether something is asked for that is a file."""
         return bool(self.per_class or self.confusion or self.calibration or self.worst)
+
+    def folder_for(self, output: str | Path | None) -> Path | None:
+        """Returns the folder of the results: the one that is given, or one of its own if files need one."""
+        return Path(output) if output else DEFAULT_FOLDER if self.need_files else None
 
 
 def check_folder(folder: Path) -> None:

@@ -44,18 +44,16 @@ def validate_files(checkpoints: Sequence[str | Path], *args: Any, **kwargs: Any)
         UserError: as there, or the files are of several tasks.
     """
     with before_processes_meet():
-        kind = _kind_of(checkpoints)
-    return kind.validate(checkpoints, *args, **kwargs)
-
-
-def _kind_of(checkpoints: Sequence[str | Path]) -> _Kind:
-    if not checkpoints:
-        raise ConfigError("no checkpoint is given")
-    first, *others = (kind_for(_KINDS, path, read_checkpoint(path)) for path in checkpoints)
-    for path, other in zip(checkpoints[1:], others, strict=True):
-        if other is not first:
-            raise ConfigError(f"{path} is of another task than {checkpoints[0]}: evaluate them apart")
-    return first
+        if not checkpoints:
+            raise ConfigError("no checkpoint is given")
+        contents = [read_checkpoint(checkpoints[0])]  # a list, so that it can be let go when the network is built
+        kind = kind_for(_KINDS, checkpoints[0], contents[0])
+        if len(checkpoints) > 1:  # one network at a time is in memory, so each is read again
+            contents.clear()
+        for path in checkpoints[1:]:
+            if kind_for(_KINDS, path, read_checkpoint(path)) is not kind:
+                raise ConfigError(f"{path} is of another task than {checkpoints[0]}: evaluate them apart")
+    return kind.validate(checkpoints, *args, **kwargs, contents=contents)
 
 
 def _printer_of(rows: Sequence[dict[str, Any]]) -> _Kind:

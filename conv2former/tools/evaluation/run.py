@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from ...engine.evaluate import evaluate, shown
 from ...engine.skipped import SkippedImages
 from ...errors import ConfigError, DataError, before_processes_meet
 from ...tasks.task import Evaluator, Split
-from .files import check_folder, folders_of, write_results
+from .files import NOT_FINITE, check_folder, folders_of, write_results
 
 __all__ = ["Announce", "Prepared", "measure", "run_evaluations"]
 
@@ -86,10 +87,16 @@ def run_evaluations(
         for one in prepared:
             results, shared = one.evaluate(world)
             first = len(rows)
-            rows += [one.row(row, result) | shared for row, result in zip(one.known(world), results, strict=True)]
+            pairs = zip(one.known(world), results, strict=True)
+            rows += [_noted(one.row(row, result)) | shared for row, result in pairs]
             if folder:  # after every file, so that nothing is lost if a later one fails
                 world.on_main(partial(_write, one, results, rows, first, folders, folder))
     return rows
+
+
+def _noted(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row with a note if its loss, where there is one, is no number."""
+    return row if math.isfinite(row.get("loss", 0.0)) else {**row, "notes": [*row["notes"], NOT_FINITE]}
 
 
 def _check_agreement(prepared: Sequence[Prepared], world: World) -> None:

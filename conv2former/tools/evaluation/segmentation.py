@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +30,10 @@ from ...tasks.segmentation.pairs import PairSource
 from ...tasks.segmentation.restore import restore_network
 from ...tasks.segmentation.sources import open_split
 from ...weights.reading import read_checkpoint
-from .files import NOT_FINITE, Extras
+from .files import Extras
 from .masks import write_mask_extras
 from .run import Announce, measure, run_evaluations
-from .settings import OF_TRAIN, given_on_command_line
-from .validate import DEFAULT_FOLDER
+from .settings import OF_TRAIN, check_one_root, given_on_command_line, is_table
 
 __all__ = ["MaskValidation", "validate_masks"]
 
@@ -61,6 +59,7 @@ def validate_masks(
     extras: Extras | None = None,
     output: str | Path | None = None,
     announce: Announce | None = None,
+    contents: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """As `validate.validate_files`, of checkpoints of segmentations.
 
@@ -73,7 +72,7 @@ def validate_masks(
         data: in place of `data.root`; then where the data is, is not taken from the checkpoint.
         preprocessing, among: of classifiers; anything but their defaults is an error.
         extras: what else to find out; it needs files.
-        output, announce: see there.
+        output, announce, contents: see there.
 
     Returns:
         A row for each file: `miou`, `pixel_accuracy` and `mean_accuracy` in percent, `loss` and `n`, as
@@ -84,16 +83,14 @@ def validate_masks(
         UserError: a file, the configuration, the data or the folder is wrong, or they do not go together.
     """
     extras = extras or Extras()
-    folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
 
     def prepare() -> list[MaskValidation]:
         _check_options(preprocessing, among, extras)
-        if data is not None and "root" in given_on_command_line(overrides, "data"):
-            raise ConfigError("--data and data.root are two ways to say the same; give one")
+        check_one_root(data, overrides)
         keep = len(checkpoints) == 1
         found = []
         for path in map(Path, checkpoints):
-            network, info = restore_network(read_checkpoint(path), path, use_ema, model)
+            network, info = restore_network(contents.pop() if contents else read_checkpoint(path), path, use_ema, model)
             settings = settings_for(info, config, overrides, data)
             try:
                 source = _open(settings, info, path)
@@ -104,7 +101,7 @@ def validate_masks(
             )
         return found
 
-    return run_evaluations(prepare, folder, announce)
+    return run_evaluations(prepare, extras.folder_for(output), announce)
 
 
 def _check_options(preprocessing: str | None, among: str | None, extras: Extras) -> None:
@@ -174,7 +171,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 def _words_for(data: Path) -> list[str]:
     """Returns overrides that say where data is and how it is stored: a table, a folder, or a name on the hub."""
-    if data.suffix.lower() in TABLE_ENDINGS and data.is_file():
+    if is_table(data):
         return [f"data.root={json.dumps(str(data.parent))}", "data.source=csv", f"data.csv={json.dumps(str(data))}"]
     return [f"data.root={json.dumps(str(data))}", f"data.source={_detect(data)}"]
 
@@ -301,10 +298,7 @@ class MaskValidation:
         return restore_network(read_checkpoint(self.path), self.path, self.use_ema, self.expected)[0]
 
     def row(self, known: dict[str, Any], result: MaskEvaluation) -> dict[str, Any]:
-        row = {**known, **result.metrics, "per_class": class_rows(result, self.source.class_names)}
-        if not math.isfinite(row["loss"]):
-            row["notes"] = [*known["notes"], NOT_FINITE]
-        return row
+        return {**known, **result.metrics, "per_class": class_rows(result, self.source.class_names)}
 
     def write(self, folder: Path, row: dict[str, Any], result: MaskEvaluation) -> dict[str, Any]:
         return write_mask_extras(folder, row, result, self.source.class_names, self.extras)

@@ -80,6 +80,17 @@ def settings_for(info: CheckpointInfo, path: Path, options: EvaluationOptions) -
     return settings.model_copy(update={"data": located})
 
 
+def is_table(data: Path) -> bool:
+    """Returns whether data is a table of images, by its ending."""
+    return data.suffix.lower() in TABLE_ENDINGS and data.is_file()
+
+
+def check_one_root(data: str | Path | None, overrides: Sequence[str]) -> None:
+    """Raises a ConfigError if `--data` and an override both say where images are."""
+    if data is not None and "root" in given_on_command_line(overrides, "data"):
+        raise ConfigError("--data and data.root are two ways to say the same; give one")
+
+
 def given_on_command_line(overrides: Sequence[str], section: str) -> dict[str, Any]:
     """Returns the keys of a section that are on the command line."""
     found = apply_overrides({}, overrides).get(section)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from ...data.real_labels import real_labels
 from ...errors import CheckpointError, ConfigError, DataError, counted, shorten
 from ...models import CheckpointInfo, load_model
 from ...models.others import check_size
+from ...models.restore import restore
 from ...weights.preprocessing import Preprocessing
 from ..prediction.predict import check_channels
 from .files import Extras
@@ -63,13 +66,15 @@ class Task:
         return self.settings.data
 
 
-def prepare_tasks(checkpoints: Sequence[str | Path], options: EvaluationOptions) -> list[Task]:
-    """Does all that can be a mistake, before the processes meet."""
+def prepare_tasks(
+    checkpoints: Sequence[str | Path], options: EvaluationOptions, contents: list[dict[str, Any]] | None = None
+) -> list[Task]:
+    """Does all that can be a mistake, before the processes meet; `contents` as in `validate.validate_files`."""
     opened: dict[str, Source] = {}
     tasks = []
     for checkpoint in checkpoints:
         try:
-            tasks.append(prepare_task(Path(checkpoint), options, opened, keep=len(checkpoints) == 1))
+            tasks.append(prepare_task(Path(checkpoint), options, opened, len(checkpoints) == 1, contents))
         except DataError as e:
             if len(checkpoints) == 1:
                 raise
@@ -77,7 +82,13 @@ def prepare_tasks(checkpoints: Sequence[str | Path], options: EvaluationOptions)
     return tasks
 
 
-def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Source], keep: bool) -> Task:
+def prepare_task(
+    path: Path,
+    options: EvaluationOptions,
+    opened: dict[str, Source],
+    keep: bool,
+    contents: list[dict[str, Any]] | None = None,
+) -> Task:
     """Checks one checkpoint and opens its data.
 
     Args:
@@ -85,11 +96,14 @@ def prepare_task(path: Path, options: EvaluationOptions, opened: dict[str, Sourc
         options: how to evaluate it.
         opened: the data of those before, so that it is looked through once.
         keep: the network; without it it is built to be checked, and again when its turn comes, to hold only one.
+        contents: of the checkpoint, where it has been read already; taken out of the list.
 
     Raises:
         UserError: the file, the configuration or the data is wrong, or they do not go together.
     """
-    model, info = load_model(path, options.use_ema, options.model)
+    load = partial(restore, contents.pop()) if contents else load_model
+    model, info = load(path, options.use_ema, options.model)
+    del load  # with the content, of which the optimizer's state may be most
     if not info.num_classes:
         raise CheckpointError(f"{path} has no classifier, so there is nothing to evaluate")
     check_channels(path, info.in_chans)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from ...data import DataSource, batches, eval_loader
-from ...data.tables import TABLE_ENDINGS
 from ...engine.build import autocast_for
 from ...engine.distributed import World
 from ...errors import ConfigError
@@ -21,14 +19,12 @@ from ...tasks.classification.class_metrics import ClassMetrics
 from ...tasks.classification.evaluation import Evaluation, Score, Views, has_top5, standard_error
 from ...tasks.classification.tallies import Calibration, RealLabels, Tally, Worst
 from ...weights.preprocessing import Preprocessing
-from .files import NOT_FINITE, Extras, write_extras
+from .files import Extras, write_extras
 from .run import Announce, measure, run_evaluations
-from .settings import EvaluationOptions, given_on_command_line
+from .settings import EvaluationOptions, check_one_root, is_table
 from .task import MAX_COUNTED_CLASSES, Task, prepare_tasks, present_classes
 
-__all__ = ["DEFAULT_FOLDER", "ClassEvaluation", "validate", "validate_files"]
-
-DEFAULT_FOLDER = Path("runs/evaluation")
+__all__ = ["ClassEvaluation", "validate", "validate_files"]
 
 
 def validate(checkpoint: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -49,6 +45,7 @@ def validate_files(
     extras: Extras | None = None,
     output: str | Path | None = None,
     announce: Announce | None = None,
+    contents: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates weight files; under torchrun every process calls it. All are checked before the first is evaluated.
 
@@ -68,6 +65,7 @@ def validate_files(
             `extras` needs some.
         announce: called on the main process before the first image is read, with the rows as far as they are known:
             without metrics, and `n` is the number of images that there are.
+        contents: of a single file, where it has been read already; taken out of the list.
 
     Returns:
         A row for each file and preprocessing, the same on all processes but for `files`, which only the main one has:
@@ -85,18 +83,16 @@ def validate_files(
         words, root = tuple(overrides), data
         if not checkpoints:
             raise ConfigError("no checkpoint is given")
-        if root is not None and Path(root).suffix.lower() in TABLE_ENDINGS and Path(root).is_file():
+        if root is not None and is_table(Path(root)):
             table = Path(root)  # its paths are relative to its own folder, or to data.root
             above = f"data.root={json.dumps(str(table.parent))}"
             words = (above, *words, "data.source=csv", f"data.csv={json.dumps(str(table))}")
             root = None
-        if root is not None and "root" in given_on_command_line(words, "data"):
-            raise ConfigError("--data and data.root are two ways to say the same; give one")
+        check_one_root(root, words)
         options = EvaluationOptions(config, words, use_ema, model, root, preprocessing, among, extras)
-        return [ClassEvaluation(task, options) for task in prepare_tasks(checkpoints, options)]
+        return [ClassEvaluation(task, options) for task in prepare_tasks(checkpoints, options, contents)]
 
-    folder = Path(output) if output else DEFAULT_FOLDER if extras.need_files else None
-    return run_evaluations(prepare, folder, announce)
+    return run_evaluations(prepare, extras.folder_for(output), announce)
 
 
 @dataclass(frozen=True)
@@ -185,8 +181,6 @@ def _known(task: Task, name: str, view: Preprocessing, world: World, options: Ev
 def _row(known: dict[str, Any], result: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
     """Returns a row with its metrics; top-5 of five classes or fewer is always 100 %, and None."""
     row = {**known, **result.metrics, "per_class": ClassMetrics.of(result.per_class).rows(class_names)}
-    if not math.isfinite(row["loss"]):
-        row["notes"] = [*known["notes"], NOT_FINITE]
     row["top1_error"] = standard_error(row["top1"], row["n"])
     if "real" in result.tallies:
         n, top1, top5 = result.tallies["real"].tolist()

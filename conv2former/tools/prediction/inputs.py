@@ -7,14 +7,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ...config.base import BaseDataConfig
 from ...data import Skipped
 from ...data.files import find_files
-from ...data.images import IMAGE_ENDINGS, unread_hint
+from ...data.images import IMAGE_ENDINGS, UnreadableImage, any_size, open_rgb, unread_hint
+from ...data.loader import workers_for
+from ...data.workers import Sent, portable_errors
 from ...errors import DataError, bullets, counted
 
-__all__ = ["STANDARD_INPUT", "ImageFile", "find_images", "raise_unreadable"]
+__all__ = ["STANDARD_INPUT", "ImageFile", "OpenedImages", "find_images", "raise_unreadable"]
 
 STANDARD_INPUT = "-"
 
@@ -24,6 +30,41 @@ class ImageFile(NamedTuple):
 
     name: str
     file: str | bytes
+
+
+class OpenedImages(Dataset):
+    """Images that a user names, for a loader's workers; those that cannot be read are `Skipped`.
+
+    Args:
+        images: see `find_images`.
+        data: how files are read: `value_range`, `max_image_pixels`, `workers`.
+    """
+
+    def __init__(self, images: Sequence[ImageFile], data: BaseDataConfig) -> None:
+        self.images, self.data = images, data
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        name, file = self.images[index]
+        shown = "standard input" if name == STANDARD_INPUT else name
+        try:
+            image = open_rgb(file, shown, self.data.value_range, self.data.max_image_pixels)
+        except UnreadableImage as e:
+            return Skipped(name, str(e))
+        with portable_errors(), any_size():
+            return self.loaded(name, image)
+
+    def loaded(self, name: str, image: Image.Image) -> Any:
+        """Returns what the network needs of an image."""
+        raise NotImplementedError
+
+    def loader(self, batch_size: int, few: int) -> DataLoader:
+        """Returns a loader of lists; fewer than `few` batches are read without worker processes."""
+        count = -(-len(self) // batch_size)
+        workers = 0 if count < few else min(workers_for(self.data), count, os.cpu_count() or 1)
+        return DataLoader(cast(Any, self), batch_size=batch_size, num_workers=workers, collate_fn=Sent(list))
 
 
 def find_images(inputs: Sequence[str]) -> list[ImageFile]:

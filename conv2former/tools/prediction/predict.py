@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from ..._preprocessing import CHANNELS, FIELDS
 from ...config import apply_overrides, check_config
@@ -18,9 +16,6 @@ from ...config.registry import as_classification
 from ...config.schema import DataConfig
 from ...data import Skipped, batches, eval_transform
 from ...data.classes import class_names_of, display_names, match_classes
-from ...data.images import UnreadableImage, any_size, open_rgb
-from ...data.loader import workers_for
-from ...data.workers import Sent, portable_errors
 from ...errors import CheckpointError, ConfigError, DataError, closest, counted
 from ...inference import capture
 from ...models import Preprocessing, load_model
@@ -28,7 +23,7 @@ from ...models.others import check_size
 from ...models.restore import restore
 from ...text import printable
 from ...weights.description import weights_text
-from .inputs import STANDARD_INPUT, ImageFile
+from .inputs import ImageFile, OpenedImages
 
 __all__ = [
     "Guess",
@@ -181,26 +176,17 @@ class _Loaded(NamedTuple):
     preview: Image.Image | None
 
 
-class _Images(Dataset):
+class _Images(OpenedImages):
     """Images through the evaluation transform."""
 
     def __init__(self, images: Sequence[ImageFile], settings: DataConfig, preview: int | None) -> None:
-        self.images, self.settings, self.preview = images, settings, preview
+        super().__init__(images, settings)
+        self.preview = preview
         self.transform = eval_transform(settings)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> _Loaded | Skipped:
-        name, file = self.images[index]
-        shown = "standard input" if name == STANDARD_INPUT else name
-        try:
-            image = open_rgb(file, shown, self.settings.value_range, self.settings.max_image_pixels)
-        except UnreadableImage as e:
-            return Skipped(name, str(e))
-        with portable_errors(), any_size():
-            preview = fitted(image, self.preview) if self.preview else None
-            return _Loaded(name, image.size, self.transform(image), preview)
+    def loaded(self, name: str, image: Image.Image) -> _Loaded:
+        preview = fitted(image, self.preview) if self.preview else None
+        return _Loaded(name, image.size, self.transform(image), preview)
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
@@ -289,13 +275,7 @@ class Predictor:
             batch_size: images in a forward pass; it changes the results by rounding only.
             preview: the longer side of the images' previews, pixels; None for none.
         """
-        count = -(-len(images) // batch_size)
-        loader = DataLoader(
-            cast(Any, _Images(images, self.settings, preview)),
-            batch_size=batch_size,
-            num_workers=0 if count < 2 else min(workers_for(self.settings), count, os.cpu_count() or 1),
-            collate_fn=Sent(list),
-        )
+        loader = _Images(images, self.settings, preview).loader(batch_size, few=2)
         for items in cast("Iterator[list[_Loaded | Skipped]]", batches(loader)):
             pixels = [item.pixels for item in items if isinstance(item, _Loaded)]
             tops = iter(self._top(torch.stack(pixels), topk) if pixels else [])

@@ -12,15 +12,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from ...config import apply_overrides, check_config
 from ...data import Skipped, batches
 from ...data.classes import display_names
-from ...data.images import UnreadableImage, any_size, open_rgb
-from ...data.loader import workers_for
+from ...data.images import any_size
 from ...data.pixels import normalize
-from ...data.workers import Sent, portable_errors
 from ...errors import CheckpointError, ConfigError, closest, counted
 from ...inference import capture
 from ...tasks.segmentation.augment import EvalTransform
@@ -30,7 +27,7 @@ from ...tasks.segmentation.restore import restore_network
 from ...tasks.segmentation.thumbnails import colours
 from ...text import printable
 from ...weights.description import weights_text
-from .inputs import STANDARD_INPUT, ImageFile
+from .inputs import STANDARD_INPUT, ImageFile, OpenedImages
 from .options import PredictionOptions
 from .predict import choose_device, fitted
 from .results import MAX_BARS, ResultsFolder
@@ -153,26 +150,17 @@ class _Loaded(NamedTuple):
     photo: Image.Image | None
 
 
-class _Images(Dataset):
+class _Images(OpenedImages):
     """Images as an evaluation has them."""
 
     def __init__(self, images: Sequence[ImageFile], config: SegmentationConfig, needs_photo: bool) -> None:
-        self.images, self.data, self.needs_photo = images, config.data, needs_photo
+        super().__init__(images, config.data)
+        self.needs_photo = needs_photo
         self.transform = EvalTransform(config.data.short_side, config.data.preprocessing.channels)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> _Loaded | Skipped:
-        name, file = self.images[index]
-        shown = "standard input" if name == STANDARD_INPUT else name
-        try:
-            image = open_rgb(file, shown, self.data.value_range, self.data.max_image_pixels)
-        except UnreadableImage as e:
-            return Skipped(name, str(e))
-        with portable_errors(), any_size():
-            pixels = self.transform.image(image)
-        return _Loaded(name, (image.height, image.width), pixels, image if self.needs_photo else None)
+    def loaded(self, name: str, image: Image.Image) -> _Loaded:
+        photo = image if self.needs_photo else None
+        return _Loaded(name, (image.height, image.width), self.transform.image(image), photo)
 
 
 class MaskPrediction:
@@ -229,13 +217,7 @@ class MaskPrediction:
     def predict(self, images: Sequence[ImageFile], results: MaskResults | None) -> Iterator[PredictedMask | Skipped]:
         """See `registry.Predicting`."""
         size = self.options.batch_size or BATCH_SIZE
-        count = -(-len(images) // size)
-        loader = DataLoader(
-            cast(Any, _Images(images, self.config, results is not None)),
-            batch_size=size,
-            num_workers=0 if count < FEW else min(workers_for(self.config.data), count, os.cpu_count() or 1),
-            collate_fn=Sent(list),
-        )
+        loader = _Images(images, self.config, results is not None).loader(size, FEW)
         place = 0
         for items in cast("Iterator[list[_Loaded | Skipped]]", batches(loader)):
             masks = iter(self._masks([item for item in items if isinstance(item, _Loaded)]))
