@@ -46,7 +46,7 @@ def test_every_script_is_a_command_and_the_other_way_round():
         assert f'run_command("{name}")' in scripts.pop(script)
         assert f"`conv2former {name}`" in (ROOT / "scripts" / f"{script}.py").read_text()
     # of the clone alone
-    assert scripts.keys() == {"kill_test", "modulation", "sample_digits", "small_sets", "transfer"}
+    assert scripts.keys() == {"kill_test", "modulation", "real_cases", "sample_digits", "small_sets", "transfer"}
 
 
 def test_help_and_version(monkeypatch, capsys):
@@ -264,8 +264,9 @@ def test_under_a_minimal_install_a_command_works_or_says_what_it_lacks(tmp_path)
         (["benchmark", "models", "conv2former_n"], "train"),
         *(
             ([ROOT / "scripts" / name], "train")
-            for name in ("kill_test.py", "modulation.py", "small_sets.py", "transfer.py", "sample_digits.py")
+            for name in ("kill_test.py", "modulation.py", "real_cases.py", "small_sets.py", "transfer.py")
         ),
+        ([ROOT / "scripts" / "sample_digits.py"], "train"),
     ]
     words = json.dumps([*works, *(line for line, _ in lacks)], default=str)
     environment = {**os.environ, "CONV2FORMER_COMPILE": "0"}

@@ -16,6 +16,7 @@ from conv2former.config import Config, load_config
 from conv2former.config.auto import AUTO_KEYS
 from conv2former.engine import dry_run
 from conv2former.tools.recipes import find_recipes, read_recipe, recipes_table, run_name
+from conv2former.weights.installed import list_shipped
 
 from .conftest import ROOT
 
@@ -121,8 +122,13 @@ def test_lines_are_short():
 
 
 def test_starting_weights_are_asked_for(recipe):
-    """A recipe for given weights names a file that another recipe writes, or the user's, and says so above."""
+    """A recipe for given weights names a file that another recipe writes, or the user's, and says so above.
+
+    Weights that are in the package need no words.
+    """
     checkpoint, header = recipe.config.model.checkpoint, recipe.header
+    if checkpoint in {model.name.partition(".")[0] for model in list_shipped()}:
+        return
     assert bool(checkpoint) == ("model.checkpoint=FILE" in header)
     if checkpoint and checkpoint.startswith("runs/"):
         source = next(path for path in RECIPES if checkpoint == f"runs/{path.stem}/checkpoints/best.pt")
