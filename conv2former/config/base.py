@@ -8,6 +8,7 @@ what is of use: they turn a slip of the hand into a message where the run would 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
@@ -151,14 +152,21 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to `min_lr`, set anew for every step."""
+    """Linear warm-up, then down as `decay` says; set anew for every step."""
 
     # warm-up included, cool-down not: the run has epochs + cooldown_epochs
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 300
     warmup_epochs: Epochs = 5
     warmup_lr: NonNegative = 1e-6  # at the first step
-    min_lr: NonNegative = 1e-6
-    cooldown_epochs: Epochs = 10  # further ones at min_lr, after `epochs`; 0 for none
+    # cosine and linear fall to min_lr over all of `epochs`, so that a warm-up takes the place of their beginning.
+    # multistep stays, and is multiplied by `gamma` after each of `milestones`
+    decay: Literal["cosine", "linear", "multistep"] = "cosine"
+    # multistep only: epochs, also parts of one, such as 8.5; it is the nearest step
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0.0, le=100_000.0)], ...], Field(max_length=100)] = ()
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # multistep only
+    min_lr: NonNegative = 1e-6  # without effect on multistep
+    # further ones after `epochs`, at min_lr, or of multistep at its last rate; 0 for none
+    cooldown_epochs: Epochs = 10
 
 
 class BaseEarlyStopConfig(Section):
@@ -259,11 +267,33 @@ class BaseConfig(AutoKeys, Section):
         if not is_open and self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
+        found += self._conflicts_of_milestones()
         if "optim.base_lr" not in self.auto and self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
         if self.train.cuda_graph == "on" and self.model.grad_checkpointing:
             found.append("train.cuda_graph: not with model.grad_checkpointing, which no graph can hold; leave one out")
         return found + self._conflicts_of_images()
+
+    def _conflicts_of_milestones(self) -> list[str]:
+        """As `conflicts`, of the epochs after which the rate falls."""
+        schedule, found = self.schedule, []
+        given = list(schedule.milestones)
+        if schedule.decay != "multistep":
+            for key in ("milestones", "gamma"):
+                if getattr(schedule, key) != getattr(ScheduleConfig(), key):
+                    found.append(f"schedule.{key}: only with schedule.decay multistep, not {schedule.decay}")
+        elif not given:
+            found.append("schedule.milestones: missing; with schedule.decay multistep give the epochs, such as [8, 11]")
+        elif any(first >= second for first, second in pairwise(given)):
+            numbers = ", ".join(f"{epoch:g}" for epoch in given)
+            found.append(f"schedule.milestones: each must be above the one before: [{numbers}]")
+        elif "schedule.warmup_epochs" not in self.auto and given[0] <= schedule.warmup_epochs:
+            warmup = schedule.warmup_epochs
+            found.append(f"schedule.milestones: must be above schedule.warmup_epochs: {given[0]:g} of {warmup}")
+        elif "schedule.epochs" not in self.auto and given[-1] >= schedule.epochs:
+            epochs = schedule.epochs
+            found.append(f"schedule.milestones: must be below schedule.epochs: {given[-1]:g} of {epochs}")
+        return found
 
     def _conflicts_of_network(self) -> list[str]:
         """As `conflicts`, of the keys that say which network it is."""
