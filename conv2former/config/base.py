@@ -94,7 +94,7 @@ class BaseDataConfig(Section):
     # memory. An image takes 3 bytes a pixel in each process that reads it, some kinds several times that.
     max_image_pixels: Annotated[int, Field(ge=1, le=10**12)] | None = None
     # How images become the network's input. null: as `model.checkpoint` notes it, or else 224, ImageNet's mean and std,
-    # bicubic, 0.875, center. A run writes down what it took.
+    # bicubic, 0.875, center. A run writes down what it took. The last three are for classification alone.
     img_size: ImgSize | None = None  # one number for a square, or [height, width], pixels
     mean: Mean | None = None  # of values from 0 to 1, for each channel
     std: Std | None = None
@@ -255,6 +255,16 @@ class BaseConfig(AutoKeys, Section):
         """Whether the images of a batch are augmented in pairs, so that it needs an even number."""
         return False
 
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        """The keys among those of `Preprocessing` that the task uses; a run fills in these, others may not be set."""
+        return FIELDS
+
+    def image_texts(self) -> dict[str, str]:
+        """Returns how images become the network's input, for people, by the keys of `data` that say so."""
+        texts = self.data.preprocessing.texts()
+        return {**texts, "img_size": f"input size {texts['img_size']}"}
+
     def conflicts(self) -> list[str]:
         """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""
         found = []
@@ -313,7 +323,8 @@ class BaseConfig(AutoKeys, Section):
 
     def _conflicts_of_images(self) -> list[str]:
         """As `conflicts`, of the keys that say how images become the network's input."""
-        found = []
+        useless = [key for key in self.data.given if key not in self.image_fields]
+        found = [f"data.{key}: has no effect with task: {self.task}; leave it out" for key in useless]
         if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:
             found.append(f"data.value_range: the first number must be below the second: {list(self.data.value_range)}")
         lengths = {key: len(values) for key, values in self.data.given.items() if key in ("mean", "std")}

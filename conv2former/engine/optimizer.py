@@ -66,8 +66,8 @@ def _milestones(config: BaseConfig, plan: Plan) -> list[float]:
     """Returns the milestones, in epochs, as timm is to be given them.
 
     It multiplies them by the steps of an epoch and compares them with the number of the step plus one: a milestone of 2
-    epochs of 5 steps would lower the rate from step 9 on, the last of the second epoch, and rounding could move it. Half
-    a step more lowers it from step 10 on, whatever the rounding.
+    epochs of 5 steps would lower the rate from step 9 on, the last of the second epoch, and rounding could move it.
+    Half a step more lowers it from step 10 on, whatever the rounding.
     """
     steps = plan.steps_per_epoch
     return [(round(milestone * steps) + 0.5) / steps for milestone in config.schedule.milestones]

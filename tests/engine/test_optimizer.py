@@ -52,7 +52,13 @@ def rates_of(*words: str, steps_per_epoch: int = 10, lr: float = 1.0) -> list[fl
     return [found[step] for step in range(plan.total_steps)]
 
 
-LENGTH = ("optim.base_lr=1", "schedule.epochs=4", "schedule.cooldown_epochs=1", "schedule.warmup_lr=0", "schedule.min_lr=0.2")
+LENGTH = (
+    "optim.base_lr=1",
+    "schedule.epochs=4",
+    "schedule.cooldown_epochs=1",
+    "schedule.warmup_lr=0",
+    "schedule.min_lr=0.2",
+)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_milestones_of_a_run_whose_length_is_open():
     """They are compared with the epochs once these are known."""
     words = ("decay=multistep", "milestones=[2,6]", "epochs=auto", "warmup_epochs=auto")
     config = config_of(*(f"schedule.{word}" for word in words))
-    with pytest.raises(ConfigError, match="milestones: must be above schedule.warmup_epochs: 2 of 3"):
+    with pytest.raises(ConfigError, match=r"milestones: must be above schedule\.warmup_epochs: 2 of 3"):
         fit_auto(config, 1, 10**6)
 
 
