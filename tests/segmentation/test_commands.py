@@ -18,7 +18,7 @@ from torch import nn
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError, models
-from conv2former.engine import train
+from conv2former.engine import train, trainer
 from conv2former.errors import OutputError
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
@@ -27,6 +27,7 @@ from conv2former.tasks.segmentation.network import SegmentationNetwork
 from conv2former.tasks.segmentation.thumbnails import colours
 from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
+from conv2former.tools.evaluation import registry
 from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
@@ -163,12 +164,36 @@ def test_what_is_not_evaluated(trained, monkeypatch, capsys, words, expected):
 # ------------------------------------------------------------------------------------------------------------- predict
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "words", "keys"),
+    [
+        (trainer, "prepare", ["train", "--config", "segmentation/folder"], ("data.img_size", "train.eval_batch_size")),
+        (registry, "read_checkpoint", ["validate", "--checkpoint"], ("data.short_side", "evaluation.mode=slide")),
+    ],
+)
+def test_where_memory_runs_out_the_size_of_the_images_is_named(folder, monkeypatch, capsys, module, name, words, keys):
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(module, name, fails)
+    more = (
+        [folder / "classes.txt"]
+        if words[-1] == "--checkpoint"
+        else [f"data.root={folder}", "model.name=timm/resnet18", "model.checkpoint=null"]
+    )
+    code, _, err = run(monkeypatch, capsys, *words, *more)
+    assert code == 3
+    assert "out of memory; lower " in err
+    assert all(key in err for key in keys)
+
+
 @pytest.mark.slow
 def test_masks_of_photos(trained, tmp_path, monkeypatch, capsys):
     """Indices at the photo's size, a palette, overlays, shares; what cannot be read is named at the end."""
     photos = tmp_path / "photos"
     shutil.copytree(trained.data / "images" / "val", photos / "street")
     (photos / "broken.jpg").write_bytes(b"no image")
+    Image.new("RGB", (4000, 1)).save(photos / "line.png")
     image = Image.open(photos / "street" / "01.png")
     exif = image.getexif()
     exif[274] = 6  # to be turned by a quarter
@@ -179,8 +204,9 @@ def test_masks_of_photos(trained, tmp_path, monkeypatch, capsys):
             monkeypatch, capsys, "predict", "--checkpoint", trained.best, photos, "--output", output, "--json"
         )
         assert code == 2
-        assert "1 of 7 images cannot be read, the others are done" in err
+        assert "2 of 8 images cannot be read, the others are done" in err
         assert f"{photos}/broken.jpg: not a readable image" in err
+        assert f"{photos}/line.png: an image of 4000 x 1 pixels is too long and thin; cut it in pieces" in err
     assert sorted(os.listdir(output)) == ["legend.png", "masks", "overlays", "predictions.jsonl", "sheet.png"]
     records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert records == [json.loads(line) for line in out.splitlines()]
