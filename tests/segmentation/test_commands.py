@@ -23,7 +23,7 @@ from conv2former.errors import OutputError
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask
-from conv2former.tasks.segmentation.network import SegmentationNetwork
+from conv2former.tasks.segmentation.network import SegmentationNetwork, build_network
 from conv2former.tasks.segmentation.thumbnails import colours
 from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
@@ -32,7 +32,7 @@ from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
 from conv2former.tools.export.registry import export
-from conv2former.tools.export.segmentation import _exportable_pools, _Pool
+from conv2former.tools.export.segmentation import MaskSubject, _exportable_pools, _Pool, _without_ceil_mode
 from conv2former.tools.prediction.folder import check_results_folder
 from conv2former.tools.prediction.inputs import ImageFile
 from conv2former.tools.prediction.segmentation import file_names, mask_image
@@ -302,7 +302,7 @@ def test_an_onnx_file_takes_any_size(trained, tmp_path):
     assert found.shape == (2, 3, 45, 77)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     pools = model.head.decoder.psp.blocks
-    with _exportable_pools(model.head):
+    with _exportable_pools(model):
         assert {type(pool[0]) for pool in pools} == {_Pool}
     assert {type(pool[0]) for pool in pools} == {nn.AdaptiveAvgPool2d}
     with pytest.raises(
@@ -319,6 +319,51 @@ def test_an_onnx_file_takes_any_size(trained, tmp_path):
 def test_pooling_for_the_export_is_torch_s(cells, size):
     maps = torch.randn(2, 3, *size)
     torch.testing.assert_close(_Pool(cells)(maps), nn.AdaptiveAvgPool2d(cells)(maps))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(2, 2), nn.AvgPool2d((2, 2), (2, 2)), nn.MaxPool2d(2), nn.MaxPool2d(3, 2)]
+)
+def test_pooling_whose_size_is_rounded_up(pool):
+    """As timm's networks have it; the maps that a segmentation's have are even."""
+    assert _without_ceil_mode(pool) is None
+    pool.ceil_mode = True
+    for size in ((2, 8), (10, 4)):
+        maps = torch.randn(2, 3, *size) - 10
+        found = _without_ceil_mode(pool)(maps)
+        assert torch.equal(found, pool(maps))
+        assert found.shape[2:] == (size[0] // 2, size[1] // 2)
+
+
+def test_pooling_that_is_left_as_it_is():
+    for pool in (
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(2, 1, ceil_mode=True),
+        nn.MaxPool2d((3, 2), 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(2, 2, ceil_mode=True, divisor_override=3),
+        nn.AdaptiveAvgPool2d(1),
+    ):
+        assert _without_ceil_mode(pool) is None
+
+
+@pytest.mark.slow
+def test_networks_whose_pooling_rounds_up_are_written_for_any_size():
+    """One with average pooling of 2 and, as some of timm's begin, maxima of 3."""
+    raw = {
+        "task": "segmentation",
+        "model": {"name": "timm/test_resnet", "head": {"name": "fpn", "channels": 64, "auxiliary": 0.0}},
+        "data": {"root": "x"},
+    }
+    model = build_network(configure(raw), 3).eval()
+    assert sum(getattr(module, "ceil_mode", False) for module in model.backbone.modules()) == 3
+    model.backbone.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    info = SimpleNamespace(in_chans=3, name="test_resnet")
+    program = MaskSubject(model, info, None, {}).trace(None).module()
+    for size in ((64, 96), (33, 71), (90, 45)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- other commands, and from Python
