@@ -263,7 +263,8 @@ class BaseConfig(AutoKeys, Section):
     def image_texts(self) -> dict[str, str]:
         """Returns how images become the network's input, for people, by the keys of `data` that say so."""
         texts = self.data.preprocessing.texts()
-        return {**texts, "img_size": f"input size {texts['img_size']}"}
+        texts["img_size"] = f"input size {texts['img_size']}"
+        return {key: text for key, text in texts.items() if key in self.image_fields}
 
     def conflicts(self) -> list[str]:
         """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""

@@ -177,10 +177,9 @@ class SegmentationConfig(BaseConfig):
 
     def image_texts(self) -> dict[str, str]:
         """See `BaseConfig`."""
-        texts = {key: text for key, text in super().image_texts().items() if key in self.image_fields}
-        texts["img_size"] = f"training crops of {size_text(self.data.preprocessing.size)}"
-        short_side = self.data.short_side
-        return texts | ({"short_side": f"resized to a shorter side of {short_side}"} if short_side else {})
+        crops, short_side = f"training crops of {size_text(self.data.preprocessing.size)}", self.data.short_side
+        more = {"short_side": f"resized to a shorter side of {short_side}"} if short_side else {}
+        return {**super().image_texts(), "img_size": crops, **more}
 
     @property
     def labels(self) -> str:
