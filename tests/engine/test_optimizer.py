@@ -86,7 +86,7 @@ def test_the_rate_of_single_steps(words, expected):
     assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("steps_per_epoch", [1, 3, 7, 49, 1263, 7330])
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 11, 71, 142, 1263, 7330])
 def test_a_milestone_is_the_first_step_of_its_epoch(steps_per_epoch):
     """Whatever an epoch is divided into: rounding moves none."""
     words = ("decay=multistep", "milestones=[3,7,11]", "epochs=12", "warmup_epochs=0", "cooldown_epochs=0")
