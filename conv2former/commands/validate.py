@@ -27,6 +27,9 @@ from ..tools.evaluation.settings import PREPROCESSINGS
 from ..tools.evaluation.task import AMONG
 
 MAX_WORST = 200  # in one picture
+LESS_MEMORY = (
+    "lower train.eval_batch_size or data.workers, or of a segmentation data.short_side, or set evaluation.mode=slide"
+)
 
 
 def main() -> None:
@@ -105,4 +108,4 @@ def _count(text: str) -> int:
 
 def run() -> None:
     """Runs the command and exits, errors as one message."""
-    run_cli(main, less_memory="lower train.eval_batch_size or data.workers")
+    run_cli(main, less_memory=LESS_MEMORY)

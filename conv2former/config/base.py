@@ -8,6 +8,7 @@ what is of use: they turn a slip of the hand into a message where the run would 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
@@ -93,7 +94,7 @@ class BaseDataConfig(Section):
     # memory. An image takes 3 bytes a pixel in each process that reads it, some kinds several times that.
     max_image_pixels: Annotated[int, Field(ge=1, le=10**12)] | None = None
     # How images become the network's input. null: as `model.checkpoint` notes it, or else 224, ImageNet's mean and std,
-    # bicubic, 0.875, center. A run writes down what it took.
+    # bicubic, 0.875, center. A run writes down what it took. The last three are for classification alone.
     img_size: ImgSize | None = None  # one number for a square, or [height, width], pixels
     mean: Mean | None = None  # of values from 0 to 1, for each channel
     std: Std | None = None
@@ -151,14 +152,21 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to `min_lr`, set anew for every step."""
+    """Linear warm-up, then down as `decay` says; set anew for every step."""
 
     # warm-up included, cool-down not: the run has epochs + cooldown_epochs
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 300
     warmup_epochs: Epochs = 5
     warmup_lr: NonNegative = 1e-6  # at the first step
-    min_lr: NonNegative = 1e-6
-    cooldown_epochs: Epochs = 10  # further ones at min_lr, after `epochs`; 0 for none
+    # cosine and linear fall to min_lr over all of `epochs`, so that a warm-up takes the place of their beginning.
+    # multistep stays, and is multiplied by `gamma` after each of `milestones`
+    decay: Literal["cosine", "linear", "multistep"] = "cosine"
+    # multistep only: epochs, also parts of one, such as 8.5; it is the nearest step
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0.0, le=100_000.0)], ...], Field(max_length=100)] = ()
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # multistep only
+    min_lr: NonNegative = 1e-6  # without effect on multistep
+    # further ones after `epochs`, at min_lr, or of multistep at its last rate; 0 for none
+    cooldown_epochs: Epochs = 10
 
 
 class BaseEarlyStopConfig(Section):
@@ -247,6 +255,17 @@ class BaseConfig(AutoKeys, Section):
         """Whether the images of a batch are augmented in pairs, so that it needs an even number."""
         return False
 
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        """The keys among those of `Preprocessing` that the task uses; a run fills in these, others may not be set."""
+        return FIELDS
+
+    def image_texts(self) -> dict[str, str]:
+        """Returns how images become the network's input, for people, by the keys of `data` that say so."""
+        texts = self.data.preprocessing.texts()
+        texts["img_size"] = f"input size {texts['img_size']}"
+        return {key: text for key, text in texts.items() if key in self.image_fields}
+
     def conflicts(self) -> list[str]:
         """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""
         found = []
@@ -259,11 +278,33 @@ class BaseConfig(AutoKeys, Section):
         if not is_open and self.schedule.warmup_epochs >= self.schedule.epochs:
             warmup, epochs = self.schedule.warmup_epochs, self.schedule.epochs
             found.append(f"schedule.warmup_epochs: must be below schedule.epochs: {warmup} of {epochs}")
+        found += self._conflicts_of_milestones()
         if "optim.base_lr" not in self.auto and self.schedule.min_lr > self.optim.base_lr:
             found.append(f"schedule.min_lr: above optim.base_lr: {self.schedule.min_lr} > {self.optim.base_lr}")
         if self.train.cuda_graph == "on" and self.model.grad_checkpointing:
             found.append("train.cuda_graph: not with model.grad_checkpointing, which no graph can hold; leave one out")
         return found + self._conflicts_of_images()
+
+    def _conflicts_of_milestones(self) -> list[str]:
+        """As `conflicts`, of the epochs after which the rate falls."""
+        schedule, found = self.schedule, []
+        given = list(schedule.milestones)
+        if schedule.decay != "multistep":
+            for key in ("milestones", "gamma"):
+                if getattr(schedule, key) != getattr(ScheduleConfig(), key):
+                    found.append(f"schedule.{key}: only with schedule.decay multistep, not {schedule.decay}")
+        elif not given:
+            found.append("schedule.milestones: missing; with schedule.decay multistep give the epochs, such as [8, 11]")
+        elif any(first >= second for first, second in pairwise(given)):
+            numbers = ", ".join(f"{epoch:g}" for epoch in given)
+            found.append(f"schedule.milestones: each must be above the one before: [{numbers}]")
+        elif "schedule.warmup_epochs" not in self.auto and given[0] <= schedule.warmup_epochs:
+            warmup = schedule.warmup_epochs
+            found.append(f"schedule.milestones: must be above schedule.warmup_epochs: {given[0]:g} of {warmup}")
+        elif "schedule.epochs" not in self.auto and given[-1] >= schedule.epochs:
+            epochs = schedule.epochs
+            found.append(f"schedule.milestones: must be below schedule.epochs: {given[-1]:g} of {epochs}")
+        return found
 
     def _conflicts_of_network(self) -> list[str]:
         """As `conflicts`, of the keys that say which network it is."""
@@ -283,7 +324,8 @@ class BaseConfig(AutoKeys, Section):
 
     def _conflicts_of_images(self) -> list[str]:
         """As `conflicts`, of the keys that say how images become the network's input."""
-        found = []
+        useless = [key for key in self.data.given if key not in self.image_fields]
+        found = [f"data.{key}: has no effect with task: {self.task}; leave it out" for key in useless]
         if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:
             found.append(f"data.value_range: the first number must be below the second: {list(self.data.value_range)}")
         lengths = {key: len(values) for key, values in self.data.given.items() if key in ("mean", "std")}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TypeVar
 
-from .._preprocessing import CHANNELS, FIELDS, Preprocessing, channels_text
+from .._preprocessing import CHANNELS, Preprocessing, channels_text
 from ..config import BaseConfig
 from ..errors import CheckpointError, raise_mistakes
 from ..tasks.network import describe_start
@@ -40,33 +40,36 @@ def settle_images(config: C) -> tuple[C, list[str]]:
     noted = info.preprocessing if info else Preprocessing()
     settled = fill_images(config, noted, channels)
     raise_mistakes("the configuration", [text for text in settled.conflicts() if text not in config.conflicts()])
-    return settled, _lines(config, settled.data.preprocessing, info)
+    return settled, _lines(config, settled, info)
 
 
 def fill_images(config: C, noted: Preprocessing | None = None, channels: int = 3) -> C:
-    """Returns the configuration with what it leaves open of the images as in `noted`, or the defaults."""
+    """Returns the configuration with what it leaves open of the images as in `noted`, or the defaults.
+
+    It is the task's business what that is, see `BaseConfig.image_fields`.
+    """
     images = replace((noted or Preprocessing()).for_channels(channels), **config.data.given)
-    data = config.data.model_copy(update={key: getattr(images, key) for key in FIELDS})
+    data = config.data.model_copy(update={key: getattr(images, key) for key in config.image_fields})
     return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"in_chans": channels})})
 
 
-def _lines(config: BaseConfig, images: Preprocessing, info: Start | None) -> list[str]:
+def _lines(config: BaseConfig, settled: BaseConfig, info: Start | None) -> list[str]:
     """Returns lines that say how images become the input, and where each of it comes from."""
-    given = config.data.given
+    images = settled.data.preprocessing
     default = Preprocessing().for_channels(images.channels)
 
     def origin(*keys: str) -> str:
-        if given.keys() & {*keys}:
+        if any(getattr(config.data, key) is not None for key in keys):
             return GIVEN
         if info and {*info.preprocessing_noted} & {*keys}:
             return info.origin
         return DEFAULT if all(getattr(images, key) == getattr(default, key) for key in keys) else PUBLISHED
 
     own_channels = GIVEN if config.model.in_chans else info.origin if info and info.notes_channels else DEFAULT
-    parts = [(origin(*_fields_of(key)), text) for key, text in images.texts().items()]
+    parts = [(origin(*_fields_of(key)), text) for key, text in settled.image_texts().items()]
     parts.insert(1, (own_channels, channels_text(images.channels)))
     groups = [(name, ", ".join(text for _, text in group)) for name, group in groupby(parts, lambda part: part[0])]
-    lines = ["images: input size " + "; ".join(f"{text} {name}" for name, text in groups)]
+    lines = ["images: " + "; ".join(f"{text} {name}" for name, text in groups)]
     if info is None:
         return lines
     if info.in_chans != images.channels:

@@ -34,11 +34,22 @@ def build_optimizer(config: BaseConfig, plan: Plan, model: nn.Module) -> torch.o
 
 
 def build_scheduler(config: BaseConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
-    """Builds the schedule of the learning rate, by steps: linear warm-up, a cosine, and a constant end."""
+    """Builds the schedule of the learning rate, by steps: linear warm-up, the way down, and a constant end.
+
+    It has no state: `step_update(step)` sets the rate from the number of the step alone.
+    """
     schedule = config.schedule
+    decay: dict[str, dict[str, Any]] = {
+        "cosine": {"sched": "cosine"},
+        "linear": {"sched": "poly", "decay_rate": 1.0},  # which is the power
+        "multistep": {
+            "sched": "multistep",
+            "decay_rate": schedule.gamma,
+            "decay_milestones": _milestones(config, plan),
+        },
+    }
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        "cosine",
         num_epochs=schedule.epochs,
         warmup_epochs=schedule.warmup_epochs,
         warmup_lr=schedule.warmup_lr,
@@ -46,8 +57,20 @@ def build_scheduler(config: BaseConfig, plan: Plan, optimizer: torch.optim.Optim
         cooldown_epochs=schedule.cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=plan.steps_per_epoch,
+        **decay[schedule.decay],
     )
     return scheduler
+
+
+def _milestones(config: BaseConfig, plan: Plan) -> list[float]:
+    """Returns the milestones, in epochs, as timm is to be given them.
+
+    It multiplies them by the steps of an epoch and compares them with the number of the step plus one: a milestone of 2
+    epochs of 5 steps would lower the rate from step 9 on, the last of the second epoch, and rounding could move it.
+    Half a step more lowers it from step 10 on, whatever the rounding.
+    """
+    steps = plan.steps_per_epoch
+    return [(round(milestone * steps) + 0.5) / steps for milestone in config.schedule.milestones]
 
 
 def optimizer_args(config: BaseConfig) -> dict[str, Any]:

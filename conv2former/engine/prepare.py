@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from torch import nn
 
+from .._preprocessing import FIELDS
 from .._yaml import dump_yaml
 from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
 from ..config.auto import is_auto, value_at, with_values
@@ -63,7 +64,10 @@ def changed_keys(noted: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequ
     before = {key: {**defaults.get(key, {}), **noted.get(key, {})} for key in {**defaults, **noted} if key != "task"}
     before["task"] = noted.get("task", "classification")  # earlier versions had no other
     now = with_values(now, {key: value_at(before, key) for key in kind.auto_keys if _is_found_again(before, now, key)})
-    allowed = (*_HARMLESS, "data.holdout_sha256", *allowed)  # the fingerprint is of the data, no setting
+    # earlier versions noted of every task what classification alone uses
+    useless = [f"data.{key}" for key in {*FIELDS} - {*kind.model_validate(now).image_fields}]
+    # the fingerprint is of the data, no setting
+    allowed = (*_HARMLESS, "data.holdout_sha256", *useless, *allowed)
     return [
         line for line in differences(before, now) if not any(line.startswith((f"{key}:", f"{key}.")) for key in allowed)
     ]

@@ -39,16 +39,28 @@ def describe_job(job: Job, world_size: int, kernels: Mapping[str, str], first_ke
 def describe(config: BaseConfig, plan: Plan, world_size: int) -> list[str]:
     """Returns lines that say what will be trained and how: network, batch and rate, length."""
     frozen = "" if config.model.freeze == "nothing" else f", frozen up to {config.model.freeze}"
-    schedule, size = config.schedule, size_text(config.data.preprocessing.size)
+    schedule = config.schedule
+    size = f", {size_text(config.data.preprocessing.size)}" if "img_size" in config.image_fields else ""
     return [
-        f"{describe_network(config)}, {size}{frozen}",
+        f"{describe_network(config)}{size}{frozen}",
         f"global batch {plan.global_batch_size} = {config.train.batch_size} per device x "
         f"{counted(world_size, 'device')} x {counted(config.train.accum_steps, 'accumulation step')}",
         f"learning rate {plan.lr:.3g} = {config.optim.base_lr:g} x {plan.global_batch_size} / "
-        f"{config.optim.base_batch_size}, {config.optim.opt}",
+        f"{config.optim.base_batch_size}, {config.optim.opt}{_about_decay(config)}",
         f"{counted(plan.epochs, 'epoch')} ({schedule.warmup_epochs} warm-up, {schedule.cooldown_epochs} cool-down) of "
         f"{counted(plan.steps_per_epoch, 'step')}{_sum_of_epochs(config)}",
     ]
+
+
+def _about_decay(config: BaseConfig) -> str:
+    """Returns how the rate falls, if not as a cosine."""
+    schedule = config.schedule
+    epochs = ", ".join(f"{epoch:g}" for epoch in schedule.milestones)
+    return {
+        "cosine": "",
+        "linear": f", in a straight line to {schedule.min_lr:g}",
+        "multistep": f", times {schedule.gamma:g} after epochs {epochs}",
+    }[schedule.decay]
 
 
 def length_of(config: BaseConfig, plan: Plan) -> str:

@@ -48,6 +48,10 @@ class ColourConfig(BaseConfig):
     train: ColourTrain = ColourTrain()
     checkpoint: ColourCheckpoint = ColourCheckpoint()
 
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        return ()  # its images are of any size, and not normalised
+
 
 class ColourBatch(NamedTuple):
     images: list[torch.Tensor]

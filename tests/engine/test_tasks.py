@@ -66,7 +66,9 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, capsys):
     assert saved["history"][-1] == [saved["epoch"], saved["metric"]]
     assert len(saved["worst"]) == 3
     assert saved["config"]["loss"] == {"beta": 0.5}
-    assert "training on 21 images (noise), validating on 7 (other noise)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "training on 21 images (noise), validating on 7 (other noise)" in output
+    assert "images: 3 channels (RGB) by default\nconv2former_test from scratch, drop path 0.2\n" in output
 
     with killed_after(7):  # in the second epoch
         train(config, tmp_path / "parts")
@@ -131,6 +133,7 @@ def test_its_configuration_is_checked_by_its_own_sections(raw):
         (["task=colour", "data.root=x", "augment.mixup=0"], "augment: unknown key"),
         (["task=colour", "data.root=x", "checkpoint.metric=top1"], "checkpoint.metric: input should be 'error'"),
         (["task=colour"], "data.root: missing"),
+        (["task=colour", "data.root=x", "data.std=[1,1,1]"], "data.std: has no effect with task: colour; leave it out"),
     ):
         with pytest.raises(ConfigError) as error:
             load_config(None, words)

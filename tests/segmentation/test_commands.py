@@ -18,20 +18,21 @@ from torch import nn
 
 import conv2former
 from conv2former import CheckpointError, ConfigError, DataError, models
-from conv2former.engine import train
+from conv2former.engine import train, trainer
 from conv2former.errors import OutputError
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask
-from conv2former.tasks.segmentation.network import SegmentationNetwork
+from conv2former.tasks.segmentation.network import SegmentationNetwork, build_network
 from conv2former.tasks.segmentation.thumbnails import colours
 from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
+from conv2former.tools.evaluation import registry
 from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
 from conv2former.tools.export.registry import export
-from conv2former.tools.export.segmentation import _exportable_pools, _Pool
+from conv2former.tools.export.segmentation import MaskSubject, _exportable_pools, _Pool, _without_ceil_mode
 from conv2former.tools.prediction.folder import check_results_folder
 from conv2former.tools.prediction.inputs import ImageFile
 from conv2former.tools.prediction.segmentation import file_names, mask_image
@@ -163,12 +164,36 @@ def test_what_is_not_evaluated(trained, monkeypatch, capsys, words, expected):
 # ------------------------------------------------------------------------------------------------------------- predict
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "words", "keys"),
+    [
+        (trainer, "prepare", ["train", "--config", "segmentation/folder"], ("data.img_size", "train.eval_batch_size")),
+        (registry, "read_checkpoint", ["validate", "--checkpoint"], ("data.short_side", "evaluation.mode=slide")),
+    ],
+)
+def test_where_memory_runs_out_the_size_of_the_images_is_named(folder, monkeypatch, capsys, module, name, words, keys):
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(module, name, fails)
+    more = (
+        [folder / "classes.txt"]
+        if words[-1] == "--checkpoint"
+        else [f"data.root={folder}", "model.name=timm/resnet18", "model.checkpoint=null"]
+    )
+    code, _, err = run(monkeypatch, capsys, *words, *more)
+    assert code == 3
+    assert "out of memory; lower " in err
+    assert all(key in err for key in keys)
+
+
 @pytest.mark.slow
 def test_masks_of_photos(trained, tmp_path, monkeypatch, capsys):
     """Indices at the photo's size, a palette, overlays, shares; what cannot be read is named at the end."""
     photos = tmp_path / "photos"
     shutil.copytree(trained.data / "images" / "val", photos / "street")
     (photos / "broken.jpg").write_bytes(b"no image")
+    Image.new("RGB", (4000, 1)).save(photos / "line.png")
     image = Image.open(photos / "street" / "01.png")
     exif = image.getexif()
     exif[274] = 6  # to be turned by a quarter
@@ -179,8 +204,9 @@ def test_masks_of_photos(trained, tmp_path, monkeypatch, capsys):
             monkeypatch, capsys, "predict", "--checkpoint", trained.best, photos, "--output", output, "--json"
         )
         assert code == 2
-        assert "1 of 7 images cannot be read, the others are done" in err
+        assert "2 of 8 images cannot be read, the others are done" in err
         assert f"{photos}/broken.jpg: not a readable image" in err
+        assert f"{photos}/line.png: an image of 4000 x 1 pixels is too long and thin; cut it in pieces" in err
     assert sorted(os.listdir(output)) == ["legend.png", "masks", "overlays", "predictions.jsonl", "sheet.png"]
     records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert records == [json.loads(line) for line in out.splitlines()]
@@ -276,7 +302,7 @@ def test_an_onnx_file_takes_any_size(trained, tmp_path):
     assert found.shape == (2, 3, 45, 77)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     pools = model.head.decoder.psp.blocks
-    with _exportable_pools(model.head):
+    with _exportable_pools(model):
         assert {type(pool[0]) for pool in pools} == {_Pool}
     assert {type(pool[0]) for pool in pools} == {nn.AdaptiveAvgPool2d}
     with pytest.raises(
@@ -293,6 +319,51 @@ def test_an_onnx_file_takes_any_size(trained, tmp_path):
 def test_pooling_for_the_export_is_torch_s(cells, size):
     maps = torch.randn(2, 3, *size)
     torch.testing.assert_close(_Pool(cells)(maps), nn.AdaptiveAvgPool2d(cells)(maps))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(2, 2), nn.AvgPool2d((2, 2), (2, 2)), nn.MaxPool2d(2), nn.MaxPool2d(3, 2)]
+)
+def test_pooling_whose_size_is_rounded_up(pool):
+    """As timm's networks have it; the maps that a segmentation's have are even."""
+    assert _without_ceil_mode(pool) is None
+    pool.ceil_mode = True
+    for size in ((2, 8), (10, 4)):
+        maps = torch.randn(2, 3, *size) - 10
+        found = _without_ceil_mode(pool)(maps)
+        assert torch.equal(found, pool(maps))
+        assert found.shape[2:] == (size[0] // 2, size[1] // 2)
+
+
+def test_pooling_that_is_left_as_it_is():
+    for pool in (
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(2, 1, ceil_mode=True),
+        nn.MaxPool2d((3, 2), 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(2, 2, ceil_mode=True, divisor_override=3),
+        nn.AdaptiveAvgPool2d(1),
+    ):
+        assert _without_ceil_mode(pool) is None
+
+
+@pytest.mark.slow
+def test_networks_whose_pooling_rounds_up_are_written_for_any_size():
+    """One with average pooling of 2 and, as some of timm's begin, maxima of 3."""
+    raw = {
+        "task": "segmentation",
+        "model": {"name": "timm/test_resnet", "head": {"name": "fpn", "channels": 64, "auxiliary": 0.0}},
+        "data": {"root": "x"},
+    }
+    model = build_network(configure(raw), 3).eval()
+    assert sum(getattr(module, "ceil_mode", False) for module in model.backbone.modules()) == 3
+    model.backbone.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    info = SimpleNamespace(in_chans=3, name="test_resnet")
+    program = MaskSubject(model, info, None, {}).trace(None).module()
+    for size in ((64, 96), (33, 71), (90, 45)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- other commands, and from Python

@@ -15,13 +15,17 @@ from PIL import Image
 from conv2former import ConfigError, DataError
 from conv2former.config import check_config
 from conv2former.data import Stream, seed_all
+from conv2former.engine.images import settle_images
+from conv2former.engine.prepare import changed_keys
 from conv2former.tasks.segmentation import pairs
 from conv2former.tasks.segmentation.augment import EvalTransform, TrainTransform
 from conv2former.tasks.segmentation.labels import CITYSCAPES, Labels, as_targets
 from conv2former.tasks.segmentation.masks import read_mask
 from conv2former.tasks.segmentation.pairs import Pair
+from conv2former.tasks.segmentation.restore import saved_config
 from conv2former.tasks.segmentation.sources import open_split, open_train_and_val
 from conv2former.tasks.segmentation.task import Segmentation
+from conv2former.tools.prediction.segmentation import settings_from
 
 from ..engine.conftest import configure
 from .conftest import NAMES, draw, write_pair
@@ -375,6 +379,18 @@ def test_augmentation_is_a_function_of_its_place_and_keeps_image_and_mask_togeth
     assert {int(v) for v in transformed(configure(raw, augment__scale=[0.2, 0.2]), pair, 0, 0).mask.unique()} >= {255}
 
 
+@pytest.mark.parametrize("size", [(20, 4000), (4000, 20), (1, 150), (1, 1)])
+@pytest.mark.parametrize("number", [1, 255])
+def test_crops_of_thin_images_and_of_masks_that_count_for_nothing(raw, size, number):
+    """Of the longest images that are read (see WRONG for longer ones), in the scale of the data and in a larger one."""
+    pair = Pair(Image.new("RGB", size[::-1], "red"), np.full(size, number, np.int32), "x")
+    for config in (configure(raw), configure(raw, data__short_side=40, augment__scale=[2, 2])):
+        found = transformed(config, pair, 0, 0)
+        assert (found.image.shape, found.mask.shape) == ((3, 32, 32), (32, 32))
+        assert number in found.mask
+        assert {*found.mask.unique().tolist()} <= {number, 255}
+
+
 def test_evaluation_resizes_the_image_and_not_the_mask():
     image, mask = draw(5, (90, 70))
     found = EvalTransform(35, 3)(Pair(image, mask, "x"))
@@ -390,6 +406,9 @@ def test_the_configuration_is_checked_by_its_own_sections(raw):
         ("loss", "dise", 1.0, r"loss\.dise: unknown key \(did you mean 'dice'\?\)"),
         ("augment", "mixup", 0.5, r"augment\.mixup: unknown key"),
         ("data", "cache", "ram", r"data\.cache: ram holds images without masks"),
+        ("data", "crop_pct", 1.0, r"data\.crop_pct: has no effect with task: segmentation; leave it out"),
+        ("data", "crop_mode", "squash", r"data\.crop_mode: has no effect"),
+        ("data", "interpolation", "bilinear", r"data\.interpolation: has no effect"),
         ("data", "check", False, r"loss\.class_weights: sqrt needs pixels counted"),
         ("checkpoint", "metric", "top1", r"checkpoint\.metric: input should be 'miou'"),
     ):
@@ -400,6 +419,29 @@ def test_the_configuration_is_checked_by_its_own_sections(raw):
         configure({**raw, "model": {**raw["model"], "head": {}}}, train__batch_size=1)
     with pytest.raises(ConfigError, match=r"loss\.class_weights: 2 numbers for 3 classes"):
         opened(raw, loss__class_weights=[1.0, 2.0])
+
+
+def test_what_a_run_says_and_notes_of_its_images(raw):
+    config, (line,) = settle_images(configure(raw, data__img_size=[32, 64], data__short_side=40, data__std=[1, 1, 1]))
+    assert line == (
+        "images: training crops of 32 x 64 (height x width) from the configuration; 3 channels (RGB), mean 0.485, "
+        "0.456, 0.406 by default; std 1, 1, 1, resized to a shorter side of 40 from the configuration"
+    )
+    noted = config.to_dict()
+    assert [noted["data"][key] for key in ("interpolation", "crop_pct", "crop_mode")] == [None] * 3
+    assert settle_images(check_config(noted, "a run's own"))[0] == config
+
+
+def test_runs_that_noted_a_classifier_s_crop_go_on(raw):
+    """As those of earlier versions, which did not use it: with their command, their own file and their checkpoint."""
+    config, _ = settle_images(configure(raw, data__workers=None))
+    noted = config.to_dict()
+    noted["data"] |= {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
+    assert changed_keys(noted, config.to_dict()) == []
+    assert changed_keys(noted, settle_images(configure(raw, data__std=[1, 1, 1]))[0].to_dict()) == [
+        "data.std: [0.229, 0.224, 0.225] -> [1.0, 1.0, 1.0]"
+    ]
+    assert saved_config(noted, "best.pt") == config == settings_from(noted, ())
 
 
 def test_a_class_that_would_be_ignored_is_said(raw, folder):

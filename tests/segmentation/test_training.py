@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from conv2former import ConfigError, DataError
 from conv2former.commands.train import summary
-from conv2former.engine import dry_run, train
+from conv2former.engine import dry_run, train, trainer
 from conv2former.engine.checkpoint import read_training_checkpoint
 from conv2former.engine.logging import read_metrics
 from conv2former.tasks.segmentation.task import Segmentation
 from conv2former.tools.runs.comparing import differing_runs
 from conv2former.tools.runs.killing import RunProcesses
 
-from ..engine.conftest import configure, killed_after
+from ..engine.conftest import configure
 from .conftest import NAMES
 
 LAST = {f"{layer}.{kind}" for layer in ("head.classifier", "auxiliary.4") for kind in ("weight", "bias")}
@@ -35,10 +39,29 @@ def check_start(raw, saved, path):
     assert all(state[key].equal(value) for key, value in weights.items() if key.startswith("backbone."))
 
 
+def kill_at(step: int, monkeypatch, config, folder: Path) -> None:
+    """Kills a run and its loader's workers with SIGKILL when it has computed this step and not saved it."""
+    real = trainer.train_step
+
+    def last_step(run, batches, number, *args):
+        result = real(run, batches, number, *args)
+        if number + 1 == step:
+            assert multiprocessing.active_children()  # the loaders' workers, which die with it
+            os.killpg(0, signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", last_step)
+    processes = RunProcesses(partial(train, config, folder), 1, folder.with_suffix(".txt"))
+    monkeypatch.setattr(trainer, "train_step", real)
+    assert processes.wait(120)
+    assert processes.exit_codes == [-signal.SIGKILL], folder.with_suffix(".txt").read_text()
+
+
 @pytest.mark.slow
-def test_it_trains_and_goes_on_exactly(raw, tmp_path, capsys):
+def test_it_trains_and_goes_on_exactly(raw, tmp_path, monkeypatch, capsys):
     """With everything on that draws; the picture of the worst images comes out of the checkpoint of the first part."""
-    config = configure(raw)
+    raw["schedule"] |= {"decay": "multistep", "milestones": [1.4]}
+    config = configure(raw, checkpoint__every_steps=2)
     report = train(config, tmp_path / "whole")
     assert (report["task"], report["steps"], report["n"]) == ("segmentation", 6, 5)
     rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if row["kind"] == "eval"]
@@ -53,14 +76,17 @@ def test_it_trains_and_goes_on_exactly(raw, tmp_path, capsys):
     assert len(saved["pixels"][0]) == 3
     output = capsys.readouterr().out
     assert "classifier" not in output
+    assert "images: training crops of 32 x 32 from the configuration; 3 channels (RGB), mean 0.485, " in output
+    assert "bicubic" not in output
     assert "head fpn, 64 channels, an auxiliary one on stage 3 (x 0.4 in the loss)" in output
     assert "training pixels per class: " in output
     assert "  worst images " in "\n".join(summary(report, tmp_path))
 
     check_start(raw, saved, str(tmp_path / "whole" / "checkpoints" / "best.pt"))
-    with killed_after(4):  # in the second epoch
-        train(config, tmp_path / "parts")
-    train(configure(raw, data__workers=1), tmp_path / "parts")
+    kill_at(5, monkeypatch, configure(raw, checkpoint__every_steps=2, data__workers=2), tmp_path / "parts")
+    train(configure(raw, checkpoint__every_steps=2, data__workers=1), tmp_path / "parts")
+    assert "going on from " in (output := capsys.readouterr().out)
+    assert "step_00000004.pt\n" in output  # of six, three an epoch
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ConfigError, match=r"loss\.dice: 0\.5 -> 0\.1"):
         train(configure(raw, loss__dice=0.1), tmp_path / "whole")

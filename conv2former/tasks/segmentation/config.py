@@ -5,10 +5,12 @@ One class per YAML section, every key with its unit and default.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ..._preprocessing import FIELDS, size_text
 from ...config.base import (
     BaseCheckpointConfig,
     BaseConfig,
@@ -85,6 +87,14 @@ class SegmentationData(BaseDataConfig):
     # in the middle of the run. What was found is kept, and counted anew where a file has changed
     check: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_useless_notes(cls, raw: Any) -> Any:
+        """Leaves out what runs of earlier versions noted and did not use: they noted all of a preprocessing."""
+        if isinstance(raw, Mapping) and all(raw.get(key) is not None for key in FIELDS):
+            return {key: value for key, value in raw.items() if key not in ("interpolation", "crop_pct", "crop_mode")}
+        return raw
+
     @property
     def label_key(self) -> str:
         """The column of masks, where the readers of tables look for that of labels."""
@@ -159,6 +169,17 @@ class SegmentationConfig(BaseConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     train: SegmentationTrain = SegmentationTrain()
     checkpoint: SegmentationCheckpoint = SegmentationCheckpoint()
+
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        """See `BaseConfig`."""
+        return ("img_size", "mean", "std")
+
+    def image_texts(self) -> dict[str, str]:
+        """See `BaseConfig`."""
+        crops, short_side = f"training crops of {size_text(self.data.preprocessing.size)}", self.data.short_side
+        more = {"short_side": f"resized to a shorter side of {short_side}"} if short_side else {}
+        return {**super().image_texts(), "img_size": crops, **more}
 
     @property
     def labels(self) -> str:

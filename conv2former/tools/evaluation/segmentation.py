@@ -133,7 +133,7 @@ def settings_for(
         loaded = load_config(config, words)
         if not isinstance(loaded, SegmentationConfig):
             raise ConfigError(f"{config}: task: {loaded.task}, and the checkpoint is of task: segmentation")
-        unsaid = [key for key in FIELDS if getattr(loaded.data, key) is None and own.get(key) is not None]
+        unsaid = [key for key in loaded.image_fields if getattr(loaded.data, key) is None and own.get(key) is not None]
         noted_images = {key: tuple(own[key]) if isinstance(own[key], list) else own[key] for key in unsaid}
         found = loaded.model_copy(update={"data": loaded.data.model_copy(update=noted_images)})
     else:

@@ -92,7 +92,7 @@ class MaskSubject:
         example = torch.zeros(shape or (2, channels, *EXAMPLE))
         dynamic = None if shape else any_shape(channels, "images")
         try:
-            with _exportable_pools(self.model.head), _silent():
+            with _exportable_pools(self.model), _silent():
                 return without_paths(torch.export.export(self.model, (example,), dynamic_shapes=dynamic))
         except Exception as e:  # the compilers' errors have no common class
             reason = clipped(first_line(e), 100)
@@ -168,20 +168,50 @@ def _silent() -> Iterator[None]:
 
 
 @contextmanager
-def _exportable_pools(head: nn.Module) -> Iterator[None]:
-    """Puts pooling that can be written for any size in the place of a head's, as long as it lasts."""
+def _exportable_pools(model: SegmentationNetwork) -> Iterator[None]:
+    """Puts pooling that can be written for any size in the place of a network's, as long as it lasts."""
     found = [
-        (module, name, child)
-        for module in head.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.AdaptiveAvgPool2d)
+        (parent, name, child, other)
+        for part, replacement in ((model.head, _for_any_size), (model.backbone, _without_ceil_mode))
+        for parent in part.modules()
+        for name, child in parent.named_children()
+        if (other := replacement(child)) is not None
     ]
-    for module, name, child in found:
-        size = child.output_size
-        assert isinstance(size, int)
-        setattr(module, name, _Pool(size))
+    for parent, name, _, other in found:
+        setattr(parent, name, other)
     try:
         yield
     finally:
-        for module, name, child in found:
-            setattr(module, name, child)
+        for parent, name, child, _ in found:
+            setattr(parent, name, child)
+
+
+def _for_any_size(pool: nn.Module) -> nn.Module | None:
+    """Returns what to write for a head's pooling to a number of cells; None for other modules."""
+    if not isinstance(pool, nn.AdaptiveAvgPool2d):
+        return None
+    assert isinstance(pool.output_size, int)
+    return _Pool(pool.output_size)
+
+
+def _without_ceil_mode(pool: nn.Module) -> nn.Module | None:
+    """Returns what to write for a backbone's pooling whose output has a size that is rounded up; None for others.
+
+    torch writes such sizes for one image size alone. Here images are filled up to a multiple of the stride, so that a
+    map that is halved has even sides: windows of 2 then fit exactly, and of windows of 3 the last hangs over by one.
+    """
+    kind = type(pool)
+    is_plain = not (getattr(pool, "divisor_override", None) or getattr(pool, "return_indices", False))
+    if kind not in (nn.AvgPool2d, nn.MaxPool2d) or not pool.ceil_mode or not is_plain:
+        return None
+    kernel, stride, padding, dilation = (
+        value[0] if isinstance(value, tuple) and len({*value}) == 1 else value
+        for value in (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
+    )
+    if (stride, padding, dilation) != (2, 0, 1):
+        return None
+    if kernel == 2:
+        return kind(2, 2)
+    if kernel == 3 and kind is nn.MaxPool2d:
+        return nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), -torch.inf), nn.MaxPool2d(3, 2))
+    return None
