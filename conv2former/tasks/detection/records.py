@@ -201,18 +201,24 @@ def check_number(value: Any, what: str, where: str) -> float:
     return number
 
 
-def check_box(value: Any, where: str) -> tuple[float, float, float, float]:
-    """Returns a box of left, top, width, height, which a file has, as left, top, right, bottom.
+def check_box(value: Any, where: str, has_corners: bool = False) -> tuple[float, float, float, float]:
+    """Returns a box that a file has as left, top, right, bottom.
+
+    Args:
+        value: left, top, width, height.
+        where: what to call it.
+        has_corners: it is left, top, right, bottom instead.
 
     Raises:
         DataError: it is no box; one without area is.
     """
+    names = ("left", "top", "right", "bottom") if has_corners else ("left", "top", "width", "height")
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != 4:
-        raise DataError(f"{where}: a box is a list of left, top, width and height, not {str(value)[:60]}")
-    left, top, width, height = (
-        check_number(number, what, where)
-        for number, what in zip(value, ("the box's left", "its top", "its width", "its height"), strict=True)
+        raise DataError(f"{where}: a box is a list of {', '.join(names)}, not {str(value)[:60]}")
+    left, top, *more = (
+        check_number(number, f"the box's {name}", where) for number, name in zip(value, names, strict=True)
     )
-    if width < 0 or height < 0:
-        raise DataError(f"{where}: a box of {width:g} x {height:g} pixels; correct or remove it")
-    return left, top, left + width, top + height
+    right, bottom = more if has_corners else (left + more[0], top + more[1])
+    if right < left or bottom < top:
+        raise DataError(f"{where}: a box of {right - left:g} x {bottom - top:g} pixels; correct or remove it")
+    return left, top, right, bottom

@@ -11,9 +11,12 @@ from ...data.tables import read_class_list
 from ...errors import DataError, counted, shorten
 from ..dense.splits import Opened, Splits, check_apart, folder_at, readable
 from .config import DetectionConfig
+from .hf import hf_splits
 from .images import DetectionImages, DetectionSource
 from .layouts import coco_splits
 from .records import Records
+from .voc import voc_splits
+from .yolo import yolo_splits
 
 __all__ = ["open_split", "open_train_and_val"]
 
@@ -58,8 +61,10 @@ def _class_list(config: DetectionConfig) -> list[str] | None:
 
 def _find_splits(config: DetectionConfig) -> Splits:
     """Returns the splits, of which none is opened."""
-    folder_at(config.data.root)
-    return coco_splits(config.data, config.has_masks)
+    if config.data.source != "hf":
+        folder_at(config.data.root)
+    find = {"coco": coco_splits, "yolo": yolo_splits, "voc": voc_splits, "hf": hf_splits}[config.data.source]
+    return find(config.data, config.has_masks)
 
 
 def _check_same(train: Opened, val: Opened) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ...data.hf import find_hf, read_cell, reading
+from ...data.hf import read_cell, reading
 from ...data.places import Places
 from ...data.tables import Row, find_tables, read_class_list
-from ...errors import DataError, closest, counted, shorten
+from ...errors import DataError, counted
+from ..dense.hf import check_columns, find_splits, undecoded
 from ..dense.splits import Opened, Splits, check_apart, folder_at, path_below, readable
 from .config import SegmentationConfig, SegmentationData
 from .labels import CITYSCAPES, Labels
@@ -204,28 +205,15 @@ class HfPairs:
 
 
 def _hf_splits(data: SegmentationData) -> Splits:
-    import datasets
-
-    found = find_hf(cast(Any, data))
-    if found.is_whole:
-        raise DataError(f"{data.root} is one split of a data set, by save_to_disk; save both splits together")
+    found = find_splits(data)
 
     def open_(name: str) -> Opened:
         dataset, where = found.loaded[name], f"{data.root} ({name})"
+        check_columns(dataset, {"image_key": data.image_key, "mask_key": data.mask_key}, where)
         keys = (data.image_key, data.mask_key)
-        for which, key in zip(("image_key", "mask_key"), keys, strict=True):
-            if key not in dataset.features:
-                raise DataError(
-                    f"{where} has no column '{key}' (data.{which}){closest(key, dataset.features)}: it has "
-                    f"{shorten(dataset.features)}"
-                )
         dataset = dataset.with_format(None).select_columns(list(keys))
         for key in keys:
-            if isinstance(dataset.features[key], datasets.Image):
-                dataset = dataset.cast_column(key, datasets.Image(decode=False))
-            elif getattr(dataset.features[key], "dtype", "") not in ("binary", "large_binary"):
-                kind = getattr(dataset.features[key], "dtype", type(dataset.features[key]).__name__)
-                raise DataError(f"{where}: the column '{key}' holds {kind}, not images")
+            dataset = undecoded(dataset, key, where)
         return Opened(HfPairs(dataset, found.places, *keys, where), where)
 
     return Splits(data, list(found.loaded), open_)
