@@ -119,7 +119,7 @@ def about_objects(source: DetectionSource) -> str:
     tally = counts.tally
     parts = [
         (counts.empty, "image", "without objects"),
-        (counts.crowds, "group", "that count for nothing"),
+        (counts.crowds, "group", "not trained on"),
         (tally.without_area, "box", "without area left out"),
         (tally.outside, "box", "outside the image left out"),
         (tally.clipped, "box", "clipped at the image's edges"),

@@ -169,6 +169,14 @@ class DetectionConfig(BaseConfig):
             low, high = getattr(self.augment, key)
             if low > high:
                 found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        if self.augment.crop_scale[1] > 1:
+            found.append(
+                f"augment.crop_scale: shares of the image's sides, at most 1, not {self.augment.crop_scale[1]:g}"
+            )
+        if self.augment.resize == "multi_scale" and max(self.augment.short_sides) > data.long_side:
+            found.append(
+                f"augment.short_sides: {max(self.augment.short_sides)} is above data.long_side, {data.long_side}"
+            )
         if detector.anchor_sizes and detector.name == "fcos":
             found.append("model.detector.anchor_sizes: fcos has no anchors; leave it out")
         metrics = {"checkpoint.metric": self.checkpoint.metric}
