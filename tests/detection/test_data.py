@@ -18,6 +18,7 @@ from conv2former import DataError
 from conv2former.data import EpochSampler, Stream, seed_all
 from conv2former.tasks.detection.augment import EvalTransform, TrainTransform
 from conv2former.tasks.detection.check import about_objects, check_source
+from conv2former.tasks.detection.images import DetectionImages
 from conv2former.tasks.detection.loader import eval_loader, train_loader
 from conv2former.tasks.detection.shapes import decode
 from conv2former.tasks.detection.sources import open_split, open_train_and_val
@@ -55,11 +56,10 @@ def at(raw, root: Path, source: str = "coco") -> dict:
 # ---------------------------------------------------------------------------------------------- the same in all formats
 
 
-@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
-@pytest.mark.parametrize("source", ["coco", "yolo", "voc", "hf"])
+@pytest.mark.parametrize(
+    ("source", "masks"), [*((source, False) for source in WRITE), ("coco", True), ("yolo", True), ("hf", True)]
+)
 def test_the_same_objects_come_out_of_all_formats(raw, tmp_path, source, masks):
-    if source == "voc" and masks:
-        pytest.skip("VOC's files have no masks of objects")
     root = WRITE[source](tmp_path / "set") if source == "voc" else WRITE[source](tmp_path / "set", masks)
     sources = opened(at(raw, root, source), **(MASKS if masks else {}))
     for found, split in zip(sources, ("train", "val"), strict=True):
@@ -278,6 +278,24 @@ def test_boxes_without_area_or_outside_are_left_out_and_counted(raw, folder):
     np.testing.assert_array_equal(decode(objects.masks[-1:], 56, 80)[0].sum(0), [0, 56, 56, *[0] * 77])
 
 
+def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypatch):
+    counts = opened(raw)[0].counts
+    looks = []
+    real = DetectionImages.examine
+    monkeypatch.setattr(DetectionImages, "examine", lambda self, i: looks.append(i) or real(self, i))
+    again = opened(raw)[0].counts
+    assert not looks
+    assert {**vars(again), "objects": again.objects.tolist()} == {**vars(counts), "objects": counts.objects.tolist()}
+    (folder / "train" / "00.png").touch()
+    opened(raw)
+    assert len(looks) == 12
+    changed(folder, lambda c: entry(c).update(bbox=[5, 5, 9, 9]))
+    opened(raw)
+    assert len(looks) == 24
+    opened(raw, **MASKS)
+    assert len(looks) == 24 + 18
+
+
 def test_a_few_missing_masks_are_counted(raw, folder):
     changed(folder, lambda c: [entry(c, i).update(segmentation=[]) for i in (2, 4)] and None)
     total = sum(len(things) for *_, things in scenes("train"))
@@ -448,6 +466,18 @@ def test_where_coco_files_lie(raw, folder, layout):
     if layout != "cvat":
         assert len(open_split(configured(raw), None)) == 6
         assert len(open_split(configured(raw), "train")) == 12
+
+
+def test_a_lone_file_of_a_labelling_tool(raw, folder):
+    """As CVAT and Label Studio export it: nothing says a split, and a share is held out."""
+    (folder / "val.json").unlink()
+    moved(folder, {"train.json": "annotations/instances_default.json", "train": "images/default"})
+    assert [len(split) for split in opened(raw, data__holdout=0.25)] == [9, 3]
+    moved(folder, {"annotations/instances_default.json": "result.json", "images/default": "photos/images"})
+    shutil.rmtree(folder / "images")
+    moved(folder, {"photos/images": "images"})
+    assert [len(split) for split in opened(raw, data__holdout=0.25)] == [9, 3]
+    assert len(open_split(configured(raw), None)) == 12
 
 
 def test_coco_files_that_are_named(raw, folder):
