@@ -13,6 +13,7 @@ import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 from conv2former import DataError
 from conv2former.data import EpochSampler, Stream, seed_all
@@ -276,6 +277,30 @@ def test_boxes_without_area_or_outside_are_left_out_and_counted(raw, folder):
             "2 boxes outside the image left out; 1 box clipped at the image's edges"
         )
     np.testing.assert_array_equal(decode(objects.masks[-1:], 56, 80)[0].sum(0), [0, 56, 56, *[0] * 77])
+
+
+def test_a_file_is_read_as_pycocotools_reads_it(raw, folder, capsys):
+    def change(content):
+        content["annotations"].append({**entry(content), "id": 900, "iscrowd": 1, "area": 9.5})
+        content["annotations"][-1]["segmentation"] = {"size": [56, 80], "counts": [100, 50, 56 * 80 - 150]}
+        entry(content)["segmentation"].append([70.0, 40.0, 79.0, 40.0, 79.0, 50.0])  # a second part
+
+    changed(folder, change)
+    train = opened(raw, **MASKS)[0]
+    theirs = COCO(str(folder / "train.json"))
+    for i, number in enumerate(theirs.getImgIds()):
+        annotations = theirs.loadAnns(theirs.getAnnIds(number))
+        photo, objects, name = train.images[i][0]
+        assert Path(name).name == theirs.imgs[number]["file_name"]
+        boxes = np.array([one["bbox"] for one in annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(objects.boxes, boxes, atol=1e-5)
+        assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in annotations]
+        assert objects.areas.tolist() == [one["area"] for one in annotations]
+        names = [theirs.cats[one["category_id"]]["name"] for one in annotations]
+        assert [train.class_names[label] for label in objects.labels] == names
+        for mask, one in zip(decode(objects.masks, photo.height, photo.width), annotations, strict=True):
+            np.testing.assert_array_equal(mask, theirs.annToMask(one))
 
 
 def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypatch):
