@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ def objects(random: random.Random, folder: Path, base: Path) -> Call:
             "augment": {"short_sides": [32], "crop": 0.5},
         }
     )
+    os.environ["CONV2FORMER_HOME"] = str(folder / "store")  # of this process: counts of every case would stay otherwise
     return lambda: _look_at(config)
 
 
