@@ -830,6 +830,32 @@ def test_boxes_and_masks_stay_on_their_things(raw, augment):
     assert cut > 3  # some objects are cut off
 
 
+def test_an_object_of_which_no_pixel_is_seen_is_left_out(raw, folder):
+    """The box of a mask with two parts may have nothing between them."""
+    parts = [[0, 0, 8, 0, 8, 8, 0, 8], [72, 48, 80, 48, 80, 56, 72, 56]]
+    changed(folder, lambda c: entry(c).update(bbox=[0, 0, 80, 56], segmentation=parts))
+    example = opened(raw, **MASKS)[0].images[0][0]
+    plain = {"crop": 1.0, "crop_scale": [0.7, 0.7], "short_sides": [64], "hflip": 0.0}
+    transform = TrainTransform(configured({**raw, "augment": plain}, **MASKS))
+    numbers = set()
+    for place in range(20):
+        seed_all(Stream.IMAGE, 0, 0, place)
+        target = transform(example).target
+        numbers.add(len(target["boxes"]))
+        assert len(target["boxes"]) == len(target["masks"]) == bool(target["masks"].any())
+    assert numbers == {0, 1}
+
+
+def test_what_a_jittered_image_does_not_fill_is_the_mean(raw):
+    augment = {"resize": "large_scale_jitter", "scale": [0.5, 0.5], "hflip": 0.0}
+    config = configured({**raw, "augment": augment}, data__img_size=64)
+    image = TrainTransform(config)(opened(raw)[0].images[1][0]).image
+    assert image.shape == (3, 64, 64)
+    mean = [round(255 * value) for value in config.data.preprocessing.mean]
+    assert image[:, 63, 0].tolist() == image[:, 0, 63].tolist() == mean
+    assert image[:, 31, 31].tolist() not in (mean, [0, 0, 0])
+
+
 def test_objects_of_which_little_is_left_are_left_out(raw, folder):
     changed(folder, lambda c: entry(c).update(bbox=[20, 20, 1.2, 1.2], segmentation=[[20, 20, 22, 20, 22, 22, 20, 22]]))
     train = opened(raw, **MASKS)[0]
