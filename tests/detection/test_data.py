@@ -324,6 +324,8 @@ def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypat
 def test_a_few_missing_masks_are_counted(raw, folder):
     changed(folder, lambda c: [entry(c, i).update(segmentation=[]) for i in (2, 4)] and None)
     total = sum(len(things) for *_, things in scenes("train"))
+    with pytest.raises(DataError, match=r"01\.png: 1 of its objects has no mask"):  # of a split that was not checked
+        open_split(configured(raw, **MASKS), "train").images[1]
     with pytest.raises(DataError, match=rf"2 objects of {total} without a mask, the first in .*/01\.png; mask_rcnn"):
         opened(raw, **MASKS)
 
@@ -844,6 +846,16 @@ def test_an_object_of_which_no_pixel_is_seen_is_left_out(raw, folder):
         numbers.add(len(target["boxes"]))
         assert len(target["boxes"]) == len(target["masks"]) == bool(target["masks"].any())
     assert numbers == {0, 1}
+
+
+def test_colours_change_and_boxes_do_not(raw):
+    example, found = opened(raw)[0].images[2][0], []
+    for probability in (0.0, 1.0):
+        augment = {"short_sides": [64], "hflip": 0.0, "photometric": probability}
+        seed_all(Stream.IMAGE, 0, 0, 2)
+        found.append(TrainTransform(configured({**raw, "augment": augment}))(example))
+    torch.testing.assert_close(found[0].target, found[1].target, rtol=0, atol=0)
+    assert (found[0].image != found[1].image).float().mean() > 0.5
 
 
 def test_what_a_jittered_image_does_not_fill_is_the_mean(raw):
