@@ -113,7 +113,8 @@ def test_what_is_wrong_in_a_coco_file_is_one_sentence(raw, folder, what):
 
 
 def as_text(content) -> None:
-    """What tools write that have no numbers."""
+    """What tools write that have no numbers, and no order."""
+    content["categories"].reverse()
     for image in content["images"]:
         image.update(id=str(image["id"]), width=str(image["width"]), height=float(image["height"]))
     for annotation in content["annotations"]:
@@ -266,6 +267,15 @@ def test_masks_of_run_lengths(raw, folder):
         photo, objects, _ = train.images[i][0]
         there = before.images[i][0].objects
         np.testing.assert_array_equal(*(decode(o.masks, photo.height, photo.width) for o in (objects, there)))
+
+
+def test_a_polygon_that_reaches_far_out(raw, folder):
+    """An outline costs pycocotools memory for each of its pixels, wherever they are."""
+    far = [[-1e12, 10, 1e12, 10, 1e12, 20, -1e12, 20]]
+    changed(folder, lambda c: entry(c).update(segmentation=far, bbox=[-1e12, 10, 2e12, 10]))
+    photo, objects, _ = opened(raw, **MASKS)[0].images[0][0]
+    assert objects.boxes[0].tolist() == [0, 10, 80, 20]
+    assert decode(objects.masks[:1], photo.height, photo.width)[0, 10:20].all()
 
 
 def test_categories_of_labelling_tools(raw, folder):

@@ -40,7 +40,7 @@ def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
 
 def _count(source: DetectionSource, skip: bool) -> dict[str, Any]:
     images, classes = source.images, len(source.class_names)
-    objects, totals = np.zeros(classes, dtype=np.int64), np.zeros(len(Tally._fields), dtype=np.int64)
+    objects, totals = np.zeros(classes, dtype=np.int64), np.zeros(len(Tally()), dtype=np.int64)
     crowds = empty = turned = unreadable = 0
     first_without_mask = ""
     results = in_order(images.examine, len(images), skip, "checking images", "image", ahead=16)
