@@ -95,7 +95,7 @@ YAMLS = {
     "names: disc\n": r"`names` is no list",
     "names: [a, a]\n": r"`names` has 'a' twice",
     "names: [disc, square, triangle]\ntrain: nowhere\nval: images/val\n": r"`train`: nowhere is not in",
-    "names: [disc, square, triangle]\ntrain: ../../elsewhere\nval: images/val\n": r"elsewhere is not in",
+    "names: [disc, square, triangle]\ntrain: ../elsewhere\nval: images/val\n": r"elsewhere is not in",
     "names: [disc, square, triangle]\ntrain: images/train\nval: ''\n": r"has no validation split",
     "names: [disc, square, triangle]\ntrain: 5\nval: images/val\n": r"`train` is no path",
     "names: [disc, square, triangle]\ntrain: list.txt\nval: images/val\n": r"list\.txt, line 1: .* lies outside",
@@ -108,6 +108,7 @@ def test_a_wrong_data_yaml_is_named(raw, tmp_path, text):
     root = write_yolo(tmp_path / "set")
     (root / "data.yaml").write_text(text)
     (root / "list.txt").write_text("/etc/hosts\n")
+    save_images(tmp_path / "elsewhere", "train")
     with pytest.raises(DataError, match=YAMLS[text]):
         opened(at(raw, root, "yolo"))
 
