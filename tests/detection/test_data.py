@@ -171,6 +171,8 @@ def test_images_are_held_out_by_their_names(raw, folder):
     assert (len(train), len(val)) == (9, 3)
     names = [[Path(s.images.name(i)).name for i in range(len(s))] for s in (train, val)]
     assert sorted([*names[0], *names[1]]) == [f"{i:02}.png" for i in range(12)]
+    # a later version must not hold out others: they would have been trained on
+    assert names[1] == ["04.png", "06.png", "08.png"]
     again = open_split(configured(raw, data__holdout=0.25), None)
     assert [Path(again.images.name(i)).name for i in range(3)] == names[1]
     other = opened(raw, data__holdout=0.25, data__holdout_seed=1)[1]
