@@ -20,11 +20,11 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, DataError, models
 from conv2former.engine import train
 from conv2former.errors import OutputError
+from conv2former.tasks.dense.thumbnails import colours
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask
 from conv2former.tasks.segmentation.network import SegmentationNetwork
-from conv2former.tasks.segmentation.thumbnails import colours
 from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.evaluation.files import Extras

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ...text import clipped
+from ..dense.thumbnails import as_numbers, as_photo, colours
 from ..pictures import seen_pixels
-from .thumbnails import as_classes, as_photo, colours
 
 __all__ = ["batch_figure", "worst_figure"]
 
@@ -62,7 +62,7 @@ def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str], tit
     grid = figure.subplots(len(worst), 3, squeeze=False)
     there: set[int] = set()
     for row, (iou, _, name, *texts) in zip(grid, worst, strict=True):
-        photo, truth, answer = as_photo(texts[0]), as_classes(texts[1]), as_classes(texts[2])
+        photo, truth, answer = as_photo(texts[0]), as_numbers(texts[1]), as_numbers(texts[2])
         there |= {int(index) for values in (truth, answer) for index in np.unique(values) if index >= 0}
         shown = (photo, _laid_over(photo, palette[truth]), _laid_over(photo, palette[answer]))
         captions = (clipped(name, 60, keep_end=True), "truth; white: ignored", f"answer, IoU {iou:.1f} %")

@@ -20,11 +20,11 @@ from ...data.images import any_size
 from ...data.pixels import normalize
 from ...errors import CheckpointError, ConfigError, closest, counted
 from ...inference import capture
+from ...tasks.dense.thumbnails import colours
 from ...tasks.segmentation.augment import EvalTransform
 from ...tasks.segmentation.config import SegmentationConfig
 from ...tasks.segmentation.inference import Answerer
 from ...tasks.segmentation.restore import restore_network
-from ...tasks.segmentation.thumbnails import colours
 from ...text import printable
 from ...weights.description import weights_text
 from .inputs import STANDARD_INPUT, ImageFile, OpenedImages
