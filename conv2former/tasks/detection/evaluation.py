@@ -133,7 +133,7 @@ class BoxEvaluator:
         records.sort(key=lambda record: record.place)
         candidates = [one for some in world.gather(list(self.worst.kept.values())) for one in some]
         found = world.gather(self._evaluated(records, candidates) if world.rank == 0 else None)[0]
-        return BoxEvaluation(*found, skipped, records)
+        return BoxEvaluation(**found._asdict(), skipped=skipped, records=records)
 
     def _evaluated(self, records: Sequence[ImageRecord], candidates: Sequence[Candidate]) -> _Found:
         most, classes = self.evaluation.max_detections, self.num_classes

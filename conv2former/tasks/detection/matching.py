@@ -15,7 +15,7 @@ import numpy as np
 from .average_precision import coco_boxes
 from .objects import Detections, Objects
 
-__all__ = ["IOU", "SCORES", "Match", "best_score", "confusion_of", "match", "mistakes_of"]
+__all__ = ["IOU", "SCORES", "Match", "best_score", "confusion_of", "match", "mistakes_of", "shown_from"]
 
 IOU = 0.5  # of a box with its object, at least
 SCORES = np.arange(1, 20) / 20  # 0.05 to 0.95, among which the best is chosen
@@ -31,7 +31,7 @@ class Match(NamedTuple):
     Attributes:
         taken: (n,) the object of each detection, -1 for none.
         ignored: (n,) bool, whether it lies in a group of its class (`Objects.crowd`), and counts for nothing.
-        scores: (n,) of the detections.
+        scores: (n,) float32 of the detections.
         counts: (m,) bool, which objects are to be found: all but groups.
         ious: (n, m) of detections and objects; of a group the share of the detection that lies in it.
     """
@@ -61,12 +61,16 @@ def match(objects: Objects, found: Detections) -> Match:
             taken[i] = candidates[np.flatnonzero(own == own.max())[-1]]  # of equal ones the last, as COCO does
             free[taken[i]] = False
     ignored = (taken == NOTHING) & (near & objects.crowd).any(1)
-    return Match(taken, ignored, found.scores.astype(np.float64), ~objects.crowd, ious)
+    return Match(taken, ignored, found.scores, ~objects.crowd, ious)
+
+
+def shown_from(score: float, scores: np.ndarray) -> np.ndarray:
+    """Returns which detections are shown from a score on, (n,) bool; a score of 0.9 in float32 is one of 0.9."""
+    return scores >= np.float32(score)
 
 
 def _counted(found: Match, score: float) -> np.ndarray:
-    """Returns which detections count from a score on, (n,) bool."""
-    return (found.scores >= score) & ~found.ignored
+    return shown_from(score, found.scores) & ~found.ignored
 
 
 def mistakes_of(found: Match, score: float) -> int:

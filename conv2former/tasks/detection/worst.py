@@ -10,7 +10,7 @@ import torch
 
 from ..dense.thumbnails import Thumbnails, photo_text, scaled_size, thumbnails
 from .average_precision import ImageRecord
-from .matching import NOTHING, SCORES, Match, mistakes_of
+from .matching import NOTHING, SCORES, Match, mistakes_of, shown_from
 
 __all__ = ["Worst", "WorstImages", "worst_at"]
 
@@ -94,26 +94,25 @@ def _as_worst(one: Candidate, score: float) -> Worst:
     objects, found = record.objects, record.found
     size = scaled_size(*record.size)
     scale = np.array([size[0] / record.size[1], size[1] / record.size[0]] * 2)
-    shown = int((matched.scores >= score).sum())  # those of the highest scores
+    shown = int(shown_from(score, matched.scores).sum())  # those of the highest scores
     missed = matched.counts.copy()
     taken = matched.taken[:shown]
     missed[taken[taken != NOTHING]] = False
     wrong = (taken == NOTHING) & ~matched.ignored[:shown]
-    truth = {"boxes": objects.boxes * scale, "labels": objects.labels, "crowd": objects.crowd, "missed": missed}
-    answer = {"boxes": found.boxes * scale, "labels": found.labels, "scores": found.scores.astype(np.float64)}
-    plain_truth, plain_answer = (
-        {key: values[:count].round(3).tolist() for key, values in each.items()}
-        for each, count in ((truth, len(objects)), (answer, shown))
-    )
-    return Worst(
-        mistakes_of(matched, score),
-        int(matched.counts.sum()),
-        record.place,
-        record.name,
-        one.pictures,
-        plain_truth,
-        plain_answer | {"wrong": wrong.tolist()},
-    )
+    truth = {
+        "boxes": (objects.boxes * scale).round(1).tolist(),
+        "labels": objects.labels.tolist(),
+        "crowd": objects.crowd.tolist(),
+        "missed": missed.tolist(),
+    }
+    answer = {
+        "boxes": (found.boxes[:shown] * scale).round(1).tolist(),
+        "labels": found.labels[:shown].tolist(),
+        "scores": found.scores[:shown].astype(np.float64).round(4).tolist(),
+        "wrong": wrong.tolist(),
+    }
+    counts = mistakes_of(matched, score), int(matched.counts.sum())
+    return Worst(*counts, record.place, record.name, one.pictures, truth, answer)
 
 
 def _pictures(record: ImageRecord, image: torch.Tensor) -> Thumbnails:
