@@ -11,18 +11,21 @@ import threading
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from conv2former.config import check_config
 from conv2former.config.registry import add_config_class
+from conv2former.tasks.detection import pictures
 from conv2former.tasks.detection.average_precision import ImageRecord, average_precision, coco_boxes, text_of
 from conv2former.tasks.detection.config import DetectionConfig
 from conv2former.tasks.detection.evaluation import BoxEvaluator, about_missing, class_rows
 from conv2former.tasks.detection.inference import to_stored
 from conv2former.tasks.detection.matching import best_score, confusion_of, match, mistakes_of
 from conv2former.tasks.detection.objects import Detections, EvalBatch, Objects
+from conv2former.tasks.detection.placing import label_places
 from conv2former.tasks.detection.saved import check_classes, is_classes, is_confusion, is_score, is_worst
 
 KEYS = (
@@ -464,3 +467,59 @@ def test_answers_are_put_back_to_the_image_s_size():
     assert same.boxes[0].tolist() == [0, 0, 100, 50]
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
     assert len(to_stored(nothing | {"masks": torch.zeros(0, 1, 9, 9)}, (9, 9), (30, 30))) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_no_label_covers_another_or_leaves_the_picture():
+    given = [(0, 0, 30, 30), (2, 2, 30, 30), (90, 50, 100, 60), (5, 90, 20, 100), *[(0, 0, 100, 100)] * 20]
+    size = (24, 10)
+    places = label_places(given, [size] * len(given), (100, 100))
+    assert places[0] == (0, 0)  # there is no room above
+    assert places[2] == (76, 40)  # moved to the left
+    assert None in places
+    spots = [place for place in places if place]
+    assert len(spots) > 5
+    for i, (x, y) in enumerate(spots):
+        assert 0 <= x <= 76
+        assert 0 <= y <= 90
+        assert not any(abs(x - a) < 24 and abs(y - b) < 10 for a, b in spots[:i])
+    assert label_places([(0, 0, 5, 5)], [(200, 10)], (100, 100)) == [None]
+
+
+def test_pictures_of_a_batch_of_the_worst_images_and_of_confusions(config):
+    names = ["$a_b$", "</b>", "道" * 30, "d"]
+    records = [drawn(seed) for seed in range(4)]
+    for with_masks in (True, False):
+        (found,) = evaluated(config, [[records]], Network(records, with_masks))
+        details = json.loads(json.dumps(found.details()))
+        figure = pictures.worst_figure(details["worst"], details["score"], names)
+        FigureCanvasAgg(figure).draw()
+        titles = [axes.get_title() for axes in figure.axes]
+        first = found.worst[0]
+        assert titles[1] == f"truth: {first.objects} objects, {sum(first.truth['missed'])} missed"
+        assert sum(first.truth["missed"]) + sum(first.answer["wrong"]) == first.mistakes
+        thick = [patch for patch in figure.axes[2].patches if patch.get_linewidth() > 2]
+        assert len(thick) == sum(first.answer["wrong"])
+        assert len(figure.axes[2].patches) == len(first.answer["boxes"])
+        assert {text.get_text()[:5] for text in figure.legends[0].get_texts()} <= {"$a_b$", "</b>", "道" * 5, "d"}
+    assert pictures.worst_figure([], 0.5, names) is None
+    figure = pictures.confusions_figure(details["confusion"], details["score"], names, "best.pt")
+    FigureCanvasAgg(figure).draw()
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][-1] == "background"
+    assert f"score {found.score:.2f}" in figure.get_suptitle()
+    counts = np.ones((61, 61), int)
+    counts[3, 60] = 5
+    many = pictures.confusions_figure(counts.tolist(), 0.5, [str(i) for i in range(60)], "best.pt")
+    assert many.axes[1].get_yticklabels()[0].get_text() == "3 → background"
+    masks = torch.zeros(2, 30, 40, dtype=torch.uint8)
+    masks[0, :9, :9] = masks[1, 5:20, 5:20] = 1
+    target = {"boxes": torch.tensor([[0.0, 0, 9, 9], [5, 5, 20, 20]]), "labels": torch.tensor([0, 2]), "masks": masks}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": masks[:0]}
+    images = [torch.zeros(3, 30, 40), torch.zeros(3, 50, 20), *[torch.zeros(3, 8, 8)] * 9]
+    figure = pictures.batch_figure(images, [target, *[empty] * 10], names, (0.5,) * 3, (0.5,) * 3)
+    FigureCanvasAgg(figure).draw()
+    assert [len(axes.patches) for axes in figure.axes] == [2] + [0] * 7
+    drawn_pixels = figure.axes[0].images[0].get_array()
+    assert not np.array_equal(drawn_pixels[2, 2], drawn_pixels[25, 35])  # the mask is laid over
