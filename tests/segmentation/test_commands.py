@@ -32,9 +32,10 @@ from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
 from conv2former.tools.export.registry import export
 from conv2former.tools.export.segmentation import _exportable_pools, _Pool
+from conv2former.tools.prediction.dense import file_names
 from conv2former.tools.prediction.folder import check_results_folder
 from conv2former.tools.prediction.inputs import ImageFile
-from conv2former.tools.prediction.segmentation import file_names, mask_image
+from conv2former.tools.prediction.segmentation import mask_image
 
 from ..conftest import ROOT
 from ..engine.conftest import configure

@@ -132,7 +132,7 @@ def validate_dense(
         _check_options(kind, preprocessing, among, wanted)
         check_one_root(data, overrides)
         keep = len(checkpoints) == 1
-        found = []
+        found: list[Prepared] = []
         for path in map(Path, checkpoints):
             content = contents.pop() if contents else read_checkpoint(path)
             network, info = kind.restore(content, path, use_ema, model)
@@ -311,6 +311,18 @@ class DenseValidation(Generic[C, S]):
             "n": len(self.source),
             "notes": [self.source.note] if self.source.note else [],
         }
+
+    @abstractmethod
+    def known(self, world: World) -> list[dict[str, Any]]:
+        """See `run.Prepared`."""
+
+    @abstractmethod
+    def row(self, known: dict[str, Any], result: Any) -> dict[str, Any]:
+        """See `run.Prepared`."""
+
+    @abstractmethod
+    def write(self, folder: Path, row: dict[str, Any], result: Any) -> dict[str, Any]:
+        """See `run.Prepared`."""
 
     @abstractmethod
     def evaluator(self, world: World) -> Evaluator:
