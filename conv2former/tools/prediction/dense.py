@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -88,6 +88,9 @@ class DensePrediction:
         checkpoint: its file.
         content: of it.
         options: how to predict.
+        restore: from content, path and whether to take averaged weights to the network and what the file says.
+        settings_from: from the configuration in the file and overrides to that of the prediction.
+        kind: what it is, as a part of a sentence that says why its answers are not explained.
 
     Attributes:
         title: what to call the network.
@@ -98,16 +101,20 @@ class DensePrediction:
         UserError: the file cannot be used for it, or an option is wrong.
     """
 
-    restore: ClassVar[Callable[..., Any]]
-    settings_from: ClassVar[Callable[[Mapping[str, Any], Sequence[str]], Any]]
-    unexplained: ClassVar[str]  # why its answers are not explained
-
-    def __init__(self, checkpoint: str | Path, content: Mapping[str, Any], options: PredictionOptions) -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        content: Mapping[str, Any],
+        options: PredictionOptions,
+        restore: Callable[..., Any],
+        settings_from: Callable[[Mapping[str, Any], Sequence[str]], Any],
+        kind: str,
+    ) -> None:
         if options.explain:
-            raise ConfigError(f"--explain: of a classifier's answer; {checkpoint} is {self.unexplained}")
+            raise ConfigError(f"--explain: of a classifier's answer; {checkpoint} is {kind}")
         self.options, self.device = options, choose_device(options.device)
-        network, self.info = type(self).restore(content, checkpoint, options.use_ema)
-        self.config = type(self).settings_from(self.info.recipe, options.overrides)
+        network, self.info = restore(content, checkpoint, options.use_ema)
+        self.config = settings_from(self.info.recipe, options.overrides)
         self.model = network.to(self.device)
         if self.config.train.channels_last:  # as in training and in an evaluation, for the same rounding
             self.model.to(memory_format=torch.channels_last)

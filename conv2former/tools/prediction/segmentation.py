@@ -121,12 +121,9 @@ def settings_from(noted: Mapping[str, Any], overrides: Sequence[str]) -> Segment
 class MaskPrediction(DensePrediction):
     """A segmentation that is ready to predict; see there."""
 
-    restore = staticmethod(restore_network)
-    settings_from = staticmethod(settings_from)
-    unexplained = "a segmentation, whose masks say where"
-
     def __init__(self, checkpoint: str | Path, content: Mapping[str, Any], options: PredictionOptions) -> None:
-        super().__init__(checkpoint, content, options)
+        kind = "a segmentation, whose masks say where"
+        super().__init__(checkpoint, content, options, restore_network, settings_from, kind)
         self.answerer, images = answerer_for(self.config), self.config.data.preprocessing
         self.mean, self.std = (torch.tensor(values, device=self.device) for values in (images.mean, images.std))
         self._answer = capture(self.model)
