@@ -7,11 +7,11 @@ python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output fou
 An INPUT is an image, a folder with all images in and below it, a glob pattern, or '-' for an image on standard input.
 Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode,
 value_range and max_image_pixels can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with
-exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area, and data.short_side,
-evaluation.mode, window, overlap and flip can be changed; see docs/segmentation.md. Of one of task: detection it holds
-photos with boxes, detections.json in COCO's result format and, with --crops, what is in the boxes; data.short_side,
-long_side, evaluation.score (0.5 unless given), nms and max_detections can be changed; see docs/detection.md. Of
-classifiers see docs/predict.md.
+exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area; data.short_side,
+evaluation.mode, window, overlap and flip can be changed. Of one of task: detection it holds photos with boxes,
+detections.json in COCO's result format and, with --crops, what is in the boxes; data.short_side, long_side,
+evaluation.score (0.5 unless given), nms and max_detections can be changed. See docs/predict.md, docs/segmentation.md
+and docs/detection.md.
 """
 
 from __future__ import annotations
