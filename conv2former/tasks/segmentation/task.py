@@ -16,6 +16,7 @@ from ...data import EpochSampler
 from ...errors import counted, shorten
 from ...models import CheckpointInfo
 from ...text import clipped
+from ..dense.maps import compile_parts, freeze
 from ..task import Metric, Processes, Task
 from .check import check_source
 from .config import SegmentationConfig
@@ -23,7 +24,7 @@ from .evaluation import ClassCounts, MaskEvaluation, MaskEvaluator, about_missin
 from .heads import check_installed
 from .loader import MaskBatch, eval_loader, train_loader
 from .loss import SegmentationObjective, check_weights
-from .network import SegmentationNetwork, build_network, compile_parts, freeze
+from .network import SegmentationNetwork, build_network
 from .pairs import PairSource
 from .restore import restore_network
 from .saved import is_pixels, is_worst
