@@ -129,7 +129,7 @@ class Segmentation(Task):
     ) -> SegmentationObjective:
         return SegmentationObjective(config, device, cast(int, model.num_classes), statistics)
 
-    def evaluator(self, config: SegmentationConfig, device: torch.device) -> MaskEvaluator:
+    def evaluator(self, config: SegmentationConfig, class_names: Sequence[str], device: torch.device) -> MaskEvaluator:
         return MaskEvaluator(config, device)
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:
