@@ -13,6 +13,7 @@ from ..models import CheckpointInfo
 from ..weights.description import task_noted
 from ..weights.reading import read_checkpoint
 from .classification.task import Classification
+from .detection.task import Detection
 from .segmentation.task import Segmentation
 from .task import Task
 
@@ -83,3 +84,4 @@ def load_network(
 
 register_task(Classification())
 register_task(Segmentation())
+register_task(Detection())

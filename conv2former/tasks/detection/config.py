@@ -36,7 +36,7 @@ class DetectorConfig(Section):
 
     # mask_rcnn also gives a mask for each box, and needs masks in the data
     name: Detector = "faster_rcnn"
-    channels: Channels = 256  # of the maps of the feature pyramid
+    channels: Channels = 256  # of the maps of the feature pyramid, and of the heads; of fcos a multiple of 32, 64 or more
     # stride of the finest map that boxes are looked for on; null: 4 for mask_rcnn and faster_rcnn, 8 for the others
     finest_stride: Literal[4, 8] | None = None
     # side of the anchors on each map, the finest first, pixels of the network's input; null: torchvision's, which
@@ -111,7 +111,10 @@ class DetectionAugment(Section):
 
 
 class EvaluationConfig(Section):
-    """What of a network's answers counts: in training, and by the same file afterwards. torchvision's defaults."""
+    """What of a network's answers counts: in training, and by the same file afterwards.
+
+    The defaults are those of torchvision's Mask R-CNN and Faster R-CNN.
+    """
 
     score: Probability = 0.05  # boxes of a lower score are left out
     nms: Probability = 0.5  # of two boxes of a class that overlap by a larger IoU, the lower score is left out
@@ -169,6 +172,9 @@ class DetectionConfig(BaseConfig):
             low, high = getattr(self.augment, key)
             if low > high:
                 found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        if detector.name == "fcos" and (detector.channels % 32 or detector.channels < 64):
+            # it normalises in 32 groups, of maps that may have one pixel
+            found.append(f"model.detector.channels: a multiple of 32 from 64 on for fcos, not {detector.channels}")
         if detector.anchor_sizes and detector.name == "fcos":
             found.append("model.detector.anchor_sizes: fcos has no anchors; leave it out")
         metrics = {"checkpoint.metric": self.checkpoint.metric}
