@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,19 +189,10 @@ def test_how_data_is_stored_is_told_by_names(tmp_path, names, source):
     assert _words_for(tmp_path)[1] == f'data.source="{source}"'
 
 
-def test_a_name_that_is_no_folder_is_the_hub_s():
-    assert (
-        _words_for(
-            SimpleNamespace(
-                is_file=lambda: False,
-                is_dir=lambda: False,
-                exists=lambda: False,
-                parent=SimpleNamespace(exists=lambda: False),
-                __str__=lambda: "a/b",
-            )
-        )[1]
-        == 'data.source="hf"'
-    )
+def test_a_name_that_is_no_folder_is_the_hub_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _words_for(Path("owner/name"))[1] == 'data.source="hf"'
+    assert _words_for(Path("name"))[1] == 'data.source="coco"'
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
@@ -241,15 +233,14 @@ def test_boxes_of_photos(trained, tmp_path, monkeypatch, capsys):
             assert (found["score"], found["bbox"]) == (line["score"], line["bbox"])
             assert found["class"] == line["category"] == NAMES[line["category_id"] - 1]
             assert found["segmentation"]["size"] == [height, width]
-            left, top, right, bottom = np.array(found["bbox"]) + [0, 0, *found["bbox"][:2]]
+            left, top, *sides = found["bbox"]
+            right, bottom = left + sides[0], top + sides[1]
             assert 0 <= left <= right <= width
             assert 0 <= top <= bottom <= height
             crop = Image.open(output / found["crop"])
             assert found["crop"].startswith(f"crops/{found['class']}/")
-            assert crop.size == (
-                max(1, int(np.ceil(right) - np.floor(left))),
-                max(1, int(np.ceil(bottom) - np.floor(top))),
-            )
+            around = [np.ceil(high) - np.floor(low) for low, high in ((left, right), (top, bottom))]
+            assert list(crop.size) == [max(1, side) for side in around]
     assert len({line["image_id"] for line in lines if "turned" in line["file_name"]}) == 1
 
     (output / "crops" / "mine.jpg").write_bytes(b"")
