@@ -96,18 +96,19 @@ def describe(exported: Exported) -> str:
     info = exported.info
     names = "with their names" if "class_names" in exported.metadata else "without names"
     classes = f"{counted(info.num_classes, 'class', 'classes')} {names}"
-    has_pixels = any(case.agreement is not None for case in exported.cases)
+    number, same = exported.compared
+    has_shares = any(case.agreement is not None for case in exported.cases)
     rows = [
         (
             " x ".join(map(str, case.shape)),
             f"{case.scale:.4g}",
             f"{case.difference:.3g}",
             f"{case.relative:.2g}",
-            *[f"{100 * (case.agreement or 0.0):.3f} %"] * has_pixels,
+            *[f"{100 * (case.agreement or 0.0):.3f} %"] * has_shares,
         )
         for case in exported.cases
     ]
-    columns = ("noise, N x C x H x W", "largest logit", "largest difference", "relative")
+    columns = ("noise, N x C x H x W", f"largest {number}", "largest difference", "relative")
     facts = ", ".join([exported.format, *exported.facts, f"{exported.size / 1e6:.2f} MB"])
     return "\n".join(
         [
@@ -115,7 +116,7 @@ def describe(exported: Exported) -> str:
             f"{weights_text(exported.metadata['weights'])}, "
             f"{classes if info.num_classes else 'no classifier: it gives features'}",
             f"images: {exported.preprocessing}",
-            text_table((*columns, *["same class"] * has_pixels), rows),
+            text_table((*columns, *[same] * has_shares), rows),
             printable(f"{exported.path}: {facts}"),
         ]
     )

@@ -36,7 +36,9 @@ class DetectorConfig(Section):
 
     # mask_rcnn also gives a mask for each box, and needs masks in the data
     name: Detector = "faster_rcnn"
-    channels: Channels = 256  # of the maps of the feature pyramid, and of the heads; of fcos a multiple of 32, 64 or more
+    channels: Channels = (
+        256  # of the maps of the feature pyramid, and of the heads; of fcos a multiple of 32, 64 or more
+    )
     # stride of the finest map that boxes are looked for on; null: 4 for mask_rcnn and faster_rcnn, 8 for the others
     finest_stride: Literal[4, 8] | None = None
     # side of the anchors on each map, the finest first, pixels of the network's input; null: torchvision's, which
