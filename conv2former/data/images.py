@@ -204,13 +204,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: Range | None = None, upright: bool = True) -> Image.Image:
     """Converts an image to 8-bit RGB: upright by its EXIF orientation, what is transparent over white.
 
     Args:
         image: of any mode; best just opened and not loaded, because Pillow forgets the file's bit depth.
         value_range: the values that become black and white where there are more than 8 bits; None for [0, 65535],
             which only 16-bit images have.
+        upright: False leaves it as it is stored, whatever its EXIF orientation.
 
     Raises:
         ValueError: there is no one right way to RGB; the text says what to do. Pillow raises others for damaged files.
@@ -223,6 +224,8 @@ def to_rgb(image: Image.Image, value_range: Range | None = None) -> Image.Image:
         rgb = _scaled(image, value_range, tags)
     else:
         rgb = _converted(image, value_range, encoding, tags)
+    if not upright:
+        return rgb
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # an image with damaged metadata is still an image

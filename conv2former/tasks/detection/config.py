@@ -77,12 +77,19 @@ class DetectionData(BaseDataConfig):
     objects_key: str = "objects"
     # hf only: what four numbers are a box. coco: left, top, width, height. xyxy: left, top, right, bottom
     box_format: Literal["coco", "xyxy"] = "coco"
-    # a text file with a class name a line; null: what the data says
+    absolute_paths: bool = False  # hf only: read files outside data.root, too, where the data has their absolute paths
+    # a text file with a class name a line, of all classes; null: what the data says. Categories without objects that
+    # are not in it are left out
     class_names: Location | None = None
     # an evaluation resizes images, with their aspect ratio, until the shorter side has `short_side` pixels, or the
     # longer one `long_side` where it would be longer
     short_side: Pixels = 800
     long_side: Pixels = 1333
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a Hugging Face set is read as it comes, which classification can."""
+        return False
 
 
 class DetectionAugment(Section):
@@ -159,6 +166,8 @@ class DetectionConfig(BaseConfig):
         for key in ("train_annotations", "val_annotations", "train_images", "val_images"):
             if getattr(data, key) and data.source != "coco":
                 found.append(f"data.{key}: only with data.source coco, not {data.source}")
+        if data.absolute_paths and data.source != "hf":
+            found.append(f"data.absolute_paths: only with data.source hf, not {data.source}")
         if data.short_side > data.long_side:
             found.append(f"data.short_side: above data.long_side: {data.short_side} > {data.long_side}")
         for key in ("scale", "crop_scale"):

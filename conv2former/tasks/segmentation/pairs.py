@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ...errors import DataError
 from .labels import Labels
 from .masks import RawMask, read_mask
 
-__all__ = ["Cells", "File", "FilePairs", "MaskCounts", "Pair", "PairImages", "PairSource", "SomePairs", "hold_out"]
+__all__ = ["Cells", "File", "FilePairs", "MaskCounts", "Pair", "PairImages", "PairSource", "SomePairs"]
 
 File = tuple[str | bytes, str]  # a path or the content, and what to call it
 
@@ -44,6 +43,9 @@ class Cells(Protocol):
     def stamp(self) -> list[str] | None:
         """Returns what changes with the content of any file; None where nothing says it."""
 
+    def some(self, indices: Sequence[int]) -> SomePairs:
+        """Returns the pairs of these indices."""
+
 
 @dataclass(frozen=True)
 class FilePairs:
@@ -64,6 +66,9 @@ class FilePairs:
 
     def stamp(self) -> list[str] | None:
         return [_stamp_of(path) for pair in zip(self.photos, self.masks, strict=True) for path in pair]
+
+    def some(self, indices: Sequence[int]) -> SomePairs:
+        return SomePairs(self, indices)
 
 
 def _stamp_of(path: str) -> str:
@@ -94,18 +99,8 @@ class SomePairs:
         stamp = self.cells.stamp()
         return None if stamp is None else [stamp[2 * index + which] for index in self.indices for which in (0, 1)]
 
-
-def hold_out(cells: Cells, root: str, share: float, seed: int) -> tuple[SomePairs, SomePairs]:
-    """Divides pairs into those to train on and those that are held out, by a hash of each image's name below `root`."""
-
-    def place(index: int) -> bytes:
-        name = cells.name(index)
-        name = os.path.relpath(name, root) if os.path.isabs(name) or name.startswith(root) else name
-        return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
-
-    order = sorted(range(len(cells)), key=place)
-    count = min(max(1, round(share * len(order))), len(order) - 1)
-    return SomePairs(cells, sorted(order[count:])), SomePairs(cells, sorted(order[:count]))
+    def some(self, indices: Sequence[int]) -> SomePairs:
+        return SomePairs(self.cells, [self.indices[index] for index in indices])
 
 
 class PairImages:

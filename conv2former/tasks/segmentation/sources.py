@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ...data.hf import find_hf, read_cell, reading
-from ...data.places import Places, leads_out
-from ...data.split import choose_split
+from ...data.hf import read_cell, reading
+from ...data.places import Places
 from ...data.tables import Row, find_tables, read_class_list
-from ...errors import DataError, closest, counted, shorten
+from ...errors import DataError, counted
+from ..dense.hf import check_columns, find_splits, undecoded
+from ..dense.splits import Opened, Splits, check_apart, folder_at, path_below, readable
 from .config import SegmentationConfig, SegmentationData
 from .labels import CITYSCAPES, Labels
 from .layouts import find_pairs, layout_of, splits_in
-from .pairs import Cells, File, FilePairs, PairImages, PairSource, hold_out
+from .pairs import File, FilePairs, PairImages, PairSource, SomePairs
 
 __all__ = ["class_names_of", "open_split", "open_train_and_val"]
-
-Opened = tuple[Cells, str, str]  # pairs, what to call their split, and a note
 
 
 def open_train_and_val(config: SegmentationConfig) -> tuple[PairSource, PairSource]:
@@ -30,102 +28,31 @@ def open_train_and_val(config: SegmentationConfig) -> tuple[PairSource, PairSour
     Raises:
         DataError: a split or a mask is missing, or nothing names the classes.
     """
-    with _readable():
-        names, open_ = _find_splits(config)
-        train, val = _train_split(config.data, names), choose_split(config.data.val_split, names, config.data.root)
-        if val.name is None:
-            return _divided(config, names, train, open_, val.why_none)
-        if val.name == train:
-            raise DataError(f"data.val_split is the training split, '{train}'; name another")
-        found = _source(config, *open_(train)), _source(config, *open_(val.name))
-        _check_apart(*found)
-        return found
-
-
-def _train_split(data: SegmentationData, names: list[str]) -> str:
-    if data.train_split is None and names == ["."]:
-        return "."
-    wanted = data.train_split or ("training" if "training" in names and "train" not in names else "train")
-    return str(choose_split(wanted, names, data.root).name)
-
-
-def _divided(
-    config: SegmentationConfig,
-    names: list[str],
-    train: str,
-    open_: Callable[[str], Opened],
-    why: str,
-    class_names: list[str] | None = None,
-) -> tuple[PairSource, PairSource]:
-    """Divides the training split, as there is no other.
-
-    Raises:
-        DataError: nothing is to be held out, there are other splits, or too few images.
-    """
-    data = config.data
-    if data.holdout is None:
-        raise DataError(f"{why}; name one (data.val_split), or data.holdout=0.2 holds a fifth of the images out")
-    if others := [name for name in names if name != train]:
-        raise DataError(
-            f"{why}, and nothing is held out (data.holdout) where there is more than '{train}': if one of "
-            f"{shorten(others, 5)} is to validate, name it (data.val_split)"
-        )
-    cells, name, note = open_(train)
-    if len(cells) < 2:
-        raise DataError(f"{name} has {counted(len(cells), 'image')}, of which none can be held out (data.holdout)")
-    kept, held = hold_out(cells, data.root, data.holdout, data.holdout_seed)
-    return (
-        _source(config, kept, f"{name}, not held out", note, class_names),
-        _source(config, held, f"{name}, held out", "", class_names),
-    )
-
-
-def _check_apart(train: PairSource, val: PairSource) -> None:
-    """Raises a DataError if the splits have images in common."""
-    cells, others = train.images.cells, val.images.cells
-    if isinstance(cells, FilePairs) and isinstance(others, FilePairs):
-        both = sorted({*map(os.path.realpath, cells.photos)} & {*map(os.path.realpath, others.photos)})
-        if both:
-            raise DataError(
-                f"{train.name} and {val.name} have {counted(len(both), 'image')} in common: {shorten(both, 3)}; remove "
-                "them from one"
-            )
+    with readable():
+        train, val = (_source(config, opened) for opened in _find_splits(config).train_and_val())
+        cells, others = train.images.cells, val.images.cells
+        if isinstance(cells, FilePairs) and isinstance(others, FilePairs):
+            check_apart(train.name, cells.photos, val.name, others.photos)
+        return train, val
 
 
 def open_split(config: SegmentationConfig, split: str | None, class_names: list[str] | None = None) -> PairSource:
-    """Opens one split: that of a name, or for None the first that is called like one for validation, or held out.
+    """Opens one split; see `Splits.one`.
 
     Args:
         config: of the data.
-        split: its name; None for `data.val_split`, and all of a data set that has no splits if none is held out.
+        split: its name, or None.
         class_names: of a network, for data where nothing names the classes.
 
     Raises:
         DataError: it is missing, or one of its masks is.
     """
-    with _readable():
-        names, open_ = _find_splits(config)
-        wanted = split or config.data.val_split
-        if wanted is None and names == ["."] and config.data.holdout is None:
-            wanted = "."
-        chosen = choose_split(wanted, names, config.data.root)
-        if chosen.name is None:
-            train = _train_split(config.data, names)
-            return _divided(config, names, train, open_, chosen.why_none, class_names)[1]
-        return _source(config, *open_(chosen.name), class_names)
+    with readable():
+        return _source(config, _find_splits(config).one(split), class_names)
 
 
-@contextlib.contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise DataError(f"{e.filename or 'data.root'}: cannot be read ({e.strerror or e})") from None
-
-
-def _source(
-    config: SegmentationConfig, cells: Cells, name: str, note: str, class_names: list[str] | None = None
-) -> PairSource:
+def _source(config: SegmentationConfig, opened: Opened, class_names: list[str] | None = None) -> PairSource:
+    cells, name, note = opened
     if not len(cells):
         raise DataError(f"{name} has no images")
     names, data = class_names_of(config) or class_names, config.data
@@ -185,29 +112,27 @@ def _ade20k_names(path: Path) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
 
 
-def _find_splits(config: SegmentationConfig) -> tuple[list[str], Callable[[str], Opened]]:
-    """Returns the names of the splits, and what opens one."""
+def _find_splits(config: SegmentationConfig) -> Splits:
+    """Returns the splits, of which none is opened."""
     data = config.data
     if data.source == "hf":
         return _hf_splits(data)
-    root = Path(data.root)
-    if not root.is_dir():
-        raise DataError(f"{root}: {'a file, not a' if root.exists() else 'no such'} folder (data.root)")
+    root = folder_at(data.root)
     if data.source == "csv":
         return _table_splits(data)
     layout = layout_of(data.source, root)
 
     def open_(name: str) -> Opened:
         pairs, note = find_pairs(layout, name)
-        return pairs, str(layout.images / name), note
+        return Opened(pairs, str(layout.images / name), note)
 
-    return splits_in(layout), open_
+    return Splits(data, splits_in(layout), open_)
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _table_splits(data: SegmentationData) -> tuple[list[str], Callable[[str], Opened]]:
+def _table_splits(data: SegmentationData) -> Splits:
     try:
         splits = find_tables(cast(Any, data))
     except DataError as e:
@@ -220,9 +145,9 @@ def _table_splits(data: SegmentationData) -> tuple[list[str], Callable[[str], Op
             raise _of_masks(e) from None
         photos = [_path_in(data, path, row, row.image, "image") for row in rows]
         masks = [_path_in(data, path, row, row.label, data.mask_key) for row in rows]
-        return FilePairs(photos, masks), f"{path} ({name})", ""
+        return Opened(FilePairs(photos, masks), f"{path} ({name})")
 
-    return splits.names, open_
+    return Splits(data, splits.names, open_)
 
 
 def _of_masks(error: DataError) -> DataError:
@@ -239,15 +164,10 @@ def _path_in(data: SegmentationData, table: Path, row: Row, text: str, what: str
     where = f"{table}, line {row.line}"
     if not text:
         raise DataError(f"{where}: the {what} is empty")
-    path = os.path.join(data.root, text)
-    if "\\" in text and not os.path.isfile(path):  # as Windows separates folders
-        text = text.replace("\\", "/")
-        path = os.path.join(data.root, text)
-    if leads_out(text):
-        raise DataError(f"{where}: {text} leads out of data.root by '..'; make data.root a folder above all files")
+    path = path_below(data.root, text, where)
     if not os.path.isfile(path):
         raise DataError(f"{where}: no such file: {path}; paths are relative to data.root")
-    return os.path.normpath(path)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face sets
@@ -280,30 +200,20 @@ class HfPairs:
     def stamp(self) -> list[str] | None:
         return None
 
+    def some(self, indices: Sequence[int]) -> SomePairs:
+        return SomePairs(self, indices)
 
-def _hf_splits(data: SegmentationData) -> tuple[list[str], Callable[[str], Opened]]:
-    import datasets
 
-    found = find_hf(cast(Any, data))
-    if found.is_whole:
-        raise DataError(f"{data.root} is one split of a data set, by save_to_disk; save both splits together")
+def _hf_splits(data: SegmentationData) -> Splits:
+    found = find_splits(data)
 
     def open_(name: str) -> Opened:
         dataset, where = found.loaded[name], f"{data.root} ({name})"
+        check_columns(dataset, {"image_key": data.image_key, "mask_key": data.mask_key}, where)
         keys = (data.image_key, data.mask_key)
-        for which, key in zip(("image_key", "mask_key"), keys, strict=True):
-            if key not in dataset.features:
-                raise DataError(
-                    f"{where} has no column '{key}' (data.{which}){closest(key, dataset.features)}: it has "
-                    f"{shorten(dataset.features)}"
-                )
         dataset = dataset.with_format(None).select_columns(list(keys))
         for key in keys:
-            if isinstance(dataset.features[key], datasets.Image):
-                dataset = dataset.cast_column(key, datasets.Image(decode=False))
-            elif getattr(dataset.features[key], "dtype", "") not in ("binary", "large_binary"):
-                kind = getattr(dataset.features[key], "dtype", type(dataset.features[key]).__name__)
-                raise DataError(f"{where}: the column '{key}' holds {kind}, not images")
-        return HfPairs(dataset, found.places, *keys, where), where, ""
+            dataset = undecoded(dataset, key, where)
+        return Opened(HfPairs(dataset, found.places, *keys, where), where)
 
-    return list(found.loaded), open_
+    return Splits(data, list(found.loaded), open_)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, OutputError, first_line
 from ...models import CheckpointInfo
+from ...tasks.dense.thumbnails import colours
 from ...tasks.segmentation.config import SegmentationConfig
 from ...tasks.segmentation.network import SegmentationNetwork
 from ...tasks.segmentation.restore import restore_network
-from ...tasks.segmentation.thumbnails import colours
 from ...text import clipped
 from ..prediction.segmentation import settings_from
 from .export import LOGITS, Case, any_shape, describe, without_paths, write_checked
