@@ -7,7 +7,8 @@ python scripts/export.py --checkpoint best.pt --output wide.onnx --img-size 128 
 python scripts/export.py --checkpoint best.pt --output int8.onnx --int8           # and its accuracy, before and after
 
 Preprocessing, class names and where the weights are from are in the file; docs/export.md shows how to use them. What
-is noted as preprocessing can be changed: data.mean=[.5,.5,.5] data.std=[.5,.5,.5].
+is noted as preprocessing can be changed: data.mean=[.5,.5,.5] data.std=[.5,.5,.5]; of a detection also which of its
+boxes count: evaluation.score=0.5.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ from ..weights.description import weights_text
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser("export", __doc__, ("data",))
-    parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="changes to the preprocessing")
+    parser = Parser("export", __doc__, ("data", "evaluation"))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="data.KEY=VALUE",
+        help="changes to the preprocessing; of a detection also evaluation.KEY",
+    )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx, .pt2 or .ts")
     parser.add_argument("--format", choices=list(FORMATS), help="for a file with another ending")

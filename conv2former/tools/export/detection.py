@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +22,21 @@ from ...tasks.detection.config import DetectionConfig, EvaluationConfig
 from ...tasks.detection.network import DetectionNetwork
 from ...tasks.detection.restore import restore_network
 from ...text import clipped
-from ..prediction.detection import settings_from
+from ..prediction.dense import dense_settings
 from .export import MAX_ONNX_BYTES, Case, describe, open_session, quiet
 from .options import MIN_SIZE, Options
 
-__all__ = ["BoxSubject", "agreement", "open_detection"]
+__all__ = ["BoxSubject", "compared", "open_detection"]
 
+SETTINGS = {
+    "data": ("short_side", "long_side", "img_size", "mean", "std", "value_range"),
+    "evaluation": ("score", "nms", "max_detections"),
+}  # keys that matter here
 Answer = list[np.ndarray]  # boxes (n, 4), scores (n,), labels (n,), and of a network with masks (n, 1, h, w)
 NAMES = ("boxes", "scores", "labels", "masks")
 OPSETS = (16, 20)  # with the boxes' cut-outs as torchvision has them; the last one that a trace is written in
-TRIED = 3  # inputs of each size
+TRIED = 2  # inputs of each size
+LARGEST = (320, 448)  # height and width: a file for any size is tried with no more
 # Boxes are the same if their sides are, to so many pixels, and their masks but for this share of their pixels
 SAME_PIXELS, SAME_MASK = 0.5, 0.01
 # Of boxes of nearly the same score, or that overlap by nearly the limit, rounding decides which one stays
@@ -88,6 +93,27 @@ class _Tensors(nn.Module):
         return tuple(found[key] for key in NAMES if key in found)
 
 
+class Compared(NamedTuple):
+    """An answer of the file beside the network's, or several.
+
+    Attributes:
+        same: boxes of both that the other has as well.
+        boxes: of both.
+        scale: the largest score.
+        difference: the largest of the scores of a box that both have.
+    """
+
+    same: int
+    boxes: int
+    scale: float
+    difference: float
+
+    @classmethod
+    def of_all(cls, found: Sequence[Compared]) -> Compared:
+        same, boxes, scales, differences = zip(*found, strict=True)
+        return cls(sum(same), sum(boxes), max(scales), max(differences))
+
+
 @dataclass(frozen=True)
 class BoxSubject:
     """A detection; see `export.Subject`."""
@@ -113,7 +139,7 @@ class BoxSubject:
             for shape in self.shapes(options)
             for i in range(TRIED)
         ]
-        cases = []
+        found: list[Compared] = []
         for limit in (self._low_limit(inputs[0]), self.evaluation.score):
             self.model.limit(self.evaluation.model_copy(update={"score": limit}))
             say("tracing the network")
@@ -122,16 +148,24 @@ class BoxSubject:
             assert metadata == self.metadata, metadata.keys()
             for i, images in enumerate(inputs):
                 say(f"comparing, {i + 1} of {counted(len(inputs), 'image')}")
-                cases.append(self._compare(session, images))
+                found.append(self._compare(session, images))
+        by_shape: dict[tuple[int, ...], list[Compared]] = {}
+        for images, one in zip(inputs * 2, found, strict=True):
+            by_shape.setdefault(images.shape, []).append(one)
+        cases = []
+        for shape, some in by_shape.items():
+            same, boxes, scale, difference = Compared.of_all(some)
+            cases.append(Case(shape, scale, difference, same / boxes if boxes else 1.0))
         self._check(cases, path, options)
         return cases, facts
 
     def shapes(self, options: Options) -> list[tuple[int, ...]]:
         """Returns the input shapes that a file is tried with; of a dynamic one also odd ones."""
-        height, width = self.preprocessing.size
-        sizes = [(height, width)]
+        sizes = [self.preprocessing.size]
         if options.dynamic:
-            sizes += [(height + 27, max(width - 33, MIN_SIZE)), (max(height // 2, MIN_SIZE) + 1, width + 7)]
+            height, width = (min(side, largest) for side, largest in zip(sizes[0], LARGEST, strict=True))
+            odd = (height + 27, max(width - 33, MIN_SIZE)), (max(height // 2, MIN_SIZE) + 1, width + 7)
+            sizes = [(height, width), *odd]
         return [(1, self.info.in_chans, *size) for size in sizes]
 
     def _low_limit(self, images: np.ndarray) -> float:
@@ -192,8 +226,8 @@ class BoxSubject:
         path.write_bytes(model.SerializeToString())
         return [f"opset {model.opset_import[0].version}", counted(len(model.graph.node), "node")]
 
-    def _compare(self, session: Any, images: np.ndarray) -> Case:
-        """Returns the file's answer beside the network's.
+    def _compare(self, session: Any, images: np.ndarray) -> Compared:
+        """Returns how the file's answer compares with the network's.
 
         Raises:
             OutputError: the file does not run.
@@ -204,48 +238,38 @@ class BoxSubject:
         except Exception as e:  # the runtime's errors have no common class
             size = " x ".join(map(str, images.shape))
             raise OutputError(f"the file does not run on an input of {size} ({first_line(e)})") from None
-        share, difference = agreement(expected, found)
-        scale = max(expected[1].max(initial=0.0), found[1].max(initial=0.0))
-        return Case(tuple(images.shape), float(scale), difference, share)
+        return compared(expected, found)
 
     def _check(self, cases: Sequence[Case], path: Path, options: Options) -> None:
         advice = ": give --fixed, and --img-size HEIGHT WIDTH" if options.dynamic else ""
-        by_shape = {case.shape: [other for other in cases if other.shape == case.shape] for case in cases}
-        for shape, same in by_shape.items():
-            size = " x ".join(map(str, shape))
-            share = sum(case.agreement or 0.0 for case in same) / len(same)
-            if share < MIN_AGREEMENT:
+        for case in cases:
+            size = " x ".join(map(str, case.shape))
+            if case.agreement is None or case.agreement < MIN_AGREEMENT:
                 raise OutputError(
-                    f"{path.name} is not written: on {size} noise {100 * share:.1f} % of its boxes are the network's, "
-                    f"and {100 * MIN_AGREEMENT:g} % are needed{advice}"
+                    f"{path.name} is not written: on {size} noise {100 * (case.agreement or 0):.1f} % of its boxes are "
+                    f"the network's, and {100 * MIN_AGREEMENT:g} % are needed{advice}"
                 )
-            worst = max(same, key=lambda case: case.relative)
-            if not worst.relative <= options.tolerance:
+            if not case.relative <= options.tolerance:
                 raise OutputError(
                     f"{path.name} is not written: on {size} noise its scores differ from the network's by up to "
-                    f"{worst.difference:.3g}, {worst.relative:.3g} of the largest score, more than the tolerance of "
+                    f"{case.difference:.3g}, {case.relative:.3g} of the largest score, more than the tolerance of "
                     f"{options.tolerance:g}{advice}"
                 )
 
 
-def agreement(expected: Answer, found: Answer) -> tuple[float, float]:
-    """Returns which share of two answers' boxes are the same, of one class, and by how much their scores differ most.
-
-    Args:
-        expected, found: of one image.
-    """
+def compared(expected: Answer, found: Answer) -> Compared:
+    """Returns how two answers to an image compare: which boxes both have, of one class, and their scores."""
     boxes, scores, labels, *masks = expected
     others, other_scores, other_labels, *other_masks = found
-    total = len(boxes) + len(others)
-    if not total:
-        return 1.0, 0.0
-    distance = np.abs(boxes[:, None] - others[None]).max(2, initial=0.0)
-    distance[labels[:, None] != other_labels[None]] = np.inf
-    pairs = [(i, int(row.argmin())) for i, row in enumerate(distance) if len(row) and row.min() <= SAME_PIXELS]
+    scale = max(scores.max(initial=0.0), other_scores.max(initial=0.0))
+    apart = np.abs(scores[:, None] - other_scores[None])
+    is_same = (np.abs(boxes[:, None] - others[None]) <= SAME_PIXELS).all(2)
+    apart[~is_same | (labels[:, None] != other_labels[None])] = np.inf
+    pairs = [(i, int(row.argmin())) for i, row in enumerate(apart) if np.isfinite(row).any()]
     if masks:
         pairs = [(i, j) for i, j in pairs if _is_same_mask(masks[0][i], other_masks[0][j])]
-    difference = max((abs(float(scores[i]) - float(other_scores[j])) for i, j in pairs), default=0.0)
-    return 2 * len(pairs) / total, difference
+    difference = max((float(apart[pair]) for pair in pairs), default=0.0)
+    return Compared(2 * len({j for _, j in pairs}), len(boxes) + len(others), float(scale), difference)
 
 
 def _is_same_mask(first: np.ndarray, second: np.ndarray) -> bool:
@@ -264,7 +288,8 @@ def open_detection(checkpoint: str | Path, content: Mapping[str, Any], kind: str
     if not OPSETS[0] <= options.opset <= OPSETS[1]:
         raise ConfigError(f"--opset {options.opset}: a detection is written in opset {OPSETS[0]} to {OPSETS[1]}")
     model, info = restore_network(content, checkpoint, options.use_ema)
-    config: DetectionConfig = settings_from(info.recipe, [*options.size_override, *options.overrides])
+    words = [*options.size_override, *options.overrides]
+    config: DetectionConfig = dense_settings(SETTINGS, info.recipe, words)
     data, images = config.data, config.data.preprocessing
     size = images.size if options.img_size else (data.short_side, data.long_side)
     given = BoxPreprocessing(data.short_side, data.long_side, tuple(images.mean), tuple(images.std), size)
