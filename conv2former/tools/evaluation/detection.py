@@ -74,7 +74,7 @@ def _open(settings: DetectionConfig, info: CheckpointInfo, path: Path) -> Detect
     names = list(info.class_names or ())
     source = open_split(settings, None, names)
     check_classes(source, names, path, "rename them in the data as the network has them")
-    return check_source(source, settings.data.on_error == "skip") if settings.data.check else source
+    return check_source(source, settings.data.on_error == "skip")
 
 
 class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):

@@ -170,13 +170,22 @@ class DenseResults(ResultsFolder):
             legend(list(zip(entries, numbered, strict=True))).save(self.folder / "legend.png")
         self.write_line(record)
 
-    def show_picture(self, name: str, picture: Image.Image, bars: Sequence[tuple[int, float]]) -> None:
-        """Puts a picture on a contact sheet, above bars, each of a class and a share."""
+    def show_picture(
+        self, name: str, size: tuple[int, int], picture: Image.Image, bars: Sequence[tuple[int, float]]
+    ) -> None:
+        """Puts a picture of an image on a contact sheet, above bars.
+
+        Args:
+            name: of the image.
+            size: of it, width and height.
+            picture: of it.
+            bars: each of a class and a share.
+        """
         texts = [(printable(self.predicting.names[index]), share) for index, share in bars]
         colour = [cast(Any, tuple(self.predicting.palette[index].tolist())) for index, _ in bars]
         with any_size():
             preview = fitted(picture, self.preview)
-        self.show(Cell(preview, name, picture.size, WHOLE, texts, colour))
+        self.show(Cell(preview, name, size, WHOLE, texts, colour))
 
 
 def file_names(images: Sequence[ImageFile], above: str) -> list[str]:

@@ -174,7 +174,7 @@ class BoxResults(DenseResults):
         self.lines += [json.dumps(line) for line in prediction.lines()]
         self.write_record(record)
         bars = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-        self.show_picture(prediction.name, picture, [*bars][:MAX_BARS])
+        self.show_picture(prediction.name, photo.size, picture, [*bars][:MAX_BARS])
         return record
 
     def _cut_out(self, record: dict[str, Any], own: str, photo: Image.Image, found: Detections) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,10 +18,14 @@ __all__ = ["annotated"]
 
 OPACITY = 0.45  # of masks over a photo
 NAME = 24  # columns of a class's name in a label
+SMALL, ENLARGED = 240, 480  # pixels of the longer side: what is below the one becomes at least the other
+BRIGHTNESS = (0.299, 0.587, 0.114)  # how bright red, green and blue are
 
 
 def annotated(photo: Image.Image, found: Detections, names: Sequence[str], palette: np.ndarray) -> Image.Image:
     """Returns a photo with what was found in it: masks, boxes, and labels for which there is room.
+
+    A small photo is enlarged by a whole number, so that there is room for letters.
 
     Args:
         photo: of any mode.
@@ -28,27 +33,29 @@ def annotated(photo: Image.Image, found: Detections, names: Sequence[str], palet
         names: of the classes.
         palette: a colour for each class, (classes, 3) uint8.
     """
-    page = _with_masks(photo.convert("RGB"), found, palette)
-    draw, longest = ImageDraw.Draw(page), max(page.size)
+    page, longest = _with_masks(photo.convert("RGB"), found, palette), max(photo.size)
+    factor = -(-ENLARGED // longest) if longest < SMALL else 1
+    if factor > 1:
+        page = page.resize((factor * page.width, factor * page.height), Image.Resampling.NEAREST)
+    draw, longest, boxes = ImageDraw.Draw(page), factor * longest, (factor * found.boxes).tolist()
     line, letters = max(1, round(longest / 400)), min(48, max(10, round(longest / 60)))
-    margin = max(1, letters // 6)
+    colours: list[Any] = [tuple(palette[label].tolist()) for label in found.labels]
+    for (left, top, right, bottom), colour in reversed([*zip(boxes, colours, strict=True)]):
+        _outline(draw, (left, top, max(left, right - 1), max(top, bottom - 1)), line, colour)
     words = [
         f"{clipped(names[label], NAME)} {score:.2f}"
         for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
     ]
     prepare(words)
+    margin = max(1, letters // 6)
     sizes = [(text_length(word, size=letters) + 2 * margin, letters * 1.25 + 2 * margin) for word in words]
-    places = label_places(found.boxes.tolist(), sizes, page.size)
-    for i in reversed(range(len(found))):  # the highest score last, and so above the others
-        red, green, blue = palette[found.labels[i]].tolist()
-        left, top, right, bottom = found.boxes[i].tolist()
-        corners = (left, top, max(left, right - 1), max(top, bottom - 1))
-        _outline(draw, corners, line, (red, green, blue))
-        if place := places[i]:
+    places = label_places(boxes, sizes, page.size)
+    for place, (width, height), colour, word in zip(places, sizes, colours, words, strict=True):
+        if place is not None:
             x, y = place
-            draw.rectangle((x, y, x + sizes[i][0] - 1, y + sizes[i][1] - 1), (red, green, blue))
-            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
-            write_text(draw, x + margin, y + margin, words[i], ink, letters)
+            draw.rectangle((x, y, x + width - 1, y + height - 1), colour)
+            ink = "black" if np.dot(colour, BRIGHTNESS) > 140 else "white"
+            write_text(draw, x + margin, y + margin, word, ink, letters)
     return page
 
 

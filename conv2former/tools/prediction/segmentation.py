@@ -195,7 +195,7 @@ class MaskResults(DenseResults):
         record = {**prediction.to_dict(), **names}
         self.write_record(record)
         bars = [(area.index, prediction.share(area)) for area in prediction.areas[:MAX_BARS]]
-        self.show_picture(prediction.name, overlay, bars)
+        self.show_picture(prediction.name, overlay.size, overlay, bars)
         return record
 
     def __str__(self) -> str:
