@@ -145,7 +145,7 @@ def _target(scene: _Scene) -> dict[str, torch.Tensor]:
     if scene.masks is None:
         return {"boxes": boxes[kept], "labels": scene.labels[kept]}
     masks = scene.masks.as_subclass(torch.Tensor)
-    kept &= masks.flatten(1).any(1)
+    kept &= (masks != 0).flatten(1).any(1)
     return {"boxes": boxes[kept], "labels": scene.labels[kept], "masks": masks[kept]}
 
 

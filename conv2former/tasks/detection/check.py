@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ...data.images import UnreadableImage
-from ...data.loader import usable_cores
 from ...errors import DataError, counted, shorten
 from ...text import clipped
-from .images import DetectionImages, DetectionSource, Examined, ObjectCounts
+from ..dense.check import count_once, in_order
+from .images import DetectionSource, ObjectCounts
 from .records import Tally
 
 __all__ = ["about_objects", "check_source"]
 
-MOST_THREADS = 16
-MOST_ERRORS = 10  # after which no further image is looked at
+VERSION = 1  # of what is kept
 FEW_CLASSES = 6  # whose objects are all named in a line
 
 
 def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
-    """Returns a split with the counts of its objects.
+    """Returns a split with the counts of its objects; see dense/check.py.
 
     Args:
         source: the split.
@@ -36,51 +30,42 @@ def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
         DataError: of the first image or object that is wrong, with the number of the others that were found; of objects
             without a mask, where masks are wanted; of a split without objects.
     """
-    images, errors = source.images, list[DataError]()
-    objects, totals = np.zeros(len(source.class_names), dtype=np.int64), np.zeros(len(Tally._fields), dtype=np.int64)
-    crowds = empty = turned = unreadable = 0
-    first_without_mask = ""
-    is_shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with ThreadPoolExecutor(min(MOST_THREADS, 2 * usable_cores())) as pool:
-        results = enumerate(_in_order(pool, images))
-        for index, found in tqdm(
-            results, "checking images", len(images), leave=False, unit=" images", disable=not is_shown
-        ):
-            if isinstance(found, UnreadableImage) and skip:
-                unreadable += 1
-            elif isinstance(found, DataError):
-                errors.append(found)
-                if len(errors) == MOST_ERRORS:
-                    break
-            else:
-                single = found.objects.labels[~found.objects.crowd]
-                objects += np.bincount(single, minlength=len(objects))
-                crowds += int(found.objects.crowd.sum())
-                empty, turned = empty + (not len(single)), turned + found.is_turned
-                totals += found.tally
-                if found.tally.without_mask and not first_without_mask:
-                    first_without_mask = images.name(index)
-        pool.shutdown(cancel_futures=True)
-    if errors:
-        more = f"; there are mistakes in {counted(len(errors) - 1, 'more image')} at least" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0]}{more}")
-    counts = ObjectCounts(objects, crowds, empty, Tally(*totals.tolist()), turned, unreadable)
-    _check_counts(source, counts, first_without_mask)
+    stamp = source.images.records.stamp()
+    if stamp is not None:
+        stamp = [str(VERSION), str(source.has_masks), str(skip), *source.class_names, *stamp]
+    classes = len(source.class_names)
+    counts = count_once("objects", stamp, lambda: _count(source, skip), lambda content: _read(content, classes))
     return replace(source, counts=counts)
 
 
-def _in_order(pool: ThreadPoolExecutor, images: DetectionImages) -> Iterator[Examined | DataError]:
-    """Goes over all images by their numbers, a few at a time, as what is found takes memory."""
-    ahead = 16 * MOST_THREADS
-    for start in range(0, len(images), ahead):
-        yield from pool.map(lambda index: _examine(images, index), range(start, min(start + ahead, len(images))))
+def _count(source: DetectionSource, skip: bool) -> dict[str, Any]:
+    images, classes = source.images, len(source.class_names)
+    objects, totals = np.zeros(classes, dtype=np.int64), np.zeros(len(Tally._fields), dtype=np.int64)
+    crowds = empty = turned = unreadable = 0
+    first_without_mask = ""
+    results = in_order(images.examine, len(images), skip, "checking images", "image", ahead=16)
+    for found in results:
+        if found is None:
+            unreadable += 1
+            continue
+        single = found.objects.labels[~found.objects.crowd]
+        objects += np.bincount(single, minlength=classes)
+        crowds += int(found.objects.crowd.sum())
+        empty, turned = empty + (not len(single)), turned + found.is_turned
+        totals += found.tally
+        if found.tally.without_mask and not first_without_mask:
+            first_without_mask = found.name
+    counts = ObjectCounts(objects, crowds, empty, Tally(*totals.tolist()), turned, unreadable)
+    _check_counts(source, counts, first_without_mask)
+    return {**vars(counts), "objects": objects.tolist(), "tally": list(counts.tally)}
 
 
-def _examine(images: DetectionImages, index: int) -> Examined | DataError:
-    try:
-        return images.examine(index)
-    except DataError as e:
-        return e
+def _read(content: dict[str, Any], classes: int) -> ObjectCounts:
+    objects, tally = np.array(content["objects"], dtype=np.int64), Tally(*map(int, content["tally"]))
+    if objects.shape != (classes,):
+        raise ValueError("of other classes")
+    others = {key: int(content[key]) for key in ("crowds", "empty", "turned", "unreadable")}
+    return ObjectCounts(objects=objects, tally=tally, **others)
 
 
 def _check_counts(source: DetectionSource, counts: ObjectCounts, first_without_mask: str) -> None:
@@ -119,7 +104,7 @@ def about_objects(source: DetectionSource) -> str:
     tally = counts.tally
     parts = [
         (counts.empty, "image", "without objects"),
-        (counts.crowds, "group", "that count for nothing"),
+        (counts.crowds, "group", "not trained on"),
         (tally.without_area, "box", "without area left out"),
         (tally.outside, "box", "outside the image left out"),
         (tally.clipped, "box", "clipped at the image's edges"),

@@ -73,19 +73,20 @@ def read_coco(path: Path, folders: Sequence[Path], root: Path, keeps_masks: bool
 
 def _add(noted: Noted, annotation: Mapping[str, Any], label: int, where: str) -> None:
     """Adds an annotation to the objects of its image."""
-    shape = read_shape(annotation.get("segmentation"), where)
     crowd, area = annotation.get("iscrowd") or 0, annotation.get("area")
     if crowd not in (0, 1, "0", "1"):
         raise DataError(f"{where}: iscrowd is {str(crowd)[:40]!r}; it is 0 or 1")
-    if area is not None:
-        area = check_number(area, "its area", where)
+    is_crowd = bool(int(crowd))
+    area = None if area is None else check_number(area, "its area", where)
     box = annotation.get("bbox")
-    if box in (None, []) and isinstance(shape, list):
-        noted.add(_around(shape), label, bool(int(crowd)), area, shape)
-        return
-    if box is None:
+    has_box = box not in (None, [])
+    shape = read_shape(annotation.get("segmentation"), where) if noted.needs_mask(area) or not has_box else None
+    if has_box:
+        noted.add(check_box(box, where), label, is_crowd, area, shape)
+    elif isinstance(shape, list):
+        noted.add(_around(shape), label, is_crowd, area, shape)
+    else:
         raise DataError(f"{where}: has no `bbox`; this file is not for detection, or was exported without boxes")
-    noted.add(check_box(box, where), label, bool(int(crowd)), area, shape)
 
 
 def _around(shape: Sequence[np.ndarray]) -> tuple[float, float, float, float]:
@@ -187,8 +188,8 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[list[str], dict
     named: dict[int | str, str] = {}
     for key, category in categories.items():
         name = category.get("name")
-        if not isinstance(name, (str, int)) or isinstance(name, bool) or not str(name).strip():
-            raise DataError(f"{path}, category {key}: has no name")
+        if not isinstance(name, (str, int)) or isinstance(name, bool) or not _is_text(str(name)):
+            raise DataError(f"{path}, category {key}: has no name, or one that is not UTF-8")
         named[key] = str(name).strip()
     order = sorted(named, key=lambda key: (isinstance(key, str), key))
     twice = {name for name, times in Counter(named.values()).items() if times > 1}
@@ -201,6 +202,14 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[list[str], dict
                 raise DataError(f"{path}: categories {there[0]} and {there[1]} are both called '{name}'; rename one")
             order = [key for key in order if named[key] != name or key == (there or keys)[0]]
     return [named[key] for key in order], {key: index for index, key in enumerate(order)}
+
+
+def _is_text(text: str) -> bool:
+    """Returns whether a text says something, and can be written: JSON can hold half a character."""
+    try:
+        return bool(text.strip()) and "\0" not in text and bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _size(image: Mapping[str, Any], where: str) -> tuple[int, int] | None:
@@ -254,8 +263,8 @@ class _Files:
 
     def _name(self, key: Any, image: Mapping[str, Any]) -> str:
         name, where = image.get("file_name"), f"{self._json_path}, image {key}"
-        if not isinstance(name, str) or not name.strip() or "\0" in name:
-            raise DataError(f"{where}: has no `file_name`")
+        if not isinstance(name, str) or not _is_text(name):
+            raise DataError(f"{where}: has no `file_name`, or one that is no name of a file")
         if "://" in name:
             raise DataError(f"{where}: {name} is an address, and nothing is fetched; copy the image, and give its path")
         return name

@@ -174,6 +174,14 @@ class DetectionConfig(BaseConfig):
             low, high = getattr(self.augment, key)
             if low > high:
                 found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        if self.augment.crop_scale[1] > 1:
+            found.append(
+                f"augment.crop_scale: shares of the image's sides, at most 1, not {self.augment.crop_scale[1]:g}"
+            )
+        if self.augment.resize == "multi_scale" and max(self.augment.short_sides) > data.long_side:
+            found.append(
+                f"augment.short_sides: {max(self.augment.short_sides)} is above data.long_side, {data.long_side}"
+            )
         if detector.name == "fcos" and (detector.channels % 32 or detector.channels < 64):
             # it normalises in 32 groups, of maps that may have one pixel
             found.append(f"model.detector.channels: a multiple of 32 from 64 on for fcos, not {detector.channels}")

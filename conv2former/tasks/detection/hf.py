@@ -178,7 +178,8 @@ def _add(noted: Noted, entry: Mapping[str, Any], label: int, box_format: str, wh
     left, top, right, bottom = check_box(box, where, box_format == "xyxy")
     area = None if area is None else check_number(area, "its area", where)
     crowd = bool(_first(entry, CROWDS) or 0)
-    noted.add((left, top, right, bottom), label, crowd, area, read_shape(_first(entry, SHAPES), where))
+    shape = read_shape(_first(entry, SHAPES), where) if noted.needs_mask(area) else None
+    noted.add((left, top, right, bottom), label, crowd, area, shape)
 
 
 def _size(row: Mapping[str, Any], where: str) -> tuple[int, int] | None:

@@ -28,11 +28,13 @@ class Examined(NamedTuple):
     """What is known of an image of which no pixel was read.
 
     Attributes:
+        name: of it.
         objects: in it.
         tally: of those that are not as they should be.
         is_turned: whether it is read as it is stored, and not upright, because its boxes are so.
     """
 
+    name: str
     objects: Objects
     tally: Tally
     is_turned: bool
@@ -82,7 +84,7 @@ class DetectionImages:
         with opened_image(file, name, self._max_pixels) as image:
             check_shape(image)
             size, upright = _size_of(image, record)
-        return Examined(*resolve(record, size, self.with_masks), not upright)
+        return Examined(record.name, *resolve(record, size, self.with_masks), not upright)
 
     def name(self, index: int) -> str:
         return self.records.name(index)

@@ -56,7 +56,8 @@ def _named(data: DetectionData, root: Path) -> dict[str, Path]:
                 f"'{name}'; give the right one (data.train_annotations, data.val_annotations)"
             )
         names[name] = paths[0]
-    if names:
+    is_one = len(names) == 1 and not given and not {*names} & {*SPLIT_NAMES, data.train_split, data.val_split}
+    if names and not is_one:
         return names
     alone = sorted({*root.glob("*.json"), *root.glob("annotations/*.json")})
     if len(alone) != 1:
@@ -107,6 +108,6 @@ def _folders(data: DetectionData, root: Path, split: str, path: Path) -> list[Pa
     if images := data.train_images if split == train else data.val_images if is_val else None:
         return [root / images]
     full = path.stem.removeprefix("instances_")  # with its year
-    names = [] if split == "." else list(dict.fromkeys([split, full]))
+    names = [full] if split == "." else list(dict.fromkeys([split, full]))
     inner = [root / os.path.join(*parts) for name in names for parts in ((name,), ("images", name), (name, "images"))]
     return [*inner, root / "images", root, path.parent, path.parent / "images"]

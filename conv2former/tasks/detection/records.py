@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import DataError
+from ..dense.check import stamp_of
 from .objects import Objects
 from .shapes import Shape, area_of, to_rle
 
@@ -59,16 +61,19 @@ class Noted:
     areas: list[float] = field(default_factory=list)
     shapes: list[Shape | None] = field(default_factory=list)
 
+    def needs_mask(self, area: float | None) -> bool:
+        """Returns whether the mask of an object of an area is of use."""
+        return self.keeps_masks or area is None or not area > 0
+
     def add(
         self, box: Sequence[float], label: int, crowd: bool = False, area: float | None = None, shape: Any = None
     ) -> None:
         """Adds an object: see `Record`."""
-        known = area is not None and np.isfinite(area) and area > 0
         self.boxes.append(box)
         self.labels.append(label)
         self.crowd.append(crowd)
-        self.areas.append(area if known and area is not None else np.nan)
-        self.shapes.append(shape if self.keeps_masks or not known else None)
+        self.areas.append(area if area is not None and area > 0 else np.nan)
+        self.shapes.append(shape if self.needs_mask(area) else None)
 
     def record(
         self, file: str | int, name: str, size: tuple[int, int] | None = None, are_shares: bool = False
@@ -116,6 +121,26 @@ class Records:
     def some(self, indices: Sequence[int]) -> Records:
         """Returns the records with these images alone."""
         return replace(self, records=[self.records[index] for index in indices])
+
+    def stamp(self) -> list[str] | None:
+        """Returns what changes with the content of any file, or with what is said of it; None where nothing says it."""
+        if not all(isinstance(record.file, str) for record in self.records):
+            return None
+        said = hashlib.sha256()
+        for record in self.records:
+            said.update(
+                f"{record.name}\0{record.size} {len(record.labels)} {record.are_shares}".encode("utf-8", "replace")
+            )
+            for values in (record.boxes, record.labels, record.crowd, record.areas):
+                said.update(values.tobytes())
+            for shape in record.shapes or ():
+                said.update(repr(shape).encode() if not isinstance(shape, list) else b"%d" % len(shape))
+                for points in shape if isinstance(shape, list) else ():
+                    said.update(points.tobytes())
+        try:
+            return [said.hexdigest(), *map(stamp_of, self.paths)]
+        except DataError:  # one is missing, which is said where it is read
+            return None
 
     @property
     def paths(self) -> list[str]:

@@ -1,41 +1,24 @@
-"""Every mask is read before the first step, so that one which fits neither its image nor the classes is named at once.
-
-What was counted is kept in the project's store, by the names, sizes and times of all files, so that the next run with
-the same files begins at once. The processes of one machine wait for the first of them, which does it.
-"""
+"""Every mask is read before the first step: one that fits neither its image nor the classes is named at once."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ..._store import store_folder
-from ...data.images import UnreadableImage
-from ...data.loader import usable_cores
-from ...errors import DataError, counted
+from ...errors import DataError
+from ..dense.check import count_once, in_order
 from .labels import IGNORED, NOWHERE
 from .pairs import MaskCounts, PairImages, PairSource
 
 __all__ = ["check_source"]
 
 VERSION = 1  # of what is kept
-MOST_THREADS = 16
-MOST_ERRORS = 10  # after which no further mask is read
 
 
 def check_source(source: PairSource, skip: bool) -> PairSource:
-    """Returns a split with the counts of its masks.
+    """Returns a split with the counts of its masks; see dense/check.py.
 
     Args:
         source: the split.
@@ -44,72 +27,52 @@ def check_source(source: PairSource, skip: bool) -> PairSource:
     Raises:
         DataError: of the first mask that is wrong, with the number of the others that were found.
     """
-    stamp = source.images.cells.stamp()
-    place = None if stamp is None else _place(source, stamp, skip)
-    with _alone(place):
-        counts = _kept(place, len(source.class_names))
-        if counts is None:
-            counts = _count(source, skip)
-            _keep(place, counts)
+    stamp, labels, classes = source.images.cells.stamp(), source.images.labels_of_masks, len(source.class_names)
+    if stamp is not None:
+        stamp = [str(VERSION), labels.kind, str(labels.num_classes), str(labels.ignore_index), str(skip), *stamp]
+    counts = count_once("masks", stamp, lambda: _count(source, skip), lambda content: _read(content, classes))
     return replace(source, counts=counts)
 
 
-def _count(source: PairSource, skip: bool) -> MaskCounts:
-    """Reads all masks, in threads: Pillow lets others work while it decodes."""
-    images, numbers = source.images, np.zeros(len(source.images.table), dtype=np.int64)
-    errors: list[DataError] = []
-    unreadable = 0
-    is_shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with ThreadPoolExecutor(min(MOST_THREADS, 2 * usable_cores())) as pool:
-        results = _in_order(pool, images)
-        for found in tqdm(results, "checking masks", len(images), leave=False, unit=" masks", disable=not is_shown):
-            if isinstance(found, UnreadableImage) and skip:
-                unreadable += 1
-            elif isinstance(found, DataError):
-                errors.append(found)
-            else:
-                numbers[: len(found)] += found
-            if len(errors) == MOST_ERRORS:
-                break
-        pool.shutdown(cancel_futures=True)
-    if errors:
-        more = f"; there are mistakes in {counted(len(errors) - 1, 'more file')} at least" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0]}{more}")
-    return _by_class(source, numbers, unreadable)
+def _count(source: PairSource, skip: bool) -> dict[str, Any]:
+    images, numbers, unreadable = source.images, np.zeros(len(source.images.table), dtype=np.int64), 0
+    for found in in_order(lambda index: _examine(images, index), len(images), skip, "checking masks", "file"):
+        if found is None:
+            unreadable += 1
+        else:
+            numbers[: len(found)] += found
+    pixels, ignored = _by_class(source, numbers)
+    return {"pixels": pixels.tolist(), "ignored": ignored, "unreadable": unreadable}
 
 
-def _in_order(pool: ThreadPoolExecutor, images: PairImages) -> Iterator[np.ndarray | DataError]:
-    """Goes over the counts of all masks by their numbers, (256,) or (65536,), or what is wrong with one.
+def _read(content: dict[str, Any], classes: int) -> MaskCounts:
+    counts = MaskCounts(
+        np.array(content["pixels"], dtype=np.int64), int(content["ignored"]), int(content["unreadable"])
+    )
+    if counts.pixels.shape != (classes,):
+        raise ValueError("of other classes")
+    return counts
 
-    A few are under way at a time, as their results take memory.
-    """
-    ahead = 4 * MOST_THREADS
-    for start in range(0, len(images), ahead):
-        yield from pool.map(lambda index: _examine(images, index), range(start, min(start + ahead, len(images))))
 
-
-def _examine(images: PairImages, index: int) -> np.ndarray | DataError:
-    try:
-        found = images.examine(index)
-    except DataError as e:
-        return e
+def _examine(images: PairImages, index: int) -> np.ndarray:
+    """Returns how often each number comes in a mask, (256,) or (65536,)."""
+    found = images.examine(index)
     there = np.flatnonzero(found.counts)
     wrong = there[images.table[there] == NOWHERE]
     if len(wrong):
         name = images.cells.files(index)[1][1]
-        return DataError(images.labels_of_masks.complaint({int(n): int(found.counts[n]) for n in wrong}, name))
+        raise DataError(images.labels_of_masks.complaint({int(n): int(found.counts[n]) for n in wrong}, name))
     return found.counts
 
 
-def _by_class(source: PairSource, numbers: np.ndarray, unreadable: int) -> MaskCounts:
-    """Returns the counts of classes from those of numbers.
+def _by_class(source: PairSource, numbers: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns how many pixels each class has, and how many are ignored, from the counts of numbers.
 
     Raises:
         DataError: no pixel has a class, or all are the first class or ignored, as where 255 is the second one.
     """
     table, classes = source.images.table, len(source.class_names)
     pixels = np.bincount(table[table >= 0], weights=numbers[table >= 0], minlength=classes).astype(np.int64)
-    ignored = int(numbers[table == IGNORED].sum())
     labels = source.images.labels_of_masks
     if labels.kind == "index" and labels.ignore_index == 255 and numbers[255] and not pixels[1:].any():
         raise DataError(
@@ -118,48 +81,4 @@ def _by_class(source: PairSource, numbers: np.ndarray, unreadable: int) -> MaskC
         )
     if not pixels.any():
         raise DataError(f"{source.name}: not one pixel of the masks has a class")
-    return MaskCounts(pixels, ignored, unreadable)
-
-
-# ------------------------------------------------------------------------------------------------------ what is kept
-
-
-def _place(source: PairSource, stamp: list[str], skip: bool) -> Path:
-    labels = source.images.labels_of_masks
-    key = "\0".join([str(VERSION), labels.kind, str(labels.num_classes), str(labels.ignore_index), str(skip), *stamp])
-    name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return store_folder() / "masks" / f"{name}.json"
-
-
-@contextlib.contextmanager
-def _alone(place: Path | None) -> Iterator[None]:
-    """Lets one process of the machine at a time in; all at once where the store cannot be written."""
-    with contextlib.ExitStack() as stack:
-        if place is not None:
-            with contextlib.suppress(OSError):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(place.with_suffix(".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        if place is not None:
-            with contextlib.suppress(OSError):
-                place.with_suffix(".lock").unlink()
-
-
-def _kept(place: Path | None, classes: int) -> MaskCounts | None:
-    try:
-        found = json.loads(place.read_text()) if place is not None else {}
-        counts = MaskCounts(np.array(found["pixels"], dtype=np.int64), int(found["ignored"]), int(found["unreadable"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return counts if counts.pixels.shape == (classes,) else None
-
-
-def _keep(place: Path | None, counts: MaskCounts) -> None:
-    if place is None:
-        return
-    content = {"pixels": counts.pixels.tolist(), "ignored": counts.ignored, "unreadable": counts.unreadable}
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # it is only faster with it
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, place)
+    return pixels, int(numbers[table == IGNORED].sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ...data.images import check_shape, open_rgb, opened_image, upright_size
 from ...errors import DataError
+from ..dense.check import stamp_of
 from .labels import Labels
 from .masks import RawMask, read_mask
 
@@ -65,18 +65,10 @@ class FilePairs:
         return self.photos[index]
 
     def stamp(self) -> list[str] | None:
-        return [_stamp_of(path) for pair in zip(self.photos, self.masks, strict=True) for path in pair]
+        return [stamp_of(path) for pair in zip(self.photos, self.masks, strict=True) for path in pair]
 
     def some(self, indices: Sequence[int]) -> SomePairs:
         return SomePairs(self, indices)
-
-
-def _stamp_of(path: str) -> str:
-    try:
-        found = os.stat(path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    return f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
