@@ -46,14 +46,13 @@ def trained(tmp_path_factory) -> SimpleNamespace:
         "task": "detection",
         "model": {
             "variant": {"name": "conv2former_test", "ls_init_value": 0.5, **SHAPE},
-            "detector": {"name": "mask_rcnn", "channels": 8},
+            "detector": {"name": "mask_rcnn", "channels": 16},
         },
         "data": {"root": str(write_coco(place / "data")), "short_side": 64, "long_side": 96, "workers": 0},
-        "augment": {"short_sides": [48]},
-        "schedule": {"epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0},
-        "train": {"batch_size": 4},
-        "optim": {"base_lr": 4e-3, "base_batch_size": 4},
-        "ema": {"decay": 0.5},
+        "augment": {"short_sides": [64]},
+        "schedule": {"epochs": 8, "warmup_epochs": 0, "cooldown_epochs": 0},
+        "train": {"batch_size": 4, "eval_every": 4},
+        "optim": {"base_lr": 1e-2, "base_batch_size": 4},
         "evaluation": {"score": 0.02, "pictures": 3},
         "log": {"tensorboard": False},
     }
@@ -81,6 +80,7 @@ def test_an_evaluation_has_the_training_s_numbers(trained, tmp_path):
     """To the bit; and its detections, as a file, have them for plain pycocotools, too."""
     extras = Extras(per_class=True, confusion=True, worst=2)
     rows = validate_files([trained.best, trained.last], extras=extras, output=tmp_path / "out")
+    assert rows[0]["ap50"] > 0
     assert {key: rows[0][key] for key in METRICS} == {key: trained.report[key] for key in METRICS}
     assert (rows[0]["best_score"], rows[0]["best_f1"]) == (trained.report["score"], trained.report["f1"])
     for row, noted in zip(rows[0]["per_class"], trained.report["classes"], strict=True):
@@ -235,12 +235,11 @@ def test_boxes_of_photos(trained, tmp_path, monkeypatch, capsys):
             assert found["segmentation"]["size"] == [height, width]
             left, top, *sides = found["bbox"]
             right, bottom = left + sides[0], top + sides[1]
-            assert 0 <= left <= right <= width
-            assert 0 <= top <= bottom <= height
+            assert 0 <= left <= right <= width + 1e-4
+            assert 0 <= top <= bottom <= height + 1e-4
             crop = Image.open(output / found["crop"])
             assert found["crop"].startswith(f"crops/{found['class']}/")
-            around = [np.ceil(high) - np.floor(low) for low, high in ((left, right), (top, bottom))]
-            assert list(crop.size) == [max(1, side) for side in around]
+            assert np.allclose(crop.size, sides, rtol=0, atol=2)
     assert len({line["image_id"] for line in lines if "turned" in line["file_name"]}) == 1
 
     (output / "crops" / "mine.jpg").write_bytes(b"")
@@ -256,7 +255,7 @@ def test_lines_on_a_terminal_and_what_is_refused(trained, monkeypatch, capsys, t
     assert "00.png  nothing of score 0.999 and above" in out
     code, out, _ = run(monkeypatch, capsys, "predict", "--checkpoint", trained.best, photo, "data.short_side=40")
     assert "images: shorter side 40 pixels, longer one at most 96; boxes of score 0.5 and above (evaluation.sc" in out
-    assert "mask_rcnn: 3 classes, averaged weights (EMA), on cpu" in out
+    assert "mask_rcnn: 3 classes, raw weights, on cpu" in out
     for more, expected in (
         (["--explain", "--output", tmp_path / "a"], "--explain: of a classifier's answer"),
         (["data.crop_pct=1"], "data.crop_pct: has no effect here"),

@@ -17,7 +17,7 @@ from ...engine.distributed import World
 from ...errors import DataError
 from ...models import CheckpointInfo
 from ...tasks.detection.check import check_source
-from ...tasks.detection.config import DetectionConfig
+from ...tasks.detection.config import UNUSED_AUGMENT, DetectionConfig
 from ...tasks.detection.evaluation import BoxEvaluation, BoxEvaluator, class_rows
 from ...tasks.detection.images import DetectionSource
 from ...tasks.detection.loader import eval_loader
@@ -31,8 +31,8 @@ __all__ = ["BoxValidation", "validate_boxes"]
 
 
 def _settled(noted: Mapping[str, Any]) -> list[str]:
-    detector = json.dumps(noted["model"]["detector"])
-    return [f"model.detector={detector}", "augment.scale=[1,1]", "augment.crop_scale=[1,1]", "checkpoint.metric=ap"]
+    detector, augment = json.dumps(noted["model"]["detector"]), json.dumps(UNUSED_AUGMENT)
+    return [f"model.detector={detector}", f"augment={augment}", "checkpoint.metric=ap", "train.early_stop=null"]
 
 
 def _words_for(data: Path) -> list[str]:
