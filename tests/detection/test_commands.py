@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +28,7 @@ from conv2former.tools.prediction.detection import PredictedBoxes, class_folders
 from conv2former.tools.prediction.drawing import annotated
 from conv2former.tools.prediction.folder import check_results_folder
 
-from ..conftest import ROOT
+from ..conftest import run_script
 from ..engine.conftest import configure
 from .conftest import NAMES, SHAPE, write_coco
 
@@ -63,13 +61,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 
 def run(monkeypatch, capsys, name: str, *words) -> tuple[int, str, str]:
     """Returns exit code, output and errors of a command."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        code = int(e.code or 0)
-    return code, *capsys.readouterr()
+    return run_script(monkeypatch, f"{name}.py", *words), *capsys.readouterr()
 
 
 # ------------------------------------------------------------------------------------------------------------ validate

@@ -88,7 +88,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
                 "checkpoint": str(self.path),
                 "variant": self.info.name or "unnamed variant",
                 "detector": self.settings.model.detector.name,
-                "weights": self.info.weights(self.use_ema),
+                "weights": self.info.weights(self.options.use_ema),
                 "score": evaluation.score,
                 "nms": evaluation.nms,
                 "max_detections": evaluation.max_detections,
@@ -99,7 +99,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
         ]
 
     def evaluator(self, world: World) -> BoxEvaluator:
-        shown = self.settings.evaluation.model_copy(update={"pictures": self.extras.worst})
+        shown = self.settings.evaluation.model_copy(update={"pictures": self.options.extras.worst})
         settings = self.settings.model_copy(update={"evaluation": shown})
         return BoxEvaluator(settings, self.source.class_names, world.device)
 
@@ -117,7 +117,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
         return {**known, **result.coco, **result.metrics, **best, "per_class": rows}
 
     def write(self, folder: Path, row: dict[str, Any], result: BoxEvaluation) -> dict[str, Any]:
-        return write_box_extras(folder, row, result, self.source, self.extras)
+        return write_box_extras(folder, row, result, self.source, self.options.extras)
 
 
 def class_table(result: BoxEvaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
