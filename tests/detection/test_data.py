@@ -13,6 +13,7 @@ import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 from conv2former import DataError
 from conv2former.data import EpochSampler, Stream, seed_all
@@ -278,6 +279,30 @@ def test_boxes_without_area_or_outside_are_left_out_and_counted(raw, folder):
     np.testing.assert_array_equal(decode(objects.masks[-1:], 56, 80)[0].sum(0), [0, 56, 56, *[0] * 77])
 
 
+def test_a_file_is_read_as_pycocotools_reads_it(raw, folder, capsys):
+    def change(content):
+        content["annotations"].append({**entry(content), "id": 900, "iscrowd": 1, "area": 9.5})
+        content["annotations"][-1]["segmentation"] = {"size": [56, 80], "counts": [100, 50, 56 * 80 - 150]}
+        entry(content)["segmentation"].append([70.0, 40.0, 79.0, 40.0, 79.0, 50.0])  # a second part
+
+    changed(folder, change)
+    train = opened(raw, **MASKS)[0]
+    theirs = COCO(str(folder / "train.json"))
+    for i, number in enumerate(theirs.getImgIds()):
+        annotations = theirs.loadAnns(theirs.getAnnIds(number))
+        photo, objects, name = train.images[i][0]
+        assert Path(name).name == theirs.imgs[number]["file_name"]
+        boxes = np.array([one["bbox"] for one in annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(objects.boxes, boxes, atol=1e-5)
+        assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in annotations]
+        assert objects.areas.tolist() == [one["area"] for one in annotations]
+        names = [theirs.cats[one["category_id"]]["name"] for one in annotations]
+        assert [train.class_names[label] for label in objects.labels] == names
+        for mask, one in zip(decode(objects.masks, photo.height, photo.width), annotations, strict=True):
+            np.testing.assert_array_equal(mask, theirs.annToMask(one))
+
+
 def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypatch):
     counts = opened(raw)[0].counts
     looks = []
@@ -299,6 +324,8 @@ def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypat
 def test_a_few_missing_masks_are_counted(raw, folder):
     changed(folder, lambda c: [entry(c, i).update(segmentation=[]) for i in (2, 4)] and None)
     total = sum(len(things) for *_, things in scenes("train"))
+    with pytest.raises(DataError, match=r"01\.png: 1 of its objects has no mask"):  # of a split that was not checked
+        open_split(configured(raw, **MASKS), "train").images[1]
     with pytest.raises(DataError, match=rf"2 objects of {total} without a mask, the first in .*/01\.png; mask_rcnn"):
         opened(raw, **MASKS)
 
@@ -402,6 +429,10 @@ def test_missing_and_damaged_images(raw, folder):
     batches = list(loader)
     assert sorted(Path(s.name).name for batch in batches for s in batch.skipped) == ["02.png", "05.png"]
     assert [len(batch.images) for batch in batches] == [len(batch.targets) for batch in batches] == [4, 4, 4]
+    for path in (folder / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.json: not one of its 12 images can be read"):
+        check_source(open_train_and_val(config)[0], True)
     with pytest.raises(DataError, match=r"go on without such images: data\.on_error=skip"):
         list(train_loader(train, configured(raw), EpochSampler(12, 12), torch.device("cpu"), None))
 
@@ -492,6 +523,11 @@ def test_coco_files_that_are_named(raw, folder):
     train, val = opened(raw, **keys, **places)
     assert (len(train), len(val)) == (12, 6)
     assert train.images.name(0) == str(folder / "photos" / "one" / "00.png")
+    shutil.copy(folder / "y.json", folder / "validation.json")  # which is not looked at
+    assert opened(raw, **keys, **places)[1].name == str(folder / "y.json")
+    shutil.copy(folder / "a" / "x.json", folder / "train.json")
+    train, val = opened(raw, data__val_annotations="y.json", **places)
+    assert (train.name, val.name) == (str(folder / "train.json"), str(folder / "y.json"))
     with pytest.raises(DataError, match=r"w\.json: no such file \(data\.val_annotations\)"):
         opened(raw, **{**keys, "data__val_annotations": "w.json"})
 
@@ -796,6 +832,42 @@ def test_boxes_and_masks_stay_on_their_things(raw, augment):
     assert cut > 3  # some objects are cut off
 
 
+def test_an_object_of_which_no_pixel_is_seen_is_left_out(raw, folder):
+    """The box of a mask with two parts may have nothing between them."""
+    parts = [[0, 0, 8, 0, 8, 8, 0, 8], [72, 48, 80, 48, 80, 56, 72, 56]]
+    changed(folder, lambda c: entry(c).update(bbox=[0, 0, 80, 56], segmentation=parts))
+    example = opened(raw, **MASKS)[0].images[0][0]
+    plain = {"crop": 1.0, "crop_scale": [0.7, 0.7], "short_sides": [64], "hflip": 0.0}
+    transform = TrainTransform(configured({**raw, "augment": plain}, **MASKS))
+    numbers = set()
+    for place in range(20):
+        seed_all(Stream.IMAGE, 0, 0, place)
+        target = transform(example).target
+        numbers.add(len(target["boxes"]))
+        assert len(target["boxes"]) == len(target["masks"]) == bool(target["masks"].any())
+    assert numbers == {0, 1}
+
+
+def test_colours_change_and_boxes_do_not(raw):
+    example, found = opened(raw)[0].images[2][0], []
+    for probability in (0.0, 1.0):
+        augment = {"short_sides": [64], "hflip": 0.0, "photometric": probability}
+        seed_all(Stream.IMAGE, 0, 0, 2)
+        found.append(TrainTransform(configured({**raw, "augment": augment}))(example))
+    torch.testing.assert_close(found[0].target, found[1].target, rtol=0, atol=0)
+    assert (found[0].image != found[1].image).float().mean() > 0.5
+
+
+def test_what_a_jittered_image_does_not_fill_is_the_mean(raw):
+    augment = {"resize": "large_scale_jitter", "scale": [0.5, 0.5], "hflip": 0.0}
+    config = configured({**raw, "augment": augment}, data__img_size=64)
+    image = TrainTransform(config)(opened(raw)[0].images[1][0]).image
+    assert image.shape == (3, 64, 64)
+    mean = [round(255 * value) for value in config.data.preprocessing.mean]
+    assert image[:, 63, 0].tolist() == image[:, 0, 63].tolist() == mean
+    assert image[:, 31, 31].tolist() not in (mean, [0, 0, 0])
+
+
 def test_objects_of_which_little_is_left_are_left_out(raw, folder):
     changed(folder, lambda c: entry(c).update(bbox=[20, 20, 1.2, 1.2], segmentation=[[20, 20, 22, 20, 22, 22, 20, 22]]))
     train = opened(raw, **MASKS)[0]
@@ -819,7 +891,7 @@ def test_the_shorter_side_and_the_longer_one(raw, folder):
 
 
 def batches_of(raw, workers: int, first: int = 0, epoch: int = 1) -> list:
-    config = configured(raw, data__workers=workers, **MASKS)
+    config = configured(raw, data__workers=workers, data__img_size=64, **MASKS)
     train = open_train_and_val(config)[0]
     sampler = EpochSampler(len(train), 2, 2, seed=3)
     sampler.set_epoch(epoch, first)
@@ -864,6 +936,7 @@ def test_keys_that_do_not_go_together(raw):
         ({"data__short_side": 100}, "data.short_side: above data.long_side"),
         ({"augment__crop_scale": [0.9, 0.5]}, "augment.crop_scale: the first number"),
         ({"augment__crop_scale": [0.5, 1.5]}, "augment.crop_scale: shares of the image"),
+        ({"augment__resize": "large_scale_jitter"}, "augment.resize: large_scale_jitter makes images of data.img_size"),
         ({"augment__short_sides": [64, 100]}, "augment.short_sides: 100 is above data.long_side"),
     ):
         found = configured(raw, **changes).conflicts()

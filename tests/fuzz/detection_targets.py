@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from conv2former.tasks.detection.sources import open_train_and_val
 from . import values
 from .common import SHAPE, Call
 
-RUNS = [{"size": [32, 32], "counts": [4, 8, 1012]}, {"size": [32, 32], "counts": "48lo0"}, [[1, 1, 20, 1, 20, 20.0]]]
+RUNS = [{"size": [32, 32], "counts": [4, 8, 1012]}, {"size": [32, 32], "counts": "48do0"}, [[1, 1, 20, 1, 20, 20.0]]]
 
 
 def objects(random: random.Random, folder: Path, base: Path) -> Call:
@@ -35,6 +36,7 @@ def objects(random: random.Random, folder: Path, base: Path) -> Call:
             "augment": {"short_sides": [32], "crop": 0.5},
         }
     )
+    os.environ["CONV2FORMER_HOME"] = str(folder / "store")  # of this process: counts of every case would stay otherwise
     return lambda: _look_at(config)
 
 
@@ -139,21 +141,22 @@ def _voc(random: random.Random, folder: Path, base: Path) -> None:
             )
             data = data.replace(old, new, 1) if random.random() < 0.2 else data
             data = values.damaged(random, data) if random.random() < 0.1 else data
-            if random.random() < 0.1:
+            if random.random() < 0.02:
                 data = b'<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z "&x;&x;">]>' + data
             path.with_suffix(".xml").write_bytes(data)
 
 
 def _hf(random: random.Random, folder: Path, base: Path) -> None:
     content = (base / "photos" / "train" / "a" / "0.png").read_bytes()
+    are_lists = random.random() < 0.5
     for split in ("train", "val"):
         entries = _annotations(random)
         for entry in entries:
             entry["segmentation"] = [[1.0, 1.0, 20.0, 1.0, 20.0, 20.0]]
         rows: Any = [entries[:2], entries[2:]]
-        if random.random() < 0.5:
+        if are_lists:
             rows = [{key: [entry[key] for entry in row] for key in entries[0]} for row in rows]
-        rows = _mutate(random, rows, random.choice([0.0, 0.03]))
+        rows = _mutate(random, rows, random.choice([0.0, 0.0, 0.03]))
         try:
             column = pa.array(rows if isinstance(rows, list) and len(rows) == 2 else [None, None])
         except (pa.ArrowException, ValueError, OverflowError):
