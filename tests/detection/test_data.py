@@ -13,6 +13,7 @@ import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 from conv2former import DataError
 from conv2former.data import EpochSampler, Stream, seed_all
@@ -278,6 +279,30 @@ def test_boxes_without_area_or_outside_are_left_out_and_counted(raw, folder):
     np.testing.assert_array_equal(decode(objects.masks[-1:], 56, 80)[0].sum(0), [0, 56, 56, *[0] * 77])
 
 
+def test_a_file_is_read_as_pycocotools_reads_it(raw, folder, capsys):
+    def change(content):
+        content["annotations"].append({**entry(content), "id": 900, "iscrowd": 1, "area": 9.5})
+        content["annotations"][-1]["segmentation"] = {"size": [56, 80], "counts": [100, 50, 56 * 80 - 150]}
+        entry(content)["segmentation"].append([70.0, 40.0, 79.0, 40.0, 79.0, 50.0])  # a second part
+
+    changed(folder, change)
+    train = opened(raw, **MASKS)[0]
+    theirs = COCO(str(folder / "train.json"))
+    for i, number in enumerate(theirs.getImgIds()):
+        annotations = theirs.loadAnns(theirs.getAnnIds(number))
+        photo, objects, name = train.images[i][0]
+        assert Path(name).name == theirs.imgs[number]["file_name"]
+        boxes = np.array([one["bbox"] for one in annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(objects.boxes, boxes, atol=1e-5)
+        assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in annotations]
+        assert objects.areas.tolist() == [one["area"] for one in annotations]
+        names = [theirs.cats[one["category_id"]]["name"] for one in annotations]
+        assert [train.class_names[label] for label in objects.labels] == names
+        for mask, one in zip(decode(objects.masks, photo.height, photo.width), annotations, strict=True):
+            np.testing.assert_array_equal(mask, theirs.annToMask(one))
+
+
 def test_what_was_counted_is_kept_until_something_changes(raw, folder, monkeypatch):
     counts = opened(raw)[0].counts
     looks = []
@@ -402,6 +427,10 @@ def test_missing_and_damaged_images(raw, folder):
     batches = list(loader)
     assert sorted(Path(s.name).name for batch in batches for s in batch.skipped) == ["02.png", "05.png"]
     assert [len(batch.images) for batch in batches] == [len(batch.targets) for batch in batches] == [4, 4, 4]
+    for path in (folder / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.json: not one of its 12 images can be read"):
+        check_source(open_train_and_val(config)[0], True)
     with pytest.raises(DataError, match=r"go on without such images: data\.on_error=skip"):
         list(train_loader(train, configured(raw), EpochSampler(12, 12), torch.device("cpu"), None))
 
@@ -492,6 +521,11 @@ def test_coco_files_that_are_named(raw, folder):
     train, val = opened(raw, **keys, **places)
     assert (len(train), len(val)) == (12, 6)
     assert train.images.name(0) == str(folder / "photos" / "one" / "00.png")
+    shutil.copy(folder / "y.json", folder / "validation.json")  # which is not looked at
+    assert opened(raw, **keys, **places)[1].name == str(folder / "y.json")
+    shutil.copy(folder / "a" / "x.json", folder / "train.json")
+    train, val = opened(raw, data__val_annotations="y.json", **places)
+    assert (train.name, val.name) == (str(folder / "train.json"), str(folder / "y.json"))
     with pytest.raises(DataError, match=r"w\.json: no such file \(data\.val_annotations\)"):
         opened(raw, **{**keys, "data__val_annotations": "w.json"})
 
@@ -819,7 +853,7 @@ def test_the_shorter_side_and_the_longer_one(raw, folder):
 
 
 def batches_of(raw, workers: int, first: int = 0, epoch: int = 1) -> list:
-    config = configured(raw, data__workers=workers, **MASKS)
+    config = configured(raw, data__workers=workers, data__img_size=64, **MASKS)
     train = open_train_and_val(config)[0]
     sampler = EpochSampler(len(train), 2, 2, seed=3)
     sampler.set_epoch(epoch, first)
@@ -864,6 +898,7 @@ def test_keys_that_do_not_go_together(raw):
         ({"data__short_side": 100}, "data.short_side: above data.long_side"),
         ({"augment__crop_scale": [0.9, 0.5]}, "augment.crop_scale: the first number"),
         ({"augment__crop_scale": [0.5, 1.5]}, "augment.crop_scale: shares of the image"),
+        ({"augment__resize": "large_scale_jitter"}, "augment.resize: large_scale_jitter makes images of data.img_size"),
         ({"augment__short_sides": [64, 100]}, "augment.short_sides: 100 is above data.long_side"),
     ):
         found = configured(raw, **changes).conflicts()

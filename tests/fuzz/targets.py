@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .common import Call, prepare
 from .data_targets import configs, folders, hub_configs, images, names, parquet, tables, tars
+from .detection_targets import objects
 from .run_targets import checkpoints, compiled_libraries, resuming, run_folders, weights
 
 __all__ = ["TARGETS", "prepare"]
@@ -30,6 +31,7 @@ FUNCTIONS = (
     parquet,
     images,
     hub_configs,
+    objects,
 )
 TARGETS: dict[str, Callable[[random.Random, Path, Path], Call]] = {
     function.__name__: function for function in FUNCTIONS

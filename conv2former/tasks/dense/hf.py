@@ -51,6 +51,7 @@ def undecoded(dataset: Any, column: str, where: str) -> Any:
     if isinstance(feature, datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
     kind = getattr(feature, "dtype", type(feature).__name__)
-    if kind not in ("binary", "large_binary"):
+    is_file = isinstance(feature, dict) and "bytes" in feature  # an image that was written without saying so
+    if not is_file and kind not in ("binary", "large_binary"):
         raise DataError(f"{where}: the column '{column}' holds {kind}, not images")
     return dataset

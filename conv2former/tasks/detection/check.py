@@ -71,6 +71,8 @@ def _read(content: dict[str, Any], classes: int) -> ObjectCounts:
 def _check_counts(source: DetectionSource, counts: ObjectCounts, first_without_mask: str) -> None:
     """Raises a DataError if there is nothing to detect, or masks are wanted and missing."""
     total, missing = int(counts.objects.sum()), counts.tally.without_mask
+    if counts.unreadable == len(source):
+        raise DataError(f"{source.name}: not one of its {counted(len(source), 'image')} can be read")
     if not total:
         raise DataError(
             f"{source.name}: not one of its {counted(len(source), 'image')} has an object; is it the right file?"

@@ -174,6 +174,8 @@ class DetectionConfig(BaseConfig):
             low, high = getattr(self.augment, key)
             if low > high:
                 found.append(f"augment.{key}: the first number must not be above the second: [{low}, {high}]")
+        if self.augment.resize == "large_scale_jitter" and data.img_size is None:
+            found.append("augment.resize: large_scale_jitter makes images of data.img_size; set it, such as 1024")
         if self.augment.crop_scale[1] > 1:
             found.append(
                 f"augment.crop_scale: shares of the image's sides, at most 1, not {self.augment.crop_scale[1]:g}"

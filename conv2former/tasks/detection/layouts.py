@@ -47,8 +47,10 @@ def _named(data: DetectionData, root: Path) -> dict[str, Path]:
     }
     found = _found(root, {*SPLIT_NAMES, *filter(None, (data.train_split, data.val_split))})
     names = dict(given)
+    # of another name for the same split, which would be taken before the one that is given
+    others = {*(("validation",) if data.val_annotations else ()), *(("training",) if data.train_annotations else ())}
     for name, paths in found.items():
-        if name in names or (data.val_annotations and name in SPLIT_NAMES):
+        if name in {*names, *others}:
             continue
         if len(paths) > 1:
             raise DataError(
@@ -78,7 +80,7 @@ def _at(root: Path, path: str, key: str) -> Path:
 def _found(root: Path, wanted: set[str]) -> dict[str, list[Path]]:
     """Returns the files that are called like splits, by the splits' names: of one year without it."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(root.glob("annotations/instances_*.json")):
+    for path in [*sorted(root.glob("instances_*.json")), *sorted(root.glob("annotations/instances_*.json"))]:
         found.setdefault(path.stem.removeprefix("instances_"), []).append(path)
     for path in [*sorted(root.glob("*.json")), *sorted(root.glob("annotations/*.json"))]:
         if _without_year(path.stem) in wanted or path.stem in wanted:

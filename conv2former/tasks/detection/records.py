@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from .shapes import Shape, area_of, to_rle
 
 __all__ = ["File", "Noted", "Record", "Records", "Tally", "check_box", "check_number", "resolve"]
 
+CORNERS = ("the box's left", "the box's top", "the box's right", "the box's bottom")
+SIDES = (*CORNERS[:2], "the box's width", "the box's height")
 File = tuple[str | bytes, str]  # a path or the content, and what to call it
 TOLERANCE = 1.0  # pixels by which a box may reach out of its image without being counted: edges are rounded
 
@@ -218,10 +221,10 @@ def check_number(value: Any, what: str, where: str) -> float:
         DataError: it is none, or not finite.
     """
     try:
-        number = np.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        number = np.nan
-    if not np.isfinite(number):
+        number = math.nan
+    if not math.isfinite(number):
         raise DataError(f"{where}: {what} is {str(value)[:40]!r}, and no finite number; correct or remove it")
     return number
 
@@ -237,13 +240,13 @@ def check_box(value: Any, where: str, has_corners: bool = False) -> tuple[float,
     Raises:
         DataError: it is no box; one without area is.
     """
-    names = ("left", "top", "right", "bottom") if has_corners else ("left", "top", "width", "height")
+    names = CORNERS if has_corners else SIDES
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != 4:
-        raise DataError(f"{where}: a box is a list of {', '.join(names)}, not {str(value)[:60]}")
-    left, top, *more = (
-        check_number(number, f"the box's {name}", where) for number, name in zip(value, names, strict=True)
-    )
-    right, bottom = more if has_corners else (left + more[0], top + more[1])
+        words = ", ".join(name.removeprefix("the box's ") for name in names)
+        raise DataError(f"{where}: a box is a list of {words}, not {str(value)[:60]}")
+    left, top, right, bottom = map(check_number, value, names, [where] * 4)
+    if not has_corners:
+        right, bottom = left + right, top + bottom
     if right < left or bottom < top:
         raise DataError(f"{where}: a box of {right - left:g} x {bottom - top:g} pixels; correct or remove it")
     return left, top, right, bottom
