@@ -23,12 +23,14 @@ from ...config.base import (
     Section,
 )
 
-__all__ = ["DetectionConfig", "DetectionData", "Detector"]
+__all__ = ["UNUSED_AUGMENT", "DetectionConfig", "DetectionData", "Detector"]
 
 Detector = Literal["mask_rcnn", "faster_rcnn", "fcos", "retinanet"]
 Metric = Literal["ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"]
 Channels = Annotated[int, Field(ge=8, le=4096)]
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
+# an augmentation that is in conflict with nothing, where nothing is trained
+UNUSED_AUGMENT = {"resize": "multi_scale", "short_sides": [8], "scale": [1, 1], "crop_scale": [1, 1]}
 
 
 class DetectorConfig(Section):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,18 +88,6 @@ class BoxEvaluation:
         }
 
 
-class _Found(NamedTuple):
-    """What the main process computes for all, fields of a `BoxEvaluation`."""
-
-    metrics: dict[str, float]
-    coco: dict[str, float]
-    classes: list[dict[str, Any]]
-    score: float
-    f1: float
-    confusion: torch.Tensor
-    worst: list[Worst]
-
-
 class BoxEvaluator:
     """Collects a network's answers on this process, and evaluates those of all.
 
@@ -133,9 +121,10 @@ class BoxEvaluator:
         records.sort(key=lambda record: record.place)
         candidates = [one for some in world.gather(list(self.worst.kept.values())) for one in some]
         found = world.gather(self._evaluated(records, candidates) if world.rank == 0 else None)[0]
-        return BoxEvaluation(**found._asdict(), skipped=skipped, records=records)
+        return replace(found, skipped=skipped, records=records)
 
-    def _evaluated(self, records: Sequence[ImageRecord], candidates: Sequence[Candidate]) -> _Found:
+    def _evaluated(self, records: Sequence[ImageRecord], candidates: Sequence[Candidate]) -> BoxEvaluation:
+        """Returns the result, but for what each process adds itself."""
         most, classes = self.evaluation.max_detections, self.num_classes
         by_kind = {"": average_precision(records, classes, "bbox", most)}
         if _have_masks(records):
@@ -152,7 +141,8 @@ class BoxEvaluator:
             confusion += confusion_of(record.objects, record.found, matched, score, classes)
         worst = worst_at(score, candidates, self.worst.most)
         metrics["n"] = len(records)
-        return _Found(metrics, coco, _classes(records, by_kind, classes), score, f1, torch.from_numpy(confusion), worst)
+        rows, counts = _classes(records, by_kind, classes), torch.from_numpy(confusion)
+        return BoxEvaluation(metrics, coco, rows, score, f1, counts, worst, [], [])
 
 
 def _have_masks(records: Sequence[ImageRecord]) -> bool:

@@ -23,9 +23,8 @@ from ...errors import ConfigError, DataError, closest, shorten
 from ...models import CheckpointInfo
 from ...tasks.task import Evaluator
 from ...weights.reading import read_checkpoint
-from .files import Extras
 from .run import Announce, Prepared, measure, run_evaluations
-from .settings import OF_TRAIN, check_one_root, given_on_command_line
+from .settings import OF_TRAIN, EvaluationOptions, check_one_root, given_on_command_line
 
 __all__ = [
     "OF_ANY_DATA",
@@ -93,31 +92,19 @@ class DenseKind(NamedTuple):
 def validate_dense(
     kind: DenseKind,
     checkpoints: Sequence[str | Path],
-    config: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    use_ema: bool = True,
-    *,
-    model: str | Path | None = None,
-    data: str | Path | None = None,
-    preprocessing: str | None = None,
-    among: str | None = None,
-    extras: Extras | None = None,
+    *args: Any,
     output: str | Path | None = None,
     announce: Announce | None = None,
     contents: list[dict[str, Any]] | None = None,
+    **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """As `validate.validate_files`, of checkpoints of a dense task.
 
     Args:
         kind: the task.
         checkpoints: files of training, or their average.
-        config: a configuration whose sections data and evaluation to use; None for those in the file.
-        overrides: changes to them, `evaluation.mode=slide`.
-        use_ema: evaluate the averaged weights where a file has them.
-        model: a variant, or its YAML file, that the backbone must be.
-        data: in place of `data.root`; then where the data is, is not taken from the checkpoint.
-        preprocessing, among: of classifiers; anything but their defaults is an error.
-        extras: what else to find out; it needs files.
+        *args, **kwargs: of `EvaluationOptions`, as there: the sections data and evaluation can be changed, `data` is in
+            place of `data.root`, and options of classifiers are an error.
         output, announce, contents: see there.
 
     Returns:
@@ -126,35 +113,34 @@ def validate_dense(
     Raises:
         UserError: a file, the configuration, the data or the folder is wrong, or they do not go together.
     """
-    wanted = extras or Extras()
+    options = EvaluationOptions(*args, **{key: value for key, value in kwargs.items() if value is not None})
 
     def prepare() -> list[Prepared]:
-        _check_options(kind, preprocessing, among, wanted)
-        check_one_root(data, overrides)
+        _check_options(kind, options)
+        check_one_root(options.data, options.overrides)
         keep = len(checkpoints) == 1
         found: list[Prepared] = []
         for path in map(Path, checkpoints):
             content = contents.pop() if contents else read_checkpoint(path)
-            network, info = kind.restore(content, path, use_ema, model)
-            settings = settings_for(kind, info, config, overrides, data)
+            network, info = kind.restore(content, path, options.use_ema, options.model)
+            settings = settings_for(kind, info, options)
             try:
                 source = kind.open(settings, info, path)
             except DataError as e:
                 raise (e if keep else e.below(path)) from None
-            kept = [network] if keep else []
-            found.append(kind.validation(kind, path, info, settings, source, use_ema, model, wanted, kept))
+            found.append(kind.validation(kind, path, info, settings, source, options, [network] if keep else []))
         return found
 
-    return run_evaluations(prepare, wanted.folder_for(output), announce)
+    return run_evaluations(prepare, options.extras.folder_for(output), announce)
 
 
-def _check_options(kind: DenseKind, preprocessing: str | None, among: str | None, extras: Extras) -> None:
+def _check_options(kind: DenseKind, options: EvaluationOptions) -> None:
     """Raises a ConfigError if something is asked for that only classifiers have."""
     asked = {
-        "--preprocessing": preprocessing not in (None, "checkpoint"),
-        "--among": among not in (None, "all"),
-        "--real": extras.real,
-        "--calibration": extras.calibration,
+        "--preprocessing": options.preprocessing not in (None, "checkpoint"),
+        "--among": options.among not in (None, "all"),
+        "--real": options.extras.real,
+        "--calibration": options.extras.calibration,
     }
     for option, is_given in asked.items():
         if is_given:
@@ -164,14 +150,9 @@ def _check_options(kind: DenseKind, preprocessing: str | None, among: str | None
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def settings_for(
-    kind: DenseKind,
-    info: CheckpointInfo,
-    config: str | Path | None,
-    overrides: Sequence[str],
-    data: str | Path | None,
-) -> Any:
+def settings_for(kind: DenseKind, info: CheckpointInfo, options: EvaluationOptions) -> Any:
     """Returns the configuration to evaluate under: the file's own, or the sections of a given one, with overrides."""
+    config, overrides, data = options.config, options.overrides, options.data
     _check_overrides(overrides)
     given = given_on_command_line(overrides, "data")
     noted = info.recipe
@@ -281,9 +262,7 @@ class DenseValidation(Generic[C, S]):
     info: CheckpointInfo
     settings: C
     source: S
-    use_ema: bool
-    expected: str | Path | None
-    extras: Extras
+    options: EvaluationOptions
     network: list[Any]
 
     @property
@@ -344,4 +323,4 @@ class DenseValidation(Generic[C, S]):
         return measure(network, loader, evaluator, self.source, self.path, self.settings.data, train, world)
 
     def _load(self) -> nn.Module:
-        return self.kind.restore(read_checkpoint(self.path), self.path, self.use_ema, self.expected)[0]
+        return self.kind.restore(read_checkpoint(self.path), self.path, self.options.use_ema, self.options.model)[0]

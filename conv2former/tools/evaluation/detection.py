@@ -17,7 +17,7 @@ from ...engine.distributed import World
 from ...errors import DataError
 from ...models import CheckpointInfo
 from ...tasks.detection.check import check_source
-from ...tasks.detection.config import DetectionConfig
+from ...tasks.detection.config import UNUSED_AUGMENT, DetectionConfig
 from ...tasks.detection.evaluation import BoxEvaluation, BoxEvaluator, class_rows
 from ...tasks.detection.images import DetectionSource
 from ...tasks.detection.loader import eval_loader
@@ -31,8 +31,8 @@ __all__ = ["BoxValidation", "validate_boxes"]
 
 
 def _settled(noted: Mapping[str, Any]) -> list[str]:
-    detector = json.dumps(noted["model"]["detector"])
-    return [f"model.detector={detector}", "augment.scale=[1,1]", "augment.crop_scale=[1,1]", "checkpoint.metric=ap"]
+    detector, augment = json.dumps(noted["model"]["detector"]), json.dumps(UNUSED_AUGMENT)
+    return [f"model.detector={detector}", f"augment={augment}", "checkpoint.metric=ap", "train.early_stop=null"]
 
 
 def _words_for(data: Path) -> list[str]:
@@ -88,7 +88,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
                 "checkpoint": str(self.path),
                 "variant": self.info.name or "unnamed variant",
                 "detector": self.settings.model.detector.name,
-                "weights": self.info.weights(self.use_ema),
+                "weights": self.info.weights(self.options.use_ema),
                 "score": evaluation.score,
                 "nms": evaluation.nms,
                 "max_detections": evaluation.max_detections,
@@ -99,7 +99,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
         ]
 
     def evaluator(self, world: World) -> BoxEvaluator:
-        shown = self.settings.evaluation.model_copy(update={"pictures": self.extras.worst})
+        shown = self.settings.evaluation.model_copy(update={"pictures": self.options.extras.worst})
         settings = self.settings.model_copy(update={"evaluation": shown})
         return BoxEvaluator(settings, self.source.class_names, world.device)
 
@@ -117,7 +117,7 @@ class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
         return {**known, **result.coco, **result.metrics, **best, "per_class": rows}
 
     def write(self, folder: Path, row: dict[str, Any], result: BoxEvaluation) -> dict[str, Any]:
-        return write_box_extras(folder, row, result, self.source, self.extras)
+        return write_box_extras(folder, row, result, self.source, self.options.extras)
 
 
 def class_table(result: BoxEvaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:

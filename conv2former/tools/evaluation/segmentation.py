@@ -80,7 +80,7 @@ class MaskValidation(DenseValidation[SegmentationConfig, PairSource]):
                 "checkpoint": str(self.path),
                 "variant": self.info.name or "unnamed variant",
                 "head": self.info.recipe["model"]["head"]["name"],
-                "weights": self.info.weights(self.use_ema),
+                "weights": self.info.weights(self.options.use_ema),
                 "mode": evaluation.mode,
                 "window": window,
                 "overlap": evaluation.overlap if window else None,
@@ -91,7 +91,7 @@ class MaskValidation(DenseValidation[SegmentationConfig, PairSource]):
         ]
 
     def evaluator(self, world: World) -> MaskEvaluator:
-        shown = self.settings.evaluation.model_copy(update={"pictures": self.extras.worst})
+        shown = self.settings.evaluation.model_copy(update={"pictures": self.options.extras.worst})
         return MaskEvaluator(self.settings.model_copy(update={"evaluation": shown}), world.device)
 
     def loader(self, world: World) -> DataLoader:
@@ -101,7 +101,7 @@ class MaskValidation(DenseValidation[SegmentationConfig, PairSource]):
         return {**known, **result.metrics, "per_class": class_rows(result, self.source.class_names)}
 
     def write(self, folder: Path, row: dict[str, Any], result: MaskEvaluation) -> dict[str, Any]:
-        return write_mask_extras(folder, row, result, self.source.class_names, self.extras)
+        return write_mask_extras(folder, row, result, self.source.class_names, self.options.extras)
 
 
 def class_rows(result: MaskEvaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
