@@ -17,7 +17,7 @@ from .detection.task import Detection
 from .segmentation.task import Segmentation
 from .task import Task
 
-__all__ = ["find_task", "is_result", "load_network", "register_task", "task_in", "task_named", "task_of"]
+__all__ = ["find_task", "is_result", "known_tasks", "load_network", "register_task", "task_in", "task_named", "task_of"]
 
 _tasks: dict[str, Task] = {}
 
@@ -31,6 +31,11 @@ def register_task(task: Task) -> None:
 def find_task(config: BaseConfig) -> Task:
     """Returns the task of a configuration."""
     return _tasks[config.task]
+
+
+def known_tasks() -> list[Task]:
+    """Returns all tasks."""
+    return list(_tasks.values())
 
 
 def task_named(name: str) -> Task:

@@ -35,6 +35,7 @@ def configured(detector: str | dict = "faster_rcnn", data=None, evaluation=None,
     raw = {
         "task": "detection",
         "data": {"root": "x", **(data or {})},
+        "augment": {"short_sides": [64]} if data else {},
         "evaluation": evaluation or {},
         "model": {
             "variant": {"name": "conv2former_test", **SHAPE},

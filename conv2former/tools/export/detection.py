@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError, OutputError, counted, first_line
 from ...models import CheckpointInfo
-from ...tasks.detection.config import DetectionConfig, EvaluationConfig
+from ...tasks.detection.config import UNUSED_AUGMENT, DetectionConfig, EvaluationConfig
 from ...tasks.detection.network import DetectionNetwork
 from ...tasks.detection.restore import restore_network
 from ...text import clipped
@@ -289,7 +289,7 @@ def open_detection(checkpoint: str | Path, content: Mapping[str, Any], kind: str
         raise ConfigError(f"--opset {options.opset}: a detection is written in opset {OPSETS[0]} to {OPSETS[1]}")
     model, info = restore_network(content, checkpoint, options.use_ema)
     words = [*options.size_override, *options.overrides]
-    config: DetectionConfig = dense_settings(SETTINGS, info.recipe, words)
+    config: DetectionConfig = dense_settings(SETTINGS, info.recipe, words, augment=UNUSED_AUGMENT)
     data, images = config.data, config.data.preprocessing
     size = images.size if options.img_size else (data.short_side, data.long_side)
     given = BoxPreprocessing(data.short_side, data.long_side, tuple(images.mean), tuple(images.std), size)
