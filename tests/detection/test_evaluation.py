@@ -434,7 +434,7 @@ def test_matches_mistakes_and_confusions_by_hand():
 
 def test_of_objects_with_the_same_iou_the_last_is_taken_as_coco_does():
     """And of overlapping masks that of the highest score is seen in the pictures of the worst images."""
-    rows = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 8, 10))
+    rows = boxes((0, 0, 10, 10), (0, 0, 10, 10), (2, 2, 8, 8))
     masks = masks_of(rows, (20, 20))
     objects = Objects(rows, np.zeros(3, np.int64), np.zeros(3, bool), np.full(3, 100.0), masks)
     found = Detections(rows[[0, 0, 2]], np.array([0.9, 0.8, 0.7], np.float32), np.array([0, 1, 0]), masks)

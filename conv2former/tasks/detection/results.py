@@ -11,7 +11,7 @@ from .objects import Detections
 __all__ = ["coco_results"]
 
 
-def coco_results(found: Detections, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def coco_results(found: Detections, image_id: int | str, category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
     """Returns an image's detections as JSON can hold them, the highest score first.
 
     Args:

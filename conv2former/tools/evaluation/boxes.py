@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,16 +76,25 @@ def write_box_extras(
 
 
 def _write_detections(path: Path, result: BoxEvaluation, source: DetectionSource) -> None:
-    """Writes all detections, one a line; ids of images and categories are the data's where it has some."""
-    image_id = getattr(source.images, "image_id", lambda place: place + 1)
-    categories = getattr(source, "category_ids", None) or range(1, len(source.class_names) + 1)
-    lines = [
-        json.dumps(line)
-        for record in result.records
-        for line in coco_results(record.found, image_id(record.place), categories)
-    ]
+    """Writes all detections, one a line.
+
+    Ids of images and categories are the data's where it has some, as COCO's files; else they are places from 1.
+    """
+    images, categories = source.images.records, _category_ids(source)
+    lines = []
+    for record in result.records:
+        number = images.records[record.place].number
+        found = coco_results(record.found, record.place + 1 if number is None else number, categories)
+        lines += [json.dumps(line) for line in found]
     with replacing(path) as temporary:
         temporary.write_text("[" + ",\n".join(lines) + "]\n", "utf-8")
+
+
+def _category_ids(source: DetectionSource) -> list[int | str]:
+    """Returns an id for each class; those that the data does not know follow its highest one."""
+    known = source.images.records.category_ids
+    free = itertools.count(1 + max((number for number in known.values() if isinstance(number, int)), default=0))
+    return [known[name] if name in known else next(free) for name in source.class_names]
 
 
 def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
