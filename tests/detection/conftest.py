@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pycocotools.mask
 import pytest
 from PIL import Image
 
+from conv2former.tasks.detection.check import check_source
 from conv2former.tasks.detection.config import DetectionConfig
+from conv2former.tasks.detection.sources import open_train_and_val
 
 SHAPE = {"dims": [8, 16, 24, 40], "depths": [1, 1, 2, 1], "kernel_size": 7}
 NAMES = ["disc", "square", "triangle"]
@@ -211,3 +214,32 @@ def configured(raw: dict, **changes: Any) -> DetectionConfig:
 
 
 MASKS = {"model__detector": {"name": "mask_rcnn", "channels": 16}}  # for `configured`
+
+
+def opened(raw, **changes):
+    """Opens and checks both splits."""
+    train, val = open_train_and_val(configured(raw, **changes))
+    return check_source(train, False), check_source(val, False)
+
+
+def at(raw, root: Path, source: str = "coco") -> dict:
+    """Returns a copy of `raw` for data elsewhere."""
+    return {**raw, "data": {**raw["data"], "root": str(root), "source": source}}
+
+
+def changed(folder: Path, change, split: str = "train") -> dict:
+    """Rewrites a split's file as a function changes its content."""
+    content = coco_content(split)
+    content = change(content) or content
+    (folder / f"{split}.json").write_text(json.dumps(content))
+    return content
+
+
+def entry(content, index: int = 0) -> dict:
+    return content["annotations"][index]
+
+
+def moved(folder: Path, places: dict[str, str]) -> None:
+    for before, after in places.items():
+        (folder / after).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / before, folder / after)

@@ -69,7 +69,8 @@ class DetectionImages:
             photo = to_rgb(image, self._value_range, upright)
         objects, tally = resolve(record, size, self.with_masks)
         if tally.without_mask:
-            raise DataError(f"{record.name}: {tally.without_mask} of its objects have no mask")
+            have = "has" if tally.without_mask == 1 else "have"
+            raise DataError(f"{record.name}: {tally.without_mask} of its objects {have} no mask, which mask_rcnn needs")
         return Example(photo, objects, record.name), 0
 
     def examine(self, index: int) -> Examined:
