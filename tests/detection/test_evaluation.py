@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from conv2former.config import check_config
 from conv2former.config.registry import add_config_class
+from conv2former.tasks.dense.thumbnails import as_numbers
 from conv2former.tasks.detection import pictures
 from conv2former.tasks.detection.average_precision import ImageRecord, average_precision, coco_boxes, text_of
 from conv2former.tasks.detection.config import DetectionConfig
@@ -27,6 +28,7 @@ from conv2former.tasks.detection.matching import best_score, confusion_of, match
 from conv2former.tasks.detection.objects import Detections, EvalBatch, Objects
 from conv2former.tasks.detection.placing import label_places
 from conv2former.tasks.detection.saved import check_classes, is_classes, is_confusion, is_score, is_worst
+from conv2former.tasks.detection.worst import WorstImages, worst_at
 
 KEYS = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
@@ -428,6 +430,21 @@ def test_matches_mistakes_and_confusions_by_hand():
     expected = {score: 200 * right / (n + 3) for score, (n, right) in shown.items()}
     assert (score, f1) == (0.9, expected[0.9])
     assert expected[0.9] > expected[0.2]
+
+
+def test_of_objects_with_the_same_iou_the_last_is_taken_as_coco_does():
+    """And of overlapping masks that of the highest score is seen in the pictures of the worst images."""
+    rows = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 8, 10))
+    masks = masks_of(rows, (20, 20))
+    objects = Objects(rows, np.zeros(3, np.int64), np.zeros(3, bool), np.full(3, 100.0), masks)
+    found = Detections(rows[[0, 0, 2]], np.array([0.9, 0.8, 0.7], np.float32), np.array([0, 1, 0]), masks)
+    matched = match(objects, found)
+    assert matched.taken.tolist() == [1, -1, 2]
+    worst = WorstImages(1)
+    worst.add(ImageRecord(0, "a", (20, 20), objects, found), matched, torch.zeros(3, 20, 20, dtype=torch.uint8))
+    (one,) = worst_at(0.5, list(worst.kept.values()), 1)
+    assert set(np.unique(as_numbers(one.pictures.predicted))) == {-1, 0}
+    assert (one.mistakes, one.truth["missed"], one.answer["wrong"]) == (2, [True, False, False], [False, True, False])
 
 
 def test_at_an_iou_of_half_as_many_are_right_as_coco_counts():
