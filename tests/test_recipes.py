@@ -101,14 +101,8 @@ def test_names_are_unique():
     """The run folder is named after the file."""
     names = [run_name(path) for path in RECIPES]
     assert len(names) == len(set(names))
-    assert {
-        "conv2former_t",
-        "quickstart",
-        "finetune_folder",
-        "linear_probe_csv",
-        "scratch_hf",
-        "detection_coco",
-    } <= set(names)
+    assert {"conv2former_t", "quickstart", "finetune_folder", "linear_probe_csv", "scratch_hf"} <= set(names)
+    assert {"segmentation_folder", "detection_coco", "detection_yolo"} <= set(names)
 
 
 def test_header(recipe):

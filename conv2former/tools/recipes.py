@@ -43,14 +43,14 @@ class Recipe:
 
 def run_name(path: Path) -> str:
     """Returns the name of a recipe's run folder: the file's, with its folder's if it only says what the data is."""
-    sections = [task.config.model_fields["data"].annotation for task in known_tasks()]
-    sources = {source for section in sections for source in get_args(_fields(section)["source"].annotation)}
+    sources = {source for task in known_tasks() for source in _sources(task.config)}
     return f"{path.resolve().parent.name}_{path.stem}" if path.stem in sources else path.stem
 
 
-def _fields(section: Any) -> dict[str, Any]:
-    """Returns the keys of a section, given as a class."""
-    return section.model_fields
+def _sources(config: type[BaseConfig]) -> tuple[str, ...]:
+    """Returns what `data.source` may be."""
+    section: Any = config.model_fields["data"].annotation
+    return get_args(section.model_fields["source"].annotation)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -128,6 +128,7 @@ class _Body(nn.Module):
         return self.model[1]({str(i): each for i, each in enumerate(maps[self.first :])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_numbers_are_torchvisions(detector):
     """Of its own detector with its own heads and defaults, put together by hand of the same weights."""
@@ -280,13 +281,34 @@ def test_other_backbones_of_timm():
         build_network(configured(name="timm/vit_tiny_patch16_224", variant=None, args=args), 4)
     task = Detection()
     task.check(configured())
+    other = configured(name="timm/resnet10t", variant=None)
     with pytest.raises(ConfigError, match=r"train\.compile: .* only of a Conv2Former"):
-        task.check(configured(name="timm/resnet10t", variant=None).model_copy(update={"train": compiled()}))
+        task.check(other.model_copy(update={"train": other.train.model_copy(update={"compile": True})}))
 
 
-def compiled():
-    train = configured().train
-    return train.model_copy(update={"compile": True})
+def test_what_is_compiled_has_one_size():
+    raw = {"task": "detection", "data": {"root": "x", "img_size": 64}, "train": {"compile": True}}
+    with pytest.raises(ConfigError, match=r"train\.compile: with augment\.resize multi_scale most batches have a size"):
+        check_config(raw, "test")
+    check_config({**raw, "augment": {"resize": "large_scale_jitter"}}, "test")
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_broken_weights_make_broken_losses_and_no_errors(detector):
+    """So that a run which has come to that ends as others do, with a sentence."""
+    model = build_network(configured(detector, evaluation={"score": 0.0}), 3)
+    with torch.no_grad():
+        model.pyramid.layer_blocks[0][0].weight[0] = math.nan
+    assert not sum(model(*batch()).values()).isfinite()
+    with torch.inference_mode():
+        assert len(model.eval()(batch()[0])) == 2
+
+
+def test_grey_images():
+    config = configured("fcos", data={"mean": [0.5], "std": [0.5]}, in_chans=1)
+    model = build_network(config, 2)
+    assert model.in_chans == 1
+    sum(model([torch.randn(1, 64, 64)], [target([(4, 6, 30, 40)], [1])]).values()).backward()
 
 
 def test_the_objective_is_the_sum():

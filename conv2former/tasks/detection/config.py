@@ -189,6 +189,11 @@ class DetectionConfig(BaseConfig):
         if detector.name == "fcos" and (detector.channels % 32 or detector.channels < 64):
             # it normalises in 32 groups, of maps that may have one pixel
             found.append(f"model.detector.channels: a multiple of 32 from 64 on for fcos, not {detector.channels}")
+        if self.train.compile and self.augment.resize == "multi_scale":
+            found.append(
+                "train.compile: with augment.resize multi_scale most batches have a size of their own, and blocks are "
+                "compiled anew for each; set it to false, or take large_scale_jitter"
+            )
         if detector.anchor_sizes and detector.name == "fcos":
             found.append("model.detector.anchor_sizes: fcos has no anchors; leave it out")
         metrics = {"checkpoint.metric": self.checkpoint.metric}
