@@ -36,6 +36,7 @@ PLACEHOLDERS = {
     "TRAINING.md",  # ConvNeXt's
     "classify.py",  # docs/export.md shows the whole file
     "config.yaml",  # in a run folder
+    "data.yaml",  # of a YOLO data set
     "none.yaml",  # in an error message
 }
 

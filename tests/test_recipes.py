@@ -50,7 +50,8 @@ def shallow(monkeypatch):
 def step(config: Config) -> list[str]:
     """Trains one step. Recipes that differ in nothing that the step sees share it: folder and hf, 224 and 384."""
     raw = config.to_dict()
-    raw["data"] = {key: raw["data"][key] for key in ("num_classes", "img_size")}  # a dry run opens no data
+    seen = ("num_classes", "class_names", "img_size", "short_side", "long_side")  # a dry run opens no data
+    raw["data"] = {key: raw["data"][key] for key in seen if key in raw["data"]}
     raw["log"] = raw["checkpoint"] = None
     key = json.dumps(raw)
     if key not in _stepped:
@@ -60,12 +61,18 @@ def step(config: Config) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_trains_a_step(path, shallow):
+def test_trains_a_step(path, shallow, tmp_path_factory):
     whole = load_config(path)
-    found = whole.data.num_classes
+    found = getattr(whole.data, "num_classes", None)
     network = ["model.name=conv2former_n"] if whole.model.name == "auto" else []  # there is no file to tell it
     network += ["model.head.channels=32"] if whole.task == "segmentation" else []  # whose head is larger than it
-    text = "\n".join(step(load_config(path, [*CHEAP, *network, f"data.num_classes={found or 7}"])))
+    classes = [f"data.num_classes={found or 7}"]
+    if whole.task == "detection":
+        names = tmp_path_factory.getbasetemp() / "names.txt"
+        names.write_text("".join(f"{i}\n" for i in range(7)))
+        classes = [f"data.class_names={names}"]
+        network += ["model.detector.channels=32", "augment.short_sides=[32]", "data.short_side=32", "data.long_side=48"]
+    text = "\n".join(step(load_config(path, [*CHEAP, *network, *classes])))
     assert f" {found or 7} classes" in text
     loss, norm = re.search(r"loss ([\d.]+), gradient norm ([\d.e+]+)", text).groups()
     assert float(loss) > 0
@@ -96,6 +103,7 @@ def test_names_are_unique():
     names = [run_name(path) for path in RECIPES]
     assert len(names) == len(set(names))
     assert {"conv2former_t", "quickstart", "finetune_folder", "linear_probe_csv", "scratch_hf"} <= set(names)
+    assert {"segmentation_folder", "detection_coco", "detection_yolo"} <= set(names)
 
 
 def test_header(recipe):

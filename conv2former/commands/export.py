@@ -7,7 +7,8 @@ python scripts/export.py --checkpoint best.pt --output wide.onnx --img-size 128 
 python scripts/export.py --checkpoint best.pt --output int8.onnx --int8           # and its accuracy, before and after
 
 Preprocessing, class names and where the weights are from are in the file; docs/export.md shows how to use them. What
-is noted as preprocessing can be changed: data.mean=[.5,.5,.5] data.std=[.5,.5,.5].
+is noted as preprocessing can be changed: data.mean=[.5,.5,.5] data.std=[.5,.5,.5]; of a detection also which of its
+boxes count: evaluation.score=0.5.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ from ..weights.description import weights_text
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser("export", __doc__, ("data",))
-    parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="changes to the preprocessing")
+    parser = Parser("export", __doc__, ("data", "evaluation"))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="data.KEY=VALUE",
+        help="changes to the preprocessing; of a detection also evaluation.KEY",
+    )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="this project's, the authors', birder's")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx, .pt2 or .ts")
     parser.add_argument("--format", choices=list(FORMATS), help="for a file with another ending")
@@ -96,18 +102,19 @@ def describe(exported: Exported) -> str:
     info = exported.info
     names = "with their names" if "class_names" in exported.metadata else "without names"
     classes = f"{counted(info.num_classes, 'class', 'classes')} {names}"
-    has_pixels = any(case.agreement is not None for case in exported.cases)
+    number, same = exported.compared
+    has_shares = any(case.agreement is not None for case in exported.cases)
     rows = [
         (
             " x ".join(map(str, case.shape)),
             f"{case.scale:.4g}",
             f"{case.difference:.3g}",
             f"{case.relative:.2g}",
-            *[f"{100 * (case.agreement or 0.0):.3f} %"] * has_pixels,
+            *[f"{100 * (case.agreement or 0.0):.3f} %"] * has_shares,
         )
         for case in exported.cases
     ]
-    columns = ("noise, N x C x H x W", "largest logit", "largest difference", "relative")
+    columns = ("noise, N x C x H x W", f"largest {number}", "largest difference", "relative")
     facts = ", ".join([exported.format, *exported.facts, f"{exported.size / 1e6:.2f} MB"])
     return "\n".join(
         [
@@ -115,7 +122,7 @@ def describe(exported: Exported) -> str:
             f"{weights_text(exported.metadata['weights'])}, "
             f"{classes if info.num_classes else 'no classifier: it gives features'}",
             f"images: {exported.preprocessing}",
-            text_table((*columns, *["same class"] * has_pixels), rows),
+            text_table((*columns, *[same] * has_shares), rows),
             printable(f"{exported.path}: {facts}"),
         ]
     )

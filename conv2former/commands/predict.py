@@ -1,4 +1,4 @@
-"""Predicts the classes of images, or of their pixels, and shows what speaks for them.
+"""Predicts the classes of images, of their pixels, or of boxes in them, and shows what speaks for them.
 
 python scripts/predict.py --checkpoint conv2former_t.pth.tar cat.jpg photos 'more/*.png'
 python scripts/predict.py --checkpoint conv2former_t.pth.tar photos --output found              # JSON lines, pictures
@@ -8,7 +8,10 @@ An INPUT is an image, a folder with all images in and below it, a glob pattern, 
 Images become inputs as the checkpoint notes it; data.img_size, mean, std, interpolation, crop_pct, crop_mode,
 value_range and max_image_pixels can be changed, data.crop_pct=1. Images that cannot be read are named at the end, with
 exit code 2. Of a checkpoint of task: segmentation, --output holds masks, overlays and shares of area; data.short_side,
-evaluation.mode, window, overlap and flip can be changed. See docs/predict.md and docs/segmentation.md.
+evaluation.mode, window, overlap and flip can be changed. Of one of task: detection it holds photos with boxes,
+detections.json in COCO's result format and, with --crops, what is in the boxes; data.short_side, long_side,
+evaluation.score (0.5 unless given), nms and max_detections can be changed. See docs/predict.md, docs/segmentation.md
+and docs/detection.md.
 """
 
 from __future__ import annotations
@@ -46,12 +49,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of text")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="write predictions.jsonl, contact sheets and masks there"
+        "--output", type=Path, metavar="FOLDER", help="write predictions.jsonl, contact sheets and pictures there"
     )
     parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images at a time (default: 32; of a segmentation 1)"
+        "--batch-size", type=positive, metavar="N", help="images at a time (default: 32; of other tasks 1)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--crops", action="store_true", help="cut out what a detection finds; needs --output")
     group = parser.add_argument_group("with --explain")
     group.add_argument("--explain", action="store_true", help="a picture of two maps for each image; needs --output")
     group.add_argument("--class", dest="class_name", metavar="NAME", help="explain this class, not the predicted one")
@@ -66,6 +70,8 @@ def parse() -> argparse.Namespace:
         parser.error("the following arguments are required: INPUT")
     if args.explain and args.output is None:
         parser.error("--explain writes pictures; give --output FOLDER")
+    if args.crops and args.output is None:
+        parser.error("--crops writes pictures; give --output FOLDER")
     if not args.explain and (args.class_name or args.stage or args.cam_stage):
         parser.error("--class, --stage and --cam-stage go with --explain")
     return args
@@ -77,7 +83,9 @@ def main() -> None:
     if args.output:
         check_results_folder(args.output)
     explain = ExplainOptions(args.class_name, args.cam_stage, args.stage) if args.explain else None
-    options = PredictionOptions(args.overrides, args.device, not args.raw, args.topk, args.batch_size, explain)
+    options = PredictionOptions(
+        args.overrides, args.device, not args.raw, args.topk, args.batch_size, explain, args.crops
+    )
     predicting = open_predicting(args.checkpoint, options)
     about = sys.stderr if args.json else sys.stdout
     alone = args.output is None  # then there is nothing to do once nobody reads the lines
@@ -102,4 +110,4 @@ def main() -> None:
 
 def run() -> None:
     """Runs the command and exits, errors as one message."""
-    run_cli(main, less_memory="lower --batch-size, or of a segmentation data.short_side")
+    run_cli(main, less_memory="lower --batch-size, or data.short_side")

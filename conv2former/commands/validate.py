@@ -6,8 +6,8 @@ python scripts/validate.py --checkpoint conv2former_t.hvision_in1k --data /data/
 python scripts/validate.py --checkpoint a.pt b.safetensors --data photos/val --confusion --worst 20 --output results
 
 A checkpoint of this project brings its data section along; any key of it can be changed, data.val_split=test. The
-network and its preprocessing are read from the file. See docs/evaluate.md; of checkpoints of task: segmentation, whose
-section evaluation can be changed, too, evaluation.mode=slide, docs/segmentation.md.
+network and its preprocessing are read from the file. See docs/evaluate.md; of checkpoints of other tasks, whose section
+evaluation can be changed, too, evaluation.mode=slide, docs/segmentation.md and docs/detection.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
         type=_count,
         default=0,
         metavar="K",
-        help="draw the K mistakes of the highest loss, or the images of the lowest IoU",
+        help="draw the K mistakes of the highest loss, or the images of the lowest IoU or of the most mistakes",
     )
     add(
         "--output",

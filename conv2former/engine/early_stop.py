@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 from ..config import BaseConfig
 from ..errors import counted
 from ..tasks.registry import find_task
-from ..tasks.task import Task
+from ..tasks.task import Metric
 
 __all__ = ["as_history_row", "columns", "stop_reason"]
 
 
-def columns(task: Task) -> tuple[str, ...]:
-    """Returns the names of what a row of the history has."""
-    return ("epoch", *task.metrics)
+def columns(metrics: Mapping[str, Metric]) -> tuple[str, ...]:
+    """Returns the names of what a row of the history has; `metrics` are those of a run, see `Task.metrics_of`."""
+    return ("epoch", *metrics)
 
 
-def as_history_row(task: Task, epoch: int, row: Mapping[str, float], prefix: str) -> list[float]:
+def as_history_row(metrics: Mapping[str, Metric], epoch: int, row: Mapping[str, float], prefix: str) -> list[float]:
     """Returns what the history has of an evaluation: `columns`, the metrics those whose keys begin with `prefix`."""
-    return [epoch, *(row[f"{prefix}{key}"] for key in task.metrics)]
+    return [epoch, *(row[f"{prefix}{key}"] for key in metrics)]
 
 
 def stop_reason(config: BaseConfig, history: Sequence[Sequence[float]]) -> str:
@@ -36,9 +36,9 @@ def stop_reason(config: BaseConfig, history: Sequence[Sequence[float]]) -> str:
     settings = config.train.early_stop
     if settings is None or not history:
         return ""
-    task = find_task(config)
+    metrics = find_task(config).metrics_of(config)
     key = settings.metric or config.checkpoint.metric
-    metric, column = task.metrics[key], columns(task).index(key)
+    metric, column = metrics[key], columns(metrics).index(key)
     best, since = history[0], 0
     for row in history[1:]:
         is_progress = metric.is_better(row[column], best[column], settings.min_delta)

@@ -102,7 +102,8 @@ def wrong_fields(content: Mapping[str, Any], task: Task) -> list[str]:
     optional = {**_OPTIONAL, **task.details}
     wrong += [key for key, check in optional.items() if key in content and not check(content[key])]
     rows = content.get("history", [])
-    if "history" not in wrong and any(len(row) != len(columns(task)) for row in rows):
+    whole = len(columns(task.metrics))
+    if "history" not in wrong and {len(row) for row in rows} not in (set(), {whole}, {whole - len(task.optional)}):
         wrong.append("history")
     return wrong
 

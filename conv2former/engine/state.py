@@ -85,10 +85,11 @@ class TrainState:
         Returns:
             Whether they are the best so far by `checkpoint.metric`, or as good and of the lower loss.
         """
+        metrics = self.job.task.metrics_of(self.job.config)
         before = [
             kept for kept in self.history if kept[0] < self.epochs
         ]  # one that is made up for may be there already
-        self.history = [*before, as_history_row(self.job.task, self.epochs, row, self.prefix)]
+        self.history = [*before, as_history_row(metrics, self.epochs, row, self.prefix)]
         if not self._is_best(row):
             return False
         self.best_metric = row[f"{self.prefix}{self.job.task.headline}"]

@@ -116,7 +116,7 @@ class Trainer:
             world.is_main,
             self._misses_evaluation(),
             self.task.hidden_metrics(len(job.class_names)),
-            self.task.metrics,
+            self.task.metrics_of(job.config),
         )
         if self.run.graphs:
             self.run.graphs.say = self.log.say
@@ -285,7 +285,7 @@ class Trainer:
             shown(batches(self.val_loader), total, "validating", self.world.size, leave=False),
             self.world,
             self.run.autocast,
-            self.task.evaluator(self.config, self.world.device),
+            self.task.evaluator(self.config, self.job.class_names, self.world.device),
             lambda: self.signal.name is not None,
             self.config.train.cuda_graph != "off" and not self.task.no_graph,
         )

@@ -13,10 +13,11 @@ from ..models import CheckpointInfo
 from ..weights.description import task_noted
 from ..weights.reading import read_checkpoint
 from .classification.task import Classification
+from .detection.task import Detection
 from .segmentation.task import Segmentation
 from .task import Task
 
-__all__ = ["find_task", "is_result", "load_network", "register_task", "task_in", "task_named", "task_of"]
+__all__ = ["find_task", "is_result", "known_tasks", "load_network", "register_task", "task_in", "task_named", "task_of"]
 
 _tasks: dict[str, Task] = {}
 
@@ -30,6 +31,11 @@ def register_task(task: Task) -> None:
 def find_task(config: BaseConfig) -> Task:
     """Returns the task of a configuration."""
     return _tasks[config.task]
+
+
+def known_tasks() -> list[Task]:
+    """Returns all tasks."""
+    return list(_tasks.values())
 
 
 def task_named(name: str) -> Task:
@@ -83,3 +89,4 @@ def load_network(
 
 register_task(Classification())
 register_task(Segmentation())
+register_task(Detection())

@@ -36,8 +36,8 @@ objective and its evaluator. What a task must promise, and what it then has for 
     keys that are `auto`      its configuration's class names them, and says what fits
     data.cache                the splits are `DataSource`s; else its configuration refuses the key
     exact evaluation          `total` counts every image once, by `Processes.sum` and `Processes.gather`
-    early stop, best.pt       every evaluation has the keys of `metrics`; of equal ones that of the lower `loss` is the
-                              best, where there is a loss
+    early stop, best.pt       every evaluation has the keys of `metrics_of` the run; of equal ones that of the lower
+                              `loss` is the best, where there is a loss
     metrics.jsonl, TensorBoard, trackers    flat names to numbers; `recall/cat` is a curve of its own
     report.json, checkpoints  plain types; `details` of the best evaluation are in every checkpoint
     kill test, comparison of runs    nothing; the benchmark of the loop times classification, through its objective
@@ -148,7 +148,7 @@ class Evaluation(Protocol):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The task's `metrics`, others, and `n`, the number of images."""
+        """The task's `metrics_of` the run, others, and `n`, the number of images."""
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -202,6 +202,7 @@ class Task(Protocol):
         config: the class of its configurations.
         metrics: those by which weights can be chosen (`checkpoint.metric`, `train.early_stop.metric`), in the order of
             the columns of a checkpoint's `history`.
+        optional: of these, the last ones, which not every network of the task has; see `metrics_of`.
         headline: of these, the one that curves, checkpoints (`metric`, `best_metric`) and messages show.
         curve_title: above the curve of the headline.
         pictures: what `result_figures` draws, by the name of the file, and what the end of a run calls it.
@@ -212,6 +213,7 @@ class Task(Protocol):
     name: ClassVar[str]
     config: ClassVar[type[BaseConfig]]
     metrics: ClassVar[Mapping[str, Metric]]
+    optional: ClassVar[frozenset[str]] = frozenset()
     headline: ClassVar[str]
     curve_title: ClassVar[str]
     pictures: ClassVar[Mapping[str, str]] = {}
@@ -321,8 +323,12 @@ class Task(Protocol):
     # ------------------------------------------------------------------------------------------- evaluation and results
 
     @abstractmethod
-    def evaluator(self, config: Any, device: torch.device) -> Evaluator:
-        """Returns a fresh evaluator."""
+    def evaluator(self, config: Any, class_names: Sequence[str], device: torch.device) -> Evaluator:
+        """Returns a fresh evaluator, for classes in index order and a network on a device."""
+
+    def metrics_of(self, config: Any) -> Mapping[str, Metric]:
+        """Returns the `metrics` that every evaluation of a run has: all, or all but those that are `optional`."""
+        return self.metrics
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:
         """Checks that what a checkpoint keeps of its best evaluation fits the data; raises ValueErrors."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from .._configs import find_recipes
 from ..config import BaseConfig, Plan, load_config, make_plan
 from ..config.auto import AUTO
-from ..config.schema import DataConfig
 from ..errors import ConfigError
-from ..tasks.registry import find_task
+from ..tasks.detection.config import DetectionConfig
+from ..tasks.registry import find_task, known_tasks
 
 __all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table", "run_name"]
 
-PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % (?:top-1|mIoU) at \d+)\b", re.MULTILINE)
+PUBLISHED = re.compile(r"^# Published: (none|[\d.]+ % (?:(?:top-1|mIoU) at \d+|box AP))\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ class Recipe:
 
 def run_name(path: Path) -> str:
     """Returns the name of a recipe's run folder: the file's, with its folder's if it only says what the data is."""
-    sources = get_args(DataConfig.model_fields["source"].annotation)
+    sources = {source for task in known_tasks() for source in _sources(task.config)}
     return f"{path.resolve().parent.name}_{path.stem}" if path.stem in sources else path.stem
+
+
+def _sources(config: type[BaseConfig]) -> tuple[str, ...]:
+    """Returns what `data.source` may be."""
+    section: Any = config.model_fields["data"].annotation
+    return get_args(section.model_fields["source"].annotation)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -94,7 +100,10 @@ def recipes_table(configs: Path) -> str:
         known = find_task(config).known_classes(config)
         classes = f"{known:,} classes" if known else "classes found"
         batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
-        size = "the file's" if data.img_size is None and model.checkpoint else data.preprocessing.img_size
+        if isinstance(config, DetectionConfig):
+            size: Any = f"{config.data.short_side} to {config.data.long_side}"
+        else:
+            size = "the file's" if data.img_size is None and model.checkpoint else data.preprocessing.img_size
         epochs = AUTO if "schedule.epochs" in config.auto else plan.epochs
         rate = AUTO if "optim.base_lr" in config.auto else f"{plan.lr:g}"
         rows.append(

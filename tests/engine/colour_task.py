@@ -178,7 +178,7 @@ class ColourTask(Task):
     def objective(self, config, plan, device, model, statistics):
         return ColourObjective()
 
-    def evaluator(self, config, device):
+    def evaluator(self, config, class_names, device):
         return ColourEvaluator()
 
     def result_line(self, row, has_average, num_classes):

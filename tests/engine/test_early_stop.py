@@ -16,7 +16,7 @@ from conv2former.tasks.registry import task_named
 
 from .conftest import configure
 
-COLUMNS = columns(task_named("classification"))
+COLUMNS = columns(task_named("classification").metrics)
 
 
 def history(metric: str, values: list[float]) -> list[list[float]]:

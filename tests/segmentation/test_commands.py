@@ -20,11 +20,11 @@ import conv2former
 from conv2former import CheckpointError, ConfigError, DataError, models
 from conv2former.engine import train, trainer
 from conv2former.errors import OutputError
+from conv2former.tasks.dense.thumbnails import colours
 from conv2former.tasks.segmentation import inference
 from conv2former.tasks.segmentation.inference import Answerer
 from conv2former.tasks.segmentation.masks import read_mask
 from conv2former.tasks.segmentation.network import SegmentationNetwork, build_network
-from conv2former.tasks.segmentation.thumbnails import colours
 from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.evaluation import registry
@@ -33,9 +33,10 @@ from conv2former.tools.evaluation.registry import summary, validate_files
 from conv2former.tools.export.export import Options
 from conv2former.tools.export.registry import export
 from conv2former.tools.export.segmentation import MaskSubject, _exportable_pools, _Pool, _without_ceil_mode
+from conv2former.tools.prediction.dense import file_names
 from conv2former.tools.prediction.folder import check_results_folder
 from conv2former.tools.prediction.inputs import ImageFile
-from conv2former.tools.prediction.segmentation import file_names, mask_image
+from conv2former.tools.prediction.segmentation import mask_image
 
 from ..conftest import ROOT
 from ..engine.conftest import configure

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from conv2former.tasks.dense.thumbnails import as_numbers, thumbnails
 from conv2former.tasks.segmentation import pictures
 from conv2former.tasks.segmentation.config import SegmentationConfig
 from conv2former.tasks.segmentation.evaluation import ClassCounts, MaskEvaluator, about_missing
@@ -19,7 +20,6 @@ from conv2former.tasks.segmentation.loader import EvalBatch, MaskBatch
 from conv2former.tasks.segmentation.loss import SegmentationObjective, cross_entropy, dice_loss
 from conv2former.tasks.segmentation.saved import is_pixels, is_worst
 from conv2former.tasks.segmentation.task import Segmentation
-from conv2former.tasks.segmentation.thumbnails import as_classes, thumbnails
 
 from ..engine.conftest import configure
 
@@ -218,12 +218,12 @@ def test_windows_and_mirrors_do_not_change_what_a_pixelwise_network_says():
 def test_pictures_of_a_batch_and_of_the_worst_images(config):
     targets, image = torch.randint(-1, 3, (400, 900)), torch.zeros(3, 200, 450, dtype=torch.uint8)
     small = thumbnails(image, targets, targets.clamp(min=0))
-    assert as_classes(small.truth).shape == (142, 320)
-    assert set(np.unique(as_classes(small.truth))) == {-1, 0, 1, 2}
+    assert as_numbers(small.truth).shape == (142, 320)
+    assert set(np.unique(as_numbers(small.truth))) == {-1, 0, 1, 2}
     row = thumbnails(
         torch.zeros(1, 1, 4000, dtype=torch.uint8), torch.zeros(1, 4000).long(), torch.zeros(1, 4000).long()
     )
-    assert as_classes(row.predicted).shape == (1, 320)
+    assert as_numbers(row.predicted).shape == (1, 320)
     names = ["$a_b$", "</b>", "道" * 30]
     worst = [[12.5, 3, "a/b.png", *small], [13.0, 4, "c.png", *row]]
     for figure in (

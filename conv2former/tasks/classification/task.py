@@ -154,7 +154,7 @@ class Classification(Task):
     ) -> ClassificationObjective:
         return ClassificationObjective(config, plan, device, cast(int, model.num_classes), statistics)
 
-    def evaluator(self, config: Config, device: torch.device) -> SingleView:
+    def evaluator(self, config: Config, class_names: Sequence[str], device: torch.device) -> SingleView:
         return SingleView([Score(device)], device, config.train.channels_last)
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:

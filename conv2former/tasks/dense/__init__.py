@@ -1,1 +1,1 @@
-"""What segmentation and detection have in common: images of any size, with more to them than a class."""
+"""What segmentation and detection have in common: networks with parts of their own on the maps of any backbone."""

@@ -67,8 +67,9 @@ def read_coco(path: Path, folders: Sequence[Path], root: Path, keeps_masks: bool
     records = []
     for key, image in images.items():
         file = files.path_of(key)
-        records.append(noted[key].record(file, file, _size(image, _where(path, image, key, "image"))))
-    return Records(records, names)
+        record = noted[key].record(file, file, _size(image, _where(path, image, key, "image")))
+        records.append(record._replace(number=key))
+    return Records(records, names, category_ids={names[index]: key for key, index in class_of.items()})
 
 
 def _add(noted: Noted, annotation: Mapping[str, Any], label: int, where: str) -> None:

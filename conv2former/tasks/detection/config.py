@@ -23,12 +23,14 @@ from ...config.base import (
     Section,
 )
 
-__all__ = ["DetectionConfig", "DetectionData", "Detector"]
+__all__ = ["UNUSED_AUGMENT", "DetectionConfig", "DetectionData", "Detector"]
 
 Detector = Literal["mask_rcnn", "faster_rcnn", "fcos", "retinanet"]
 Metric = Literal["ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"]
 Channels = Annotated[int, Field(ge=8, le=4096)]
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
+# an augmentation that is in conflict with nothing, where nothing is trained
+UNUSED_AUGMENT = {"resize": "multi_scale", "short_sides": [8], "scale": [1, 1], "crop_scale": [1, 1]}
 
 
 class DetectorConfig(Section):
@@ -36,7 +38,9 @@ class DetectorConfig(Section):
 
     # mask_rcnn also gives a mask for each box, and needs masks in the data
     name: Detector = "faster_rcnn"
-    channels: Channels = 256  # of the maps of the feature pyramid
+    channels: Channels = (
+        256  # of the maps of the feature pyramid, and of the heads; of fcos a multiple of 32, 64 or more
+    )
     # stride of the finest map that boxes are looked for on; null: 4 for mask_rcnn and faster_rcnn, 8 for the others
     finest_stride: Literal[4, 8] | None = None
     # side of the anchors on each map, the finest first, pixels of the network's input; null: torchvision's, which
@@ -111,7 +115,10 @@ class DetectionAugment(Section):
 
 
 class EvaluationConfig(Section):
-    """What of a network's answers counts: in training, and by the same file afterwards. torchvision's defaults."""
+    """What of a network's answers counts: in training, and by the same file afterwards.
+
+    The defaults are those of torchvision's Mask R-CNN and Faster R-CNN.
+    """
 
     score: Probability = 0.05  # boxes of a lower score are left out
     nms: Probability = 0.5  # of two boxes of a class that overlap by a larger IoU, the lower score is left out
@@ -178,6 +185,14 @@ class DetectionConfig(BaseConfig):
         if self.augment.resize == "multi_scale" and max(self.augment.short_sides) > data.long_side:
             found.append(
                 f"augment.short_sides: {max(self.augment.short_sides)} is above data.long_side, {data.long_side}"
+            )
+        if detector.name == "fcos" and (detector.channels % 32 or detector.channels < 64):
+            # it normalises in 32 groups, of maps that may have one pixel
+            found.append(f"model.detector.channels: a multiple of 32 from 64 on for fcos, not {detector.channels}")
+        if self.train.compile and self.augment.resize == "multi_scale":
+            found.append(
+                "train.compile: with augment.resize multi_scale most batches have a size of their own, and blocks are "
+                "compiled anew for each; set it to false, or take large_scale_jitter"
             )
         if detector.anchor_sizes and detector.name == "fcos":
             found.append("model.detector.anchor_sizes: fcos has no anchors; leave it out")

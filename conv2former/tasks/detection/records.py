@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Record(NamedTuple):
         areas: (n,) float64 pixels; NaN where the data has none.
         shapes: of each the mask, or None; None where no object has one.
         are_shares: whether boxes and polygons are in shares.
+        number: the image's id in the data, of COCO's files alone.
     """
 
     file: str | int
@@ -47,6 +48,7 @@ class Record(NamedTuple):
     areas: np.ndarray
     shapes: list[Shape | None] | None
     are_shares: bool = False
+    number: int | str | None = None
 
 
 @dataclass
@@ -108,12 +110,14 @@ class Records:
         class_names: those that the split itself has.
         are_all_classes: whether it lists them; otherwise they are those that its objects have.
         file: returns the file of a record's `file`.
+        category_ids: of classes in the data, by name, of COCO's files alone.
     """
 
     records: Sequence[Record]
     class_names: list[str]
     are_all_classes: bool = True
     file: Callable[[Any], File] = _itself
+    category_ids: Mapping[str, int | str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -12,12 +12,12 @@ import torch
 from ...data import Skipped
 from ...data.pixels import normalize
 from ...errors import shorten
+from ..dense.thumbnails import Thumbnails, thumbnails
 from ..task import Processes
 from .config import SegmentationConfig
 from .inference import Answerer
 from .labels import IGNORED, as_targets
 from .loader import EvalBatch
-from .thumbnails import Thumbnails, thumbnails
 
 __all__ = ["ClassCounts", "MaskEvaluation", "MaskEvaluator", "about_missing", "image_iou"]
 

@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from ...text import clipped
+from ..dense.pictures import add_legend, laid_over
+from ..dense.thumbnails import as_numbers, as_photo, colours
 from ..pictures import seen_pixels
-from .thumbnails import as_classes, as_photo, colours
 
 __all__ = ["batch_figure", "worst_figure"]
 
 MOST_CROPS = 8
-MOST_IN_LEGEND = 40
 WORST = "Validation images of the lowest IoU, best.pt"
-OPACITY = 0.55  # of the classes over an image
 
 
 def batch_figure(
@@ -43,7 +41,7 @@ def batch_figure(
             axes.set_axis_off()
             axes.imshow(pixels, interpolation="nearest")
     there = {int(index) for index in targets[:MOST_CROPS].unique() if index >= 0}
-    _legend(figure, class_names, palette, there)
+    add_legend(figure, class_names, palette, there)
     return figure
 
 
@@ -62,27 +60,14 @@ def worst_figure(worst: Sequence[Sequence[Any]], class_names: Sequence[str], tit
     grid = figure.subplots(len(worst), 3, squeeze=False)
     there: set[int] = set()
     for row, (iou, _, name, *texts) in zip(grid, worst, strict=True):
-        photo, truth, answer = as_photo(texts[0]), as_classes(texts[1]), as_classes(texts[2])
+        photo, truth, answer = as_photo(texts[0]), as_numbers(texts[1]), as_numbers(texts[2])
         there |= {int(index) for values in (truth, answer) for index in np.unique(values) if index >= 0}
-        shown = (photo, _laid_over(photo, palette[truth]), _laid_over(photo, palette[answer]))
+        shown = (photo, laid_over(photo, palette[truth]), laid_over(photo, palette[answer]))
         captions = (clipped(name, 60, keep_end=True), "truth; white: ignored", f"answer, IoU {iou:.1f} %")
         for axes, pixels, caption in zip(row, shown, captions, strict=True):
             axes.set_axis_off()
             axes.imshow(pixels, interpolation="nearest", aspect="equal")
             axes.set_title(caption, fontsize=7, parse_math=False)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    _legend(figure, class_names, palette, there)
+    add_legend(figure, class_names, palette, there)
     return figure
-
-
-def _laid_over(photo: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    return (OPACITY * colour + (1 - OPACITY) * photo).astype(np.uint8)
-
-
-def _legend(figure: Figure, class_names: Sequence[str], palette: np.ndarray, there: set[int]) -> None:
-    """Names the colours of the classes that are in a picture, below it."""
-    shown = sorted(there)[:MOST_IN_LEGEND]
-    patches = [Patch(color=tuple(palette[i] / 255), label=clipped(class_names[i], 24)) for i in shown]
-    legend = figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches) or 1), fontsize=7)
-    for text in legend.get_texts():
-        text.set_parse_math(False)

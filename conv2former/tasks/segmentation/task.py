@@ -16,6 +16,7 @@ from ...data import EpochSampler
 from ...errors import counted, shorten
 from ...models import CheckpointInfo
 from ...text import clipped
+from ..dense.maps import compile_parts, freeze
 from ..task import Metric, Processes, Task
 from .check import check_source
 from .config import SegmentationConfig
@@ -23,7 +24,7 @@ from .evaluation import ClassCounts, MaskEvaluation, MaskEvaluator, about_missin
 from .heads import check_installed
 from .loader import MaskBatch, eval_loader, train_loader
 from .loss import SegmentationObjective, check_weights
-from .network import SegmentationNetwork, build_network, compile_parts, freeze
+from .network import SegmentationNetwork, build_network
 from .pairs import PairSource
 from .restore import restore_network
 from .saved import is_pixels, is_worst
@@ -128,7 +129,7 @@ class Segmentation(Task):
     ) -> SegmentationObjective:
         return SegmentationObjective(config, device, cast(int, model.num_classes), statistics)
 
-    def evaluator(self, config: SegmentationConfig, device: torch.device) -> MaskEvaluator:
+    def evaluator(self, config: SegmentationConfig, class_names: Sequence[str], device: torch.device) -> MaskEvaluator:
         return MaskEvaluator(config, device)
 
     def check_details(self, details: Mapping[str, Any], num_classes: int) -> None:

@@ -25,6 +25,7 @@ from ...text import clipped
 from ...weights.description import weights_text
 from ...weights.preprocessing import Preprocessing
 from ..output import check_writable, replacing, save_figure, text_table, write_csv
+from .tables import written
 
 __all__ = [
     "DEFAULT_FOLDER",
@@ -304,11 +305,7 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_heade
     for row in rows:
         if "worst" in row and not row["worst"]:
             lines += ["", f"{row['checkpoint']}, {row['preprocessing']}: no mistakes, so no picture of the worst"]
-    if folder:
-        written = [path for row in rows for path in row.get("files", {}).values()]
-        names = [str(folder / "results.json"), str(folder / "results.csv"), *written]
-        lines += ["", "written:", *(f"  {name}" for name in names)]
-    return lines
+    return lines + written(rows, folder)
 
 
 def _result_notes(rows: Sequence[dict[str, Any]]) -> list[str]:

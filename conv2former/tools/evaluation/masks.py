@@ -14,8 +14,9 @@ from ...tasks.classification.evaluation import MAX_CONFUSION_CLASSES
 from ...tasks.segmentation.evaluation import MaskEvaluation, about_missing
 from ...text import clipped
 from ...weights.description import weights_text
-from ..output import save_figure, text_table, write_csv
+from ..output import save_figure, text_table
 from .files import NOT_FINITE, Extras
+from .tables import data_line, write_class_table, written
 
 __all__ = ["heading", "summary", "write_mask_extras"]
 
@@ -48,10 +49,7 @@ def write_mask_extras(
     files: dict[str, Path] = {}
     found: dict[str, Any] = {}
     if extras.per_class:
-        files["per_class"] = folder / "per_class.csv"
-        lines = row["per_class"]
-        cells = (["" if value is None else value for value in line.values()] for line in lines)
-        write_csv(files["per_class"], list(lines[0]), cells)
+        files["per_class"] = write_class_table(folder, row["per_class"])
     if extras.confusion:
         files["confusion"] = folder / "confusion.png"
         heading = f"{title}\npixels of {counted(int(row['n']), 'image')}, mIoU {row['miou']:.2f} %"
@@ -82,16 +80,10 @@ def heading(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         f"{row['checkpoint']}: {row['variant']}, head {row['head']}, {weights_text(row['weights'])}" for row in rows
     ]
-    lines += [_data_line(row) for row in rows]
+    lines += [data_line(row) for row in rows]
     lines += [f"images: {_how(row)}" for row in rows]
     lines += [f"note: {text}" for row in rows for text in row["notes"] if text != NOT_FINITE]
     return list(dict.fromkeys(lines))
-
-
-def _data_line(row: dict[str, Any]) -> str:
-    processes = "" if row["processes"] == 1 else f", {row['processes']} processes"
-    images, classes = counted(row["n"], "image"), counted(row["classes"], "class", "classes")
-    return f"{row['data']}: {images}, {classes}, {row['precision']}{processes}"
 
 
 def _how(row: dict[str, Any]) -> str:
@@ -116,11 +108,7 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_heade
     for row in rows:
         if "per_class" in row.get("files", {}):
             lines += ["", *_classes_table(row, several=len(rows) > 1)]
-    if folder:
-        written = [path for row in rows for path in row.get("files", {}).values()]
-        names = [str(folder / "results.json"), str(folder / "results.csv"), *written]
-        lines += ["", "written:", *(f"  {name}" for name in names)]
-    return lines
+    return lines + written(rows, folder)
 
 
 def _results_table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ...errors import ConfigError, before_processes_meet
 from ...weights.reading import read_checkpoint
 from ..kinds import kind_for
-from . import files, masks
+from . import boxes, files, masks
+from .detection import validate_boxes
 from .segmentation import validate_masks
 from .validate import validate_files as validate_classifiers
 
@@ -34,6 +35,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "classification": _Kind(validate_classifiers, files.heading, files.summary),
     "segmentation": _Kind(validate_masks, masks.heading, masks.summary),
+    "detection": _Kind(validate_boxes, boxes.heading, boxes.summary),
 }
 
 

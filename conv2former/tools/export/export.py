@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -46,12 +46,14 @@ __all__ = [
     "Exported",
     "Options",
     "Subject",
+    "Traceable",
     "any_shape",
     "compare",
     "describe",
     "export",
     "open_classifier",
     "open_onnx",
+    "open_session",
     "quiet",
     "read_metadata",
     "without_paths",
@@ -64,6 +66,7 @@ METADATA = (
     "conv2former_version", "quantization", "task", "palette",
 )  # fmt: skip
 
+LOGITS = ("logit", "same class")  # what is compared of a network that gives them, see `Subject.compared`
 Run = Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) images to (N, classes) logits, or (N, classes, H, W)
 
 
@@ -73,9 +76,10 @@ class Case:
 
     Attributes:
         shape: of the input, (N, C, H, W).
-        scale: the largest logit of the network, as an absolute value.
-        difference: the largest of a logit.
-        agreement: of a segmentation, the share of the pixels that have the same class; None of other networks.
+        scale: the largest logit of the network, as an absolute value; of a detection the largest score.
+        difference: the largest of a logit; of a detection of the score of a box that both have.
+        agreement: of a segmentation, the share of the pixels that have the same class; of a detection, of the boxes
+            that both have; None of a classifier.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +89,7 @@ class Case:
 
     @property
     def relative(self) -> float:
-        """The difference as a share of the largest logit."""
+        """The difference as a share of `scale`."""
         return self.difference / max(self.scale, 1e-12)
 
 
@@ -102,6 +106,7 @@ class Exported:
         cases: the comparisons.
         size: bytes.
         facts: what there is to know about its content, such as 'opset 20'.
+        compared: see `Subject`.
     """
 
     path: Path
@@ -112,6 +117,7 @@ class Exported:
     cases: list[Case]
     size: int
     facts: list[str] = field(default_factory=list)
+    compared: tuple[str, str] = LOGITS
 
 
 class Subject(Protocol):
@@ -122,9 +128,10 @@ class Subject(Protocol):
         info: what its file says about itself.
         preprocessing: to be noted; as text, for people.
         metadata: the texts for the file.
-        output: the name of what it gives, in ONNX.
-        open_sizes: names of the input's dimensions that a dynamic file leaves open.
+        compared: what of its answers is: a number, and what `Case.agreement` is the share of.
     """
+
+    compared: ClassVar[tuple[str, str]]
 
     @property
     def model(self) -> nn.Module: ...
@@ -137,6 +144,20 @@ class Subject(Protocol):
 
     @property
     def metadata(self) -> dict[str, str]: ...
+
+    def write(
+        self, kind: str, path: Path, options: Options, say: Callable[[str], None]
+    ) -> tuple[list[Case], list[str]]:
+        """Writes the file, and compares it with the network; see `write_checked`."""
+
+
+class Traceable(Subject, Protocol):
+    """A network that is a program of torch.export.
+
+    Attributes:
+        output: the name of what it gives, in ONNX.
+        open_sizes: names of the input's dimensions that a dynamic file leaves open.
+    """
 
     @property
     def output(self) -> str: ...
@@ -153,12 +174,18 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class ClassSubject:
-    """A classifier; see `Subject`."""
+    """A classifier; see `Traceable`."""
 
     model: nn.Module
     info: CheckpointInfo
     preprocessing: Preprocessing
     metadata: dict[str, str]
+    compared: ClassVar = LOGITS
+
+    def write(
+        self, kind: str, path: Path, options: Options, say: Callable[[str], None]
+    ) -> tuple[list[Case], list[str]]:
+        return write_checked(self, kind, path, options, say)
 
     @property
     def output(self) -> str:
@@ -218,10 +245,12 @@ def export(
     say(f"reading {checkpoint}")
     subject = open_subject(checkpoint, read_checkpoint(checkpoint), kind, options)
     with replacing(output) as temporary:
-        written = write_checked(subject, kind, temporary, options, say)
+        written = subject.write(kind, temporary, options, say)
         size = temporary.stat().st_size
     cases, facts = written
-    return Exported(output, kind, subject.info, subject.preprocessing, subject.metadata, cases, size, facts)
+    return Exported(
+        output, kind, subject.info, subject.preprocessing, subject.metadata, cases, size, facts, subject.compared
+    )
 
 
 def chosen_preprocessing(info: CheckpointInfo, options: Options) -> Preprocessing:
@@ -268,7 +297,7 @@ def read_metadata(path: str | Path, format: str | None = None) -> dict[str, str]
 
 
 def write_checked(
-    subject: Subject, kind: str, path: Path, options: Options, say: Callable[[str], None]
+    subject: Traceable, kind: str, path: Path, options: Options, say: Callable[[str], None]
 ) -> tuple[list[Case], list[str]]:
     """Writes the file, reads it back, and compares it with the network.
 
@@ -393,7 +422,7 @@ def any_shape(in_chans: int, name: str = "x", size: tuple[int, int] | None = Non
     return ShapesSpec(params=ParamsSpec({name: TensorSpec([ShapeVar("batch", min=1), in_chans, *sides])}))
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, subject: Subject, options: Options) -> list[str]:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, subject: Traceable, options: Options) -> list[str]:
     """Writes one ONNX file, and returns its opset and number of nodes.
 
     Args:
@@ -466,7 +495,14 @@ def _open(path: Path, kind: str) -> tuple[Run, dict[str, str]]:
 
 
 def open_onnx(path: Path) -> tuple[Run, dict[str, str]]:
-    """Returns what runs an ONNX file with onnxruntime, on the CPU, and the texts in the file.
+    """Returns what runs an ONNX file of one answer, see `open_session`, and the texts in the file."""
+    session, texts = open_session(path)
+    name = session.get_inputs()[0].name
+    return lambda images: np.asarray(session.run(None, {name: images})[0]), texts
+
+
+def open_session(path: Path) -> tuple[Any, dict[str, str]]:
+    """Returns onnxruntime's session of an ONNX file, on the CPU, and the texts in the file.
 
     Raises:
         OutputError: onnxruntime does not take it.
@@ -481,9 +517,7 @@ def open_onnx(path: Path) -> tuple[Run, dict[str, str]]:
         reason = re.sub(r"^\[.*?\] : \d+ : \w+ : ", "", first_line(e))
         version = onnxruntime.__version__
         raise OutputError(f"{path.name} is not written: onnxruntime {version} does not take it ({reason})") from None
-    name = session.get_inputs()[0].name
-    texts = dict(session.get_modelmeta().custom_metadata_map)
-    return lambda images: np.asarray(session.run(None, {name: images})[0]), texts
+    return session, dict(session.get_modelmeta().custom_metadata_map)
 
 
 def shapes_of(info: CheckpointInfo, preprocessing: Preprocessing, options: Options) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from ...printing import print_lines
 from ..kinds import kind_for
 from . import export as files
+from .detection import open_detection
 from .export import Exported, Subject, open_classifier
 from .options import Options
 from .segmentation import open_segmentation
@@ -19,6 +20,7 @@ __all__ = ["export"]
 _KINDS: dict[str, Callable[[str | Path, Mapping[str, Any], str, Options], Subject]] = {
     "classification": open_classifier,
     "segmentation": open_segmentation,
+    "detection": open_detection,
 }
 
 

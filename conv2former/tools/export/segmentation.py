@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, OutputError, first_line
 from ...models import CheckpointInfo
+from ...tasks.dense.thumbnails import colours
 from ...tasks.segmentation.config import SegmentationConfig
 from ...tasks.segmentation.network import SegmentationNetwork
 from ...tasks.segmentation.restore import restore_network
-from ...tasks.segmentation.thumbnails import colours
 from ...text import clipped
 from ..prediction.segmentation import settings_from
-from .export import any_shape, describe, without_paths
+from .export import LOGITS, Case, any_shape, describe, without_paths, write_checked
 from .options import MIN_SIZE, Options
 
 __all__ = ["MaskSubject", "open_segmentation"]
@@ -67,12 +67,18 @@ class MaskPreprocessing:
 
 @dataclass(frozen=True)
 class MaskSubject:
-    """A segmentation; see `export.Subject`."""
+    """A segmentation; see `export.Traceable`."""
 
     model: SegmentationNetwork
     info: CheckpointInfo
     preprocessing: MaskPreprocessing
     metadata: dict[str, str]
+    compared: ClassVar = LOGITS
+
+    def write(
+        self, kind: str, path: Path, options: Options, say: Callable[[str], None]
+    ) -> tuple[list[Case], list[str]]:
+        return write_checked(self, kind, path, options, say)
 
     @property
     def output(self) -> str:

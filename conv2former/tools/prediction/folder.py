@@ -19,8 +19,13 @@ __all__ = ["JSON_LINES", "AnyResults", "check_results_folder", "common_folder", 
 
 JSON_LINES = "predictions.jsonl"
 # what a folder of results holds beside its folders of pictures
-OWN_FILE = re.compile(r"predictions\.jsonl|sheet(_\d+)?\.png|legend\.png|explanations|masks|overlays")
-OF_LINES = {"mask": "masks", "overlay": "overlays"}  # keys of a line that name a file, each with its folder
+OWN_FILE = re.compile(
+    r"predictions\.jsonl|detections\.json|sheet(_\d+)?\.png|legend\.png|explanations|masks|overlays|annotated|crops"
+)
+# keys of a line, and of the detections in it, that name a file, each with its folder
+OF_LINES = {"mask": "masks", "overlay": "overlays", "annotated": "annotated"}
+OF_DETECTIONS = {"crop": "crops"}
+FOLDERS = [*OF_LINES.values(), *OF_DETECTIONS.values()]
 
 
 class AnyResults(Protocol):
@@ -97,18 +102,20 @@ def check_results_folder(folder: Path, images: Sequence[ImageFile] = ()) -> None
     if "explanations" in names:
         inside = os.listdir(folder / "explanations") if (folder / "explanations").is_dir() else ["explanations"]
         foreign += [name for name in inside if not re.fullmatch(r"\d+_.*\.png", name, re.DOTALL)]
-    if any(name in names for name in OF_LINES.values()):
+    if any(name in names for name in FOLDERS):
         foreign += _foreign_pictures(folder)
     if foreign:
         raise OutputError(f"{folder} holds something else than predictions ({foreign[0]}); give another folder")
 
 
 def _foreign_pictures(folder: Path) -> list[str]:
-    """Returns files in the folders of masks and overlays that the lines of the predictions do not name."""
+    """Returns files in the folders of pictures that the lines of the predictions do not name."""
     own: set[str] = set()
-    with suppress(OSError, ValueError), (folder / JSON_LINES).open(encoding="utf-8") as file:
+    with suppress(OSError, ValueError, TypeError), (folder / JSON_LINES).open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             own |= {str(record[key]) for key in OF_LINES if isinstance(record, dict) and key in record}
-    there = [path for name in OF_LINES.values() for path in sorted((folder / name).rglob("*")) if not path.is_dir()]
+            found = record.get("detections", ()) if isinstance(record, dict) else ()
+            own |= {str(one[key]) for one in found for key in OF_DETECTIONS if isinstance(one, dict) and key in one}
+    there = [path for name in FOLDERS for path in sorted((folder / name).rglob("*")) if not path.is_dir()]
     return [name for path in there if (name := path.relative_to(folder).as_posix()) not in own]

@@ -34,6 +34,7 @@ class PredictionOptions:
         topk: classes of an image that are shown.
         batch_size: images at a time; None for what suits the task.
         explain: explain each prediction; None for no explanations.
+        crops: cut out what a detection finds.
     """
 
     overrides: Sequence[str] = ()
@@ -42,3 +43,4 @@ class PredictionOptions:
     topk: int = 5
     batch_size: int | None = None
     explain: ExplainOptions | None = None
+    crops: bool = False

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...errors import ConfigError
 from ...weights.reading import read_checkpoint
 from ..kinds import kind_for
 from .classification import ClassPrediction
+from .detection import BoxPrediction
 from .folder import AnyResults
 from .inputs import ImageFile
 from .options import PredictionOptions
@@ -44,7 +46,7 @@ class Predicting(Protocol):
 
 
 # by the task: from a file's path, its content and the options to a `Predicting`
-_KINDS: dict[str, Any] = {"classification": ClassPrediction, "segmentation": MaskPrediction}
+_KINDS: dict[str, Any] = {"classification": ClassPrediction, "segmentation": MaskPrediction, "detection": BoxPrediction}
 
 
 def open_predicting(checkpoint: str | Path, options: PredictionOptions) -> Predicting:
@@ -54,5 +56,8 @@ def open_predicting(checkpoint: str | Path, options: PredictionOptions) -> Predi
         UserError: the file cannot be used for it, or the options do not go with it.
     """
     content = read_checkpoint(checkpoint)
-    found: Predicting = kind_for(_KINDS, checkpoint, content)(checkpoint, content, options)
+    kind = kind_for(_KINDS, checkpoint, content)
+    if options.crops and kind is not BoxPrediction:
+        raise ConfigError(f"--crops: of the boxes of a detection, and {checkpoint} gives none; leave it out")
+    found: Predicting = kind(checkpoint, content, options)
     return found

@@ -52,10 +52,14 @@ class ResultsFolder:
             return
         self._cells.append(cell._replace(title=printable(cell.title.removeprefix(self.above))))
         if len(self._cells) == self.per_sheet:
-            self.finish()
+            self._write_sheet()
 
     def finish(self) -> None:
-        """Writes the sheet that has been filled so far, if there is anything on it."""
+        """Writes the sheet that has been filled so far."""
+        self._write_sheet()
+
+    def _write_sheet(self) -> None:
+        """Writes a sheet, if there is anything on it."""
         if not self._cells:
             return
         self.sheets += 1

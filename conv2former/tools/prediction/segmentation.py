@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ...config import apply_overrides, check_config
-from ...data import Skipped, batches
-from ...data.classes import display_names
-from ...data.images import any_size
 from ...data.pixels import normalize
-from ...errors import CheckpointError, ConfigError, closest, counted
+from ...errors import CheckpointError, counted
 from ...inference import capture
 from ...tasks.segmentation.augment import EvalTransform
 from ...tasks.segmentation.config import SegmentationConfig
 from ...tasks.segmentation.inference import Answerer
 from ...tasks.segmentation.restore import restore_network
-from ...tasks.segmentation.thumbnails import colours
 from ...text import printable
-from ...weights.description import weights_text
-from .inputs import STANDARD_INPUT, ImageFile, OpenedImages
+from .dense import QUALITY, DensePrediction, DenseResults, Loaded, dense_settings
+from .inputs import ImageFile
 from .options import PredictionOptions
-from .predict import choose_device, fitted
-from .results import MAX_BARS, ResultsFolder
-from .sheet import WHOLE, Cell, legend
+from .results import MAX_BARS
 
 __all__ = ["AreaShare", "MaskPrediction", "PredictedMask", "answerer_for", "mask_image"]
 
@@ -39,11 +30,8 @@ SETTINGS = {
     "data": ("short_side", "img_size", "mean", "std", "value_range", "max_image_pixels", "workers"),
     "evaluation": ("mode", "window", "overlap", "flip"),
 }  # keys that matter here
-BATCH_SIZE = 1  # images may be large, and of many sizes
-FEW = 8  # batches that are read without worker processes
 MOST_IN_PALETTE = 256
 OPACITY = 0.55  # of the classes over a photo
-QUALITY = 90  # of the JPEGs
 
 
 @dataclass(frozen=True)
@@ -122,88 +110,28 @@ def answerer_for(config: SegmentationConfig) -> Answerer:
 
 
 def settings_from(noted: Mapping[str, Any], overrides: Sequence[str]) -> SegmentationConfig:
-    """Returns how images become inputs and are answered: as a checkpoint's configuration says, with overrides.
-
-    Raises:
-        ConfigError: an override is impossible, or has nothing to do with it.
-    """
-    given = apply_overrides({}, overrides)
-    keys = [f"{section}.{key}" for section, names in SETTINGS.items() for key in names]
-    words = [f"{name}.{key}" for name, part in given.items() for key in (part if isinstance(part, dict) else [""])]
-    for word in words:
-        if word not in keys:
-            raise ConfigError(f"{word}: has no effect here{closest(word, keys)}; what has: {', '.join(keys)}")
-    plain = {**noted, "data": {**noted["data"], "workers": None}}  # those of the training's machine
-    checked = check_config(apply_overrides(plain, overrides), "the settings")
-    assert isinstance(checked, SegmentationConfig)
-    checked.data.given_for(checked.model.in_chans or 3)
-    return checked
+    """Returns how images become inputs and are answered; see `dense_settings`."""
+    found: SegmentationConfig = dense_settings(SETTINGS, noted, overrides)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- prediction
 
 
-class _Loaded(NamedTuple):
-    name: str
-    size: tuple[int, int]  # height and width of the upright image
-    pixels: torch.Tensor
-    photo: Image.Image | None
-
-
-class _Images(OpenedImages):
-    """Images as an evaluation has them."""
-
-    def __init__(self, images: Sequence[ImageFile], config: SegmentationConfig, needs_photo: bool) -> None:
-        super().__init__(images, config.data)
-        self.needs_photo = needs_photo
-        self.transform = EvalTransform(config.data.short_side, config.data.preprocessing.channels)
-
-    def loaded(self, name: str, image: Image.Image) -> _Loaded:
-        photo = image if self.needs_photo else None
-        return _Loaded(name, (image.height, image.width), self.transform.image(image), photo)
-
-
-class MaskPrediction:
-    """A segmentation that is ready to predict; see `registry.Predicting`.
-
-    Args:
-        checkpoint: its file.
-        content: of it.
-        options: how to predict.
-
-    Attributes:
-        title: what to call the network.
-        names: of the classes for people.
-        palette: a colour for each class, (classes, 3) uint8.
-
-    Raises:
-        UserError: the file cannot be used for it, or an option is wrong.
-    """
+class MaskPrediction(DensePrediction):
+    """A segmentation that is ready to predict; see there."""
 
     def __init__(self, checkpoint: str | Path, content: Mapping[str, Any], options: PredictionOptions) -> None:
-        if options.explain:
-            raise ConfigError(
-                f"--explain: of a classifier's answer; {checkpoint} is a segmentation, whose masks say where"
-            )
-        self.options, self.device = options, choose_device(options.device)
-        model, self.info = restore_network(content, checkpoint, options.use_ema)
-        self.config = settings_from(self.info.recipe, options.overrides)
+        kind = "a segmentation, whose masks say where"
+        super().__init__(checkpoint, content, options, restore_network, settings_from, kind)
         self.answerer, images = answerer_for(self.config), self.config.data.preprocessing
         self.mean, self.std = (torch.tensor(values, device=self.device) for values in (images.mean, images.std))
-        self.model = model.to(self.device)
-        if self.config.train.channels_last:  # as in training and in an evaluation, for the same rounding
-            self.model.to(memory_format=torch.channels_last)
         self._answer = capture(self.model)
-        self.class_names = list(self.info.class_names or ())
-        self.names = display_names(self.class_names)
-        self.palette = colours(len(self.names))[:-1]
-        self._weights = weights_text(self.info.weights(options.use_ema))
-        self.title = f"{self.info.name or 'a network of its own'} of {printable(Path(checkpoint).name)}"
 
     def __str__(self) -> str:
         classes, data = counted(len(self.names), "class", "classes"), self.config.data
         head = self.config.model.head.name
-        about = f"{self.title}, head {head}: {classes} of pixels, {self._weights}, on {self.device}"
+        about = f"{self.title}, head {head}: {classes} of pixels, {self.weights}, on {self.device}"
         size = f"shorter side {data.short_side} pixels" if data.short_side else "at their own size"
         window = self.answerer.window
         how = f"in windows of {window[0]} x {window[1]}" if window else "whole"
@@ -214,19 +142,11 @@ class MaskPrediction:
         """See `registry.Predicting`."""
         return MaskResults(folder, images, self)
 
-    def predict(self, images: Sequence[ImageFile], results: MaskResults | None) -> Iterator[PredictedMask | Skipped]:
-        """See `registry.Predicting`."""
-        size = self.options.batch_size or BATCH_SIZE
-        loader = _Images(images, self.config, results is not None).loader(size, FEW)
-        place = 0
-        for items in cast("Iterator[list[_Loaded | Skipped]]", batches(loader)):
-            masks = iter(self._masks([item for item in items if isinstance(item, _Loaded)]))
-            for item in items:
-                yield item if isinstance(item, Skipped) else self._prediction(place, item, next(masks))
-                place += 1
+    def transform(self) -> EvalTransform:
+        return EvalTransform(self.config.data.short_side, self.config.data.preprocessing.channels)
 
     @torch.inference_mode()
-    def _masks(self, items: Sequence[_Loaded]) -> list[np.ndarray]:
+    def answers(self, items: Sequence[Loaded]) -> list[np.ndarray]:
         """Returns the classes of images, each (H, W); those of one size are answered together."""
         found: dict[int, np.ndarray] = {}
         of_size: dict[tuple[int, ...], list[int]] = {}
@@ -247,78 +167,36 @@ class MaskPrediction:
             found |= {i: mask.cpu().numpy().astype(kind) for i, mask in zip(members, masks, strict=True)}
         return [found[i] for i in range(len(items))]
 
-    def _prediction(self, place: int, item: _Loaded, classes: np.ndarray) -> PredictedMask:
-        counts = np.bincount(classes.ravel(), minlength=len(self.names))
+    def prediction(self, place: int, item: Loaded, answer: np.ndarray) -> PredictedMask:
+        counts = np.bincount(answer.ravel(), minlength=len(self.names))
         order = sorted(np.flatnonzero(counts).tolist(), key=lambda index: -counts[index])
         areas = [AreaShare(i, self.class_names[i], self.names[i], int(counts[i])) for i in order]
-        return PredictedMask(place, item.name, classes, areas, item.photo, self.options.topk)
+        return PredictedMask(place, item.name, answer, areas, item.photo, self.options.topk)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-class MaskResults(ResultsFolder):
-    """Results being written: masks and overlays, by the images' own names, a legend, JSON lines and contact sheets."""
+class MaskResults(DenseResults):
+    """Results being written: masks and overlays, and what all dense tasks leave."""
 
     def __init__(self, folder: Path, images: Sequence[ImageFile], predicting: MaskPrediction) -> None:
-        super().__init__(
-            folder, images, predicting.title, "the classes over the images; below: their shares of the area"
-        )
-        self.predicting = predicting
-        self.files = file_names(images, self.above)
-        self._has_legend = False
+        super().__init__(folder, images, predicting, "the classes over the images; below: their shares of the area")
 
     def add(self, prediction: PredictedMask) -> dict[str, Any]:
         """Adds an image; returns the object of its JSON line."""
-        own = self.files[prediction.place]
+        own, palette = self.files[prediction.place], self.predicting.palette
         names = {"mask": f"masks/{own}.png", "overlay": f"overlays/{own}.jpg"}
-        mask = mask_image(prediction.classes, self.predicting.palette)
         assert prediction.photo is not None
-        colour = Image.fromarray(self.predicting.palette[prediction.classes])
+        colour = Image.fromarray(palette[prediction.classes])
         overlay = Image.blend(prediction.photo.convert("RGB"), colour, OPACITY)
-        for name in names.values():
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        mask.save(self.folder / names["mask"])
-        overlay.save(self.folder / names["overlay"], quality=QUALITY)
-        if not self._has_legend:
-            entries = [tuple(colour) for colour in self.predicting.palette.tolist()]
-            numbered = [f"{i}  {printable(name)}" for i, name in enumerate(self.predicting.names)]
-            legend(list(zip(cast(Any, entries), numbered, strict=True))).save(self.folder / "legend.png")
-            self._has_legend = True
+        mask_image(prediction.classes, palette).save(self.path(names["mask"]))
+        overlay.save(self.path(names["overlay"]), quality=QUALITY)
         record = {**prediction.to_dict(), **names}
-        self.write_line(record)
-        self._show(prediction, overlay)
+        self.write_record(record)
+        bars = [(area.index, prediction.share(area)) for area in prediction.areas[:MAX_BARS]]
+        self.show_picture(prediction.name, overlay.size, overlay, bars)
         return record
-
-    def _show(self, prediction: PredictedMask, overlay: Image.Image) -> None:
-        shown = prediction.areas[:MAX_BARS]
-        bars = [(printable(area.name), prediction.share(area)) for area in shown]
-        colour = [cast(Any, tuple(self.predicting.palette[area.index].tolist())) for area in shown]
-        with any_size():
-            preview = fitted(overlay, self.preview)
-        self.show(Cell(preview, prediction.name, overlay.size, WHOLE, bars, colour))
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {counted(self.count, 'mask')}, {counted(self.count, 'overlay')}, legend.png"
-
-
-def file_names(images: Sequence[ImageFile], above: str) -> list[str]:
-    """Returns a name for the files of each image, without an ending: its own path below a folder, `above`.
-
-    Where two images differ in their endings alone, their names keep them.
-    """
-    paths = ["standard input" if image.name == STANDARD_INPUT else image.name.removeprefix(above) for image in images]
-    plain = ["/".join(part for part in Path(path).parts if part not in ("/", "..", ".")) for path in paths]
-    stems = [os.path.splitext(path)[0] for path in plain]
-    times = Counter(stems)
-    names = [stem if times[stem] == 1 else path for stem, path in zip(stems, plain, strict=True)]
-    seen: set[str] = set()
-    found = []
-    for name in names:
-        count, free = 1, name
-        while free in seen:
-            count += 1
-            free = f"{name}_{count}"
-        seen.add(free)
-        found.append(free)
-    return found

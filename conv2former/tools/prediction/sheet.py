@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ...engine.fonts import prepare, runs_of
 
-__all__ = ["WHOLE", "Cell", "Colour", "contact_sheet", "layout_for", "legend"]
+__all__ = ["WHOLE", "Cell", "Colour", "contact_sheet", "layout_for", "legend", "text_length", "write_text"]
 
 GAP, LINE, MARGIN = 18, 20, 4  # between cells, of a line of text, inside a bar; pixels
 Colour = tuple[int, int, int]
@@ -64,7 +64,7 @@ def contact_sheet(cells: Sequence[Cell], columns: int, side: int, heading: str) 
     page = Image.new("RGB", (width, top + -(-len(cells) // columns) * (height + GAP)), "white")
     draw = ImageDraw.Draw(page)
     for i, text in enumerate(words):
-        _write(draw, GAP, GAP // 2 + i * LINE, text, "#555")
+        write_text(draw, GAP, GAP // 2 + i * LINE, text, "#555")
     for i, cell in enumerate(cells):
         _draw_cell(page, cell, GAP + i % columns * (side + GAP), top + i // columns * (height + GAP), side)
     return page
@@ -80,15 +80,15 @@ def legend(entries: Sequence[tuple[Colour, str]]) -> Image.Image:
     for i, (colour, text) in enumerate(entries):
         x, y = GAP + i // rows * (LEGEND_WIDTH + GAP), GAP + i % rows * LINE
         draw.rectangle((x, y + 1, x + LINE, y + LINE - 3), colour, outline="#777")
-        _write(draw, x + LINE + MARGIN + 2, y + 1, _fitting(text, LEGEND_WIDTH - LINE - 2 * MARGIN), "black")
+        write_text(draw, x + LINE + MARGIN + 2, y + 1, _fitting(text, LEGEND_WIDTH - LINE - 2 * MARGIN), "black")
     return page
 
 
 def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) -> None:
     draw = ImageDraw.Draw(page)
     right = left + side - 1
-    _write(draw, left, top, _fitting(cell.title, side, bold=True, keep_end=True), "black", bold=True)
-    _write(draw, left, top + LINE - 2, f"{cell.size[0]} x {cell.size[1]}", "#777", size=11)
+    write_text(draw, left, top, _fitting(cell.title, side, bold=True, keep_end=True), "black", bold=True)
+    write_text(draw, left, top + LINE - 2, f"{cell.size[0]} x {cell.size[1]}", "#777", size=11)
     top += 2 * LINE
     draw.rectangle((left, top, right, top + side - 1), GROUND)
     x, y = left + (side - cell.image.width) // 2, top + (side - cell.image.height) // 2
@@ -96,7 +96,7 @@ def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) ->
     if cell.frame != WHOLE:
         _draw_frame(draw, cell, x, y)
     top += side + MARGIN
-    column = _length("100.0 %") + MARGIN  # of the percentages, where no bar reaches
+    column = text_length("100.0 %") + MARGIN  # of the percentages, where no bar reaches
     square = SIZE + MARGIN if cell.colours else 0  # of a class's colour
     room = side - column - 2 * MARGIN - square
     for i, (text, share) in enumerate(cell.bars):
@@ -105,8 +105,8 @@ def _draw_cell(page: Image.Image, cell: Cell, left: int, top: int, side: int) ->
             draw.rectangle((left, top + 3, left + SIZE - 2, top + SIZE + 1), cell.colours[i])
         start = left + square
         draw.rectangle((start, top + 1, start + round(share * (room + MARGIN)), top + LINE - 2), BAR)
-        _write(draw, start + MARGIN, top + 2, _fitting(text, room), "black")
-        _write(draw, right - MARGIN - _length(percent), top + 2, percent, "black")
+        write_text(draw, start + MARGIN, top + 2, _fitting(text, room), "black")
+        write_text(draw, right - MARGIN - text_length(percent), top + 2, percent, "black")
         top += LINE
 
 
@@ -126,7 +126,7 @@ def _draw_frame(draw: ImageDraw.ImageDraw, cell: Cell, x: int, y: int) -> None:
     draw.rectangle(box, outline=FRAME)
 
 
-def _write(
+def write_text(
     draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: str, size: int = SIZE, bold: bool = False
 ) -> None:
     """Writes a line of text with its upper left corner at (x, y), each character in a font that has it."""
@@ -136,17 +136,17 @@ def _write(
         x += font.getlength(piece)
 
 
-def _length(text: str, bold: bool = False) -> float:
+def text_length(text: str, bold: bool = False, size: int = SIZE) -> float:
     """Returns the width of text in pixels."""
-    return sum(font.getlength(piece) for piece, font in runs_of(text, SIZE, bold))
+    return sum(font.getlength(piece) for piece, font in runs_of(text, size, bold))
 
 
 def _fitting(text: str, room: float, bold: bool = False, keep_end: bool = False) -> str:
     """Cuts text to a width in pixels; `keep_end` cuts its beginning, of a path the part that says least."""
     short = text[-200:] if keep_end else text[:200]
-    if short == text and _length(text, bold) <= room:
+    if short == text and text_length(text, bold) <= room:
         return text
-    while short and _length(short + "…", bold) > room:
+    while short and text_length(short + "…", bold) > room:
         short = short[1:] if keep_end else short[:-1]
     return "…" + short if keep_end else short.rstrip() + "…"
 
@@ -156,7 +156,7 @@ def _wrapped(text: str, room: float) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _length(longer) > room:
+        if lines[-1] and text_length(longer) > room:
             lines.append(word)
         else:
             lines[-1] = longer

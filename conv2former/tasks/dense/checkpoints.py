@@ -1,0 +1,112 @@
+"""What a checkpoint of a network on a backbone's maps says, whatever its task: its configuration and its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from ...config import BaseConfig, check_config
+from ...errors import CheckpointError, ConfigError, first_line
+from ...models.restore import check_expected
+from ...text import clipped
+from ...variants import is_builtin, parse_variant
+from ...weights.contents import EMA_NAMES
+from ...weights.description import CheckpointInfo, definition_in, describe_checkpoint
+from ...weights.others import is_other
+
+__all__ = ["BACKBONE", "Noted", "load_weights", "network_in", "read_noted", "saved_config"]
+
+BACKBONE = "backbone."
+C = TypeVar("C", bound=BaseConfig)
+
+
+def saved_config(noted: Mapping[str, Any], path: object, kind: type[C]) -> C:
+    """Returns the configuration that a checkpoint notes, of a task's class.
+
+    Raises:
+        CheckpointError: it is none that this version knows.
+    """
+    try:
+        config = check_config(noted, path)
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: its configuration is not one of this version: {e.lines[-1].strip()}") from None
+    assert isinstance(config, kind)
+    return config
+
+
+class Noted(NamedTuple):
+    """What a checkpoint notes of its network, before one is built.
+
+    Attributes:
+        weights: the state dict, tensors by name.
+        class_names: in index order.
+        info: of the backbone and the training; its classes are not counted.
+    """
+
+    weights: dict[str, Tensor]
+    class_names: list[str]
+    info: CheckpointInfo
+
+    def of_whole(self, model: nn.Module) -> CheckpointInfo:
+        """Returns what the file says about itself: the backbone's shape, the whole network's parameters."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        count, names = len(self.class_names), self.class_names
+        return replace(self.info, num_parameters=parameters, num_classes=count, class_names=names)
+
+
+def read_noted(content: Mapping[str, Any], path: object, use_ema: bool, expect: Any, what: str) -> Noted:
+    """Reads off a checkpoint all but its configuration.
+
+    Args:
+        content: what the file holds.
+        path: of it, named in errors.
+        use_ema: take the averaged weights where it has them.
+        expect: the name of a variant, or its YAML file, that the backbone must be; None for whatever it is.
+        what: it is a checkpoint of, such as `segmentation`.
+
+    Raises:
+        CheckpointError: it has no classes or no weights, or another backbone than the expected.
+        ConfigError: there is no variant of the expected name.
+    """
+    names = content.get("class_names")
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(f"{path} does not name its classes; it is no whole checkpoint of a {what}")
+    average = content.get("model_ema")
+    state = average if use_ema and average else content.get("model")
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
+    ):
+        raise CheckpointError(f"{path} holds no weights of a {what}")
+    inner = {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if key.startswith(BACKBONE)}
+    states = {key: inner for key in ("model", *EMA_NAMES) if content.get(key)}
+    info = replace(describe_checkpoint({**content, **states, "class_names": None}, path), has_ema=bool(average))
+    if expect is not None:
+        check_expected(info, str(path), expect)
+    return Noted(dict(state), [*map(str, names)], info)
+
+
+def network_in(content: Mapping[str, Any], config: C) -> C:
+    """Returns the configuration with the backbone as the file defines it, without starting weights."""
+    definition = definition_in(content)
+    changes: dict[str, Any] = {"checkpoint": None, "pretrained": False, "freeze": "nothing"}
+    name = definition.get("name")
+    if isinstance(name, str) and not is_other(name):
+        own = None if is_builtin(name) else parse_variant(definition, "its variant").to_dict()
+        changes |= {"name": name, "variant": own}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
+    """Loads a state dict.
+
+    Raises:
+        CheckpointError: it is not that of the network.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        lines = [line.strip() for line in str(e).split("\n")[1:] if line.strip()] or [first_line(e)]
+        raise CheckpointError(f"{path} does not hold the network that it notes: {clipped(lines[0], 300)}") from None
