@@ -92,6 +92,6 @@ def run() -> None:
         main,
         "interrupted; the same command goes on from the last checkpoint",
         "lower train.batch_size (and raise train.accum_steps by the same factor) or data.img_size (of a detection "
-        "augment.short_sides and data.long_side), set model.grad_checkpointing, or lower data.workers; in an evaluation "
-        "lower train.eval_batch_size, of a segmentation also data.short_side",
+        "augment.short_sides and data.long_side), set model.grad_checkpointing, or lower data.workers; in an "
+        "evaluation lower train.eval_batch_size, of a segmentation also data.short_side",
     )

@@ -28,7 +28,8 @@ from ..tools.evaluation.task import AMONG
 
 MAX_WORST = 200  # in one picture
 LESS_MEMORY = (
-    "lower train.eval_batch_size or data.workers, or of a segmentation data.short_side, or set evaluation.mode=slide"
+    "lower train.eval_batch_size or data.workers, of a segmentation or a detection data.short_side, or of a "
+    "segmentation set evaluation.mode=slide"
 )
 
 
