@@ -199,6 +199,9 @@ def test_in_half_precision_boxes_are_float32(detector, dtype):
         maps = list(model.levels(batched.tensors).values())
         assert maps[0].dtype == dtype
         (places,) = anchors(batched, maps)
+        if hasattr(model.detector, "rpn"):
+            proposals, _ = model.detector.rpn(batched, model.levels(batched.tensors))
+            assert proposals[0].dtype == torch.float32
     assert places.dtype == torch.float32
     exact_places = AnchorGenerator(anchors.sizes, anchors.aspect_ratios)(batched, [each.float() for each in maps])[0]
     assert places.equal(exact_places)

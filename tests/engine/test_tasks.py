@@ -27,6 +27,8 @@ from ..graphs_on_cpu import CpuRecorder, capture_with
 from .colour_task import ColourTask
 from .conftest import SHAPE, configure, killed_after
 
+TASKS = "classification, segmentation, detection, colour"
+
 
 @pytest.fixture(autouse=True)
 def colour(monkeypatch):
@@ -126,8 +128,8 @@ def test_a_dry_run_needs_no_data(raw, monkeypatch):
 def test_its_configuration_is_checked_by_its_own_sections(raw):
     assert find_task(configure(raw)).name == "colour"
     for words, message in (
-        (["task=colur"], "task: no task 'colur' (did you mean 'colour'?): classification, segmentation, colour"),
-        (["task=[colour]"], "task: no task ['colour']: classification, segmentation, colour"),
+        (["task=colur"], f"task: no task 'colur' (did you mean 'colour'?): {TASKS}"),
+        (["task=[colour]"], f"task: no task ['colour']: {TASKS}"),
         (["task=colour", "data.root=x", "loss.bta=1"], "loss.bta: unknown key (did you mean 'beta'?)"),
         (["task=colour", "data.root=x", "betaa=1"], "betaa: unknown key (did you mean 'loss.beta'?)"),
         (["task=colour", "data.root=x", "augment.mixup=0"], "augment: unknown key"),
@@ -163,7 +165,7 @@ def test_checkpoints_of_other_tasks_are_told_apart(raw_config, raw, tmp_path):
     best.with_name("best.pt.sha256").unlink()
     content["config"]["task"] = "pose"
     torch.save(content, best)
-    with pytest.raises(CheckpointError, match="'pose', and this version knows classification, segmentation, colour"):
+    with pytest.raises(CheckpointError, match=f"'pose', and this version knows {TASKS}"):
         read_training_checkpoint(best)
     del content["config"]["task"]  # as before there were tasks
     torch.save(content, best)
