@@ -260,11 +260,21 @@ class BaseConfig(AutoKeys, Section):
         """The keys among those of `Preprocessing` that the task uses; a run fills in these, others may not be set."""
         return FIELDS
 
+    @property
+    def size_shown(self) -> str:
+        """The size of the images in a table of recipes, pixels."""
+        is_open = self.data.img_size is None and self.model.checkpoint
+        return "the file's" if is_open else str(self.data.preprocessing.img_size)
+
     def image_texts(self) -> dict[str, str]:
         """Returns how images become the network's input, for people, by the keys of `data` that say so."""
         texts = self.data.preprocessing.texts()
         texts["img_size"] = f"input size {texts['img_size']}"
         return {key: text for key, text in texts.items() if key in self.image_fields}
+
+    def without_effect(self, key: str) -> str:
+        """Returns what to say where a key is set that is not among `image_fields`."""
+        return f"data.{key}: has no effect with task: {self.task}; leave it out"
 
     def conflicts(self) -> list[str]:
         """Returns what is wrong between keys that are right on their own, each as `dotted.key: what, what to do`."""
@@ -324,8 +334,7 @@ class BaseConfig(AutoKeys, Section):
 
     def _conflicts_of_images(self) -> list[str]:
         """As `conflicts`, of the keys that say how images become the network's input."""
-        useless = [key for key in self.data.given if key not in self.image_fields]
-        found = [f"data.{key}: has no effect with task: {self.task}; leave it out" for key in useless]
+        found = [self.without_effect(key) for key in self.data.given if key not in self.image_fields]
         if self.data.value_range and self.data.value_range[0] >= self.data.value_range[1]:
             found.append(f"data.value_range: the first number must be below the second: {list(self.data.value_range)}")
         lengths = {key: len(values) for key, values in self.data.given.items() if key in ("mean", "std")}

@@ -11,7 +11,6 @@ from .._configs import find_recipes
 from ..config import BaseConfig, Plan, load_config, make_plan
 from ..config.auto import AUTO
 from ..errors import ConfigError
-from ..tasks.detection.config import DetectionConfig
 from ..tasks.registry import find_task, known_tasks
 
 __all__ = ["Recipe", "find_recipes", "read_recipe", "recipes_table", "run_name"]
@@ -100,14 +99,10 @@ def recipes_table(configs: Path) -> str:
         known = find_task(config).known_classes(config)
         classes = f"{known:,} classes" if known else "classes found"
         batch = f"{plan.global_batch_size} = {config.train.batch_size} x {config.train.accum_steps} x {recipe.devices}"
-        if isinstance(config, DetectionConfig):
-            size: Any = f"{config.data.short_side} to {config.data.long_side}"
-        else:
-            size = "the file's" if data.img_size is None and model.checkpoint else data.preprocessing.img_size
         epochs = AUTO if "schedule.epochs" in config.auto else plan.epochs
         rate = AUTO if "optim.base_lr" in config.auto else f"{plan.lr:g}"
         rows.append(
-            f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {size} | "
+            f"| `{path.relative_to(configs)}` | {network} | {start} | {data.source}, {classes} | {config.size_shown} | "
             f"{epochs} | {batch} | {rate} | {recipe.published} |"
         )
     return "\n".join(rows)

@@ -42,8 +42,9 @@ def look(image: torch.Tensor) -> np.ndarray:
     ids=["multi_scale", "large_scale_jitter"],
 )
 def test_boxes_and_masks_stay_on_their_things(raw, augment):
-    config = configured({**raw, "augment": augment}, data__img_size=[72, 96], **MASKS)
-    train = opened(raw, data__img_size=[72, 96], **MASKS)[0]
+    size = [72, 96] if "resize" in augment else None
+    config = configured({**raw, "augment": augment}, data__img_size=size, **MASKS)
+    train = opened(raw, **MASKS)[0]
     transform, seen, cut = TrainTransform(config), 0, 0
     for epoch in range(12):
         for index in range(len(train)):
@@ -134,7 +135,8 @@ def test_the_shorter_side_and_the_longer_one(raw, folder):
 
 
 def batches_of(raw, workers: int, first: int = 0, epoch: int = 1) -> list:
-    config = configured(raw, data__workers=workers, data__img_size=64, **MASKS)
+    size = 64 if raw["augment"]["resize"] == "large_scale_jitter" else None
+    config = configured(raw, data__workers=workers, data__img_size=size, **MASKS)
     train = open_train_and_val(config)[0]
     sampler = EpochSampler(len(train), 2, 2, seed=3)
     sampler.set_epoch(epoch, first)

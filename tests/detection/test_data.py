@@ -187,6 +187,8 @@ def test_keys_that_do_not_go_together(raw):
         ({"augment__crop_scale": [0.9, 0.5]}, "augment.crop_scale: the first number"),
         ({"augment__crop_scale": [0.5, 1.5]}, "augment.crop_scale: shares of the image"),
         ({"augment__resize": "large_scale_jitter"}, "augment.resize: large_scale_jitter makes images of data.img_size"),
+        ({"data__img_size": 640}, "data.img_size: has no effect with augment.resize multi_scale; images are sized by"),
+        ({"data__crop_pct": 0.9}, "data.crop_pct: has no effect with task: detection; leave it out"),
         ({"augment__short_sides": [64, 100]}, "augment.short_sides: 100 is above data.long_side"),
     ):
         found = configured(raw, **changes).conflicts()

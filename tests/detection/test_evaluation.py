@@ -214,7 +214,7 @@ def config() -> DetectionConfig:
     raw = {
         "task": "detection",
         "model": {"detector": {"name": "mask_rcnn"}},
-        "data": {"root": "data", "img_size": 64, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "data": {"root": "data", "mean": [0.5] * 3, "std": [0.5] * 3},
         "evaluation": {"pictures": 3},
     }
     found = check_config(raw, "test")

@@ -290,10 +290,11 @@ def test_other_backbones_of_timm():
 
 
 def test_what_is_compiled_has_one_size():
-    raw = {"task": "detection", "data": {"root": "x", "img_size": 64}, "train": {"compile": True}}
+    raw = {"task": "detection", "data": {"root": "x"}, "train": {"compile": True}}
     with pytest.raises(ConfigError, match=r"train\.compile: with augment\.resize multi_scale most batches have a size"):
         check_config(raw, "test")
-    check_config({**raw, "augment": {"resize": "large_scale_jitter"}}, "test")
+    jitter = {"data": {"root": "x", "img_size": 64}, "augment": {"resize": "large_scale_jitter"}}
+    check_config({**raw, **jitter}, "test")
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

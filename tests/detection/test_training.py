@@ -93,9 +93,10 @@ def test_a_dry_run_needs_no_data_where_the_classes_are_listed(raw, tmp_path, mon
     monkeypatch.setattr(Detection, "open_data", None)
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc\nd\n")
-    small = {"data__root": "nowhere", "data__class_names": str(names), "data__img_size": 64}
-    for detector, resize in (("mask_rcnn", "multi_scale"), ("faster_rcnn", "large_scale_jitter")):
-        lines = dry_run(configure(settings(raw, detector), augment__resize=resize, **small))
+    small = {"data__root": "nowhere", "data__class_names": str(names)}
+    jitter = {"augment__resize": "large_scale_jitter", "data__img_size": 64}
+    for detector, resize in (("mask_rcnn", {}), ("faster_rcnn", jitter)):
+        lines = dry_run(configure(settings(raw, detector), **resize, **small))
         assert "one step on 2 random images: loss " in lines[-1]
         assert "4 classes" in lines[-2]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ..._preprocessing import size_text
 from ...config.base import (
     Above0,
     BaseCheckpointConfig,
@@ -23,14 +24,15 @@ from ...config.base import (
     Section,
 )
 
-__all__ = ["UNUSED_AUGMENT", "DetectionConfig", "DetectionData", "Detector"]
+__all__ = ["UNUSED_AUGMENT", "UNUSED_DATA", "DetectionConfig", "DetectionData", "Detector"]
 
 Detector = Literal["mask_rcnn", "faster_rcnn", "fcos", "retinanet"]
 Metric = Literal["ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"]
 Channels = Annotated[int, Field(ge=8, le=4096)]
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
-# an augmentation that is in conflict with nothing, where nothing is trained
+# what is in conflict with nothing, where nothing is trained
 UNUSED_AUGMENT = {"resize": "multi_scale", "short_sides": [8], "scale": [1, 1], "crop_scale": [1, 1]}
+UNUSED_DATA = {"img_size": None}
 
 
 class DetectorConfig(Section):
@@ -159,6 +161,35 @@ class DetectionConfig(BaseConfig):
     def has_masks(self) -> bool:
         """Whether the network gives masks, and is trained on the data's."""
         return self.model.detector.name == "mask_rcnn"
+
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        """See `BaseConfig`."""
+        return ("img_size", "mean", "std") if self.augment.resize == "large_scale_jitter" else ("mean", "std")
+
+    @property
+    def size_shown(self) -> str:
+        """See `BaseConfig`."""
+        return f"{self.data.short_side} to {self.data.long_side}"
+
+    def image_texts(self) -> dict[str, str]:
+        """See `BaseConfig`."""
+        texts, data, sides = super().image_texts(), self.data, self.augment.short_sides
+        evaluated = f"{data.short_side} in an evaluation, longer side at most {data.long_side}"
+        if "img_size" in texts:
+            texts["img_size"] = f"training images of {size_text(data.preprocessing.size)}"
+            return {**texts, "short_side": f"shorter side {evaluated}"}
+        several = f"{min(sides)} to {max(sides)}" if len({*sides}) > 1 else f"{sides[0]}"
+        return {"short_side": f"shorter side {several} pixels in training, {evaluated}", **texts}
+
+    def without_effect(self, key: str) -> str:
+        """See `BaseConfig`."""
+        if key != "img_size":
+            return super().without_effect(key)
+        return (
+            "data.img_size: has no effect with augment.resize multi_scale; images are sized by augment.short_sides in "
+            "training, by data.short_side in an evaluation, and by data.long_side in both"
+        )
 
     def conflicts(self) -> list[str]:
         """See `BaseConfig`."""

@@ -17,7 +17,7 @@ from ...engine.distributed import World
 from ...errors import DataError
 from ...models import CheckpointInfo
 from ...tasks.detection.check import check_source
-from ...tasks.detection.config import UNUSED_AUGMENT, DetectionConfig
+from ...tasks.detection.config import UNUSED_AUGMENT, UNUSED_DATA, DetectionConfig
 from ...tasks.detection.evaluation import BoxEvaluation, BoxEvaluator, class_rows
 from ...tasks.detection.images import DetectionSource
 from ...tasks.detection.loader import eval_loader
@@ -32,7 +32,8 @@ __all__ = ["BoxValidation", "validate_boxes"]
 
 def _settled(noted: Mapping[str, Any]) -> list[str]:
     detector, augment = json.dumps(noted["model"]["detector"]), json.dumps(UNUSED_AUGMENT)
-    return [f"model.detector={detector}", f"augment={augment}", "checkpoint.metric=ap", "train.early_stop=null"]
+    data = [f"data.{key}={json.dumps(value)}" for key, value in UNUSED_DATA.items()]
+    return [f"model.detector={detector}", f"augment={augment}", *data, "checkpoint.metric=ap", "train.early_stop=null"]
 
 
 def _words_for(data: Path) -> list[str]:

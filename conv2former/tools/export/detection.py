@@ -289,7 +289,9 @@ def open_detection(checkpoint: str | Path, content: Mapping[str, Any], kind: str
         raise ConfigError(f"--opset {options.opset}: a detection is written in opset {OPSETS[0]} to {OPSETS[1]}")
     model, info = restore_network(content, checkpoint, options.use_ema)
     words = [*options.size_override, *options.overrides]
-    config: DetectionConfig = dense_settings(SETTINGS, info.recipe, words, augment=UNUSED_AUGMENT)
+    # with a size, which only jitter knows
+    unused = {"augment": {**UNUSED_AUGMENT, "resize": "large_scale_jitter"}, "data": {"img_size": MIN_SIZE}}
+    config: DetectionConfig = dense_settings(SETTINGS, info.recipe, words, **unused)
     data, images = config.data, config.data.preprocessing
     size = images.size if options.img_size else (data.short_side, data.long_side)
     given = BoxPreprocessing(data.short_side, data.long_side, tuple(images.mean), tuple(images.std), size)

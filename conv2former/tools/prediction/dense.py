@@ -53,8 +53,8 @@ def dense_settings(
     for word in words:
         if word not in keys:
             raise ConfigError(f"{word}: has no effect here{closest(word, keys)}; what has: {', '.join(keys)}")
-    plain = {**noted, "data": {**noted["data"], "workers": None}}  # those of the training's machine
-    plain |= {section: {**noted[section], **values} for section, values in fixed.items()}
+    plain = {**noted, **{section: {**noted[section], **values} for section, values in fixed.items()}}
+    plain["data"] = {**plain["data"], "workers": None}  # noted are those of the training's machine
     checked = check_config(apply_overrides(plain, overrides), "the settings")
     checked.data.given_for(checked.model.in_chans or 3)
     return checked

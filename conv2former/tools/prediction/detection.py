@@ -17,7 +17,7 @@ from ...config import apply_overrides
 from ...data.images import any_size
 from ...errors import counted
 from ...tasks.detection.augment import EvalTransform
-from ...tasks.detection.config import UNUSED_AUGMENT, DetectionConfig
+from ...tasks.detection.config import UNUSED_AUGMENT, UNUSED_DATA, DetectionConfig
 from ...tasks.detection.inference import Finder
 from ...tasks.detection.objects import Detections
 from ...tasks.detection.restore import restore_network
@@ -95,7 +95,7 @@ class PredictedBoxes:
 
 def settings_from(noted: Mapping[str, Any], overrides: Sequence[str]) -> DetectionConfig:
     """Returns how images become inputs and which boxes are shown; see `dense_settings`."""
-    fixed = {"evaluation": {"score": SHOWN_SCORE}, "augment": UNUSED_AUGMENT}
+    fixed = {"evaluation": {"score": SHOWN_SCORE}, "augment": UNUSED_AUGMENT, "data": UNUSED_DATA}
     found: DetectionConfig = dense_settings(SETTINGS, noted, overrides, **fixed)
     return found
 
