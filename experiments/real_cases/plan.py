@@ -53,6 +53,7 @@ class Case:
         rows: those that are trained.
         metrics: what the table shows, labels by the names of metrics.
         per_class: the name of a metric of single classes, as metrics.jsonl has it before the slash.
+        size: height and width of the image that multiply-accumulates are counted for; None for a row's crops.
         seeds: how many runs each row has, with the seeds from 0 on.
         output: for the runs and the table.
         processes: that train each run together.
@@ -62,6 +63,7 @@ class Case:
     rows: tuple[Row, ...]
     metrics: Mapping[str, str]
     per_class: str
+    size: tuple[int, int] | None
     seeds: int
     output: Path
     processes: int
@@ -110,7 +112,9 @@ def read_case(
     try:
         rows = tuple(Row(name, one["label"], one.get("changes") or {}) for name, one in raw["rows"].items())
         recipe, metrics, per_class = path.parent / raw["recipe"], dict(raw["metrics"]), str(raw["per_class"])
-    except (KeyError, TypeError, AttributeError) as e:
+        height, width = raw.get("size") or (0, 0)
+        size = (int(height), int(width)) if height else None
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path}: not a case ({type(e).__name__}: {e}); experiments/real_cases/ has one") from None
     names = [row.name for row in rows]
     for name in only:
@@ -132,7 +136,7 @@ def read_case(
             "another number, or another train.batch_size"
         )
     chosen = tuple(row for row in rows if row.name in only or not only)
-    case = Case(config, chosen, metrics, per_class, seeds, output, processes)
+    case = Case(config, chosen, metrics, per_class, size, seeds, output, processes)
     for run in case.plan():
         case.config(run)
     return case

@@ -21,13 +21,14 @@ MISSING = "-"
 
 
 def costs_of(case: Case, num_classes: int) -> dict[str, tuple[int, int]]:
-    """Returns the parameters of each row's whole network, and multiply-accumulates of its backbone for one crop."""
+    """Returns the parameters of each row's whole network, and multiply-accumulates of its backbone."""
     found = {}
     for row in case.rows:
         config = case.config(Run(row.name, 0))
+        size = case.size or config.data.preprocessing.size
         model = find_task(config).build_model(config, num_classes, None)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        found[row.name] = (parameters, count_macs(model.backbone, *config.data.preprocessing.size))
+        found[row.name] = (parameters, count_macs(model.backbone, *size))
     return found
 
 
