@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from conv2former.commands import console
 from conv2former.config import Config, load_config
+from conv2former.tasks.detection.config import DetectionConfig
 from conv2former.tasks.segmentation.config import SegmentationConfig
 
 from .conftest import ROOT, parse_python
@@ -159,7 +160,7 @@ def test_mistakes_in_commands_are_found(tmp_path, parse, capsys, line, mistake):
 
 # --------------------------------------------------------------------------------------------------------------- keys
 
-TASKS = {"docs/segmentation.md": SegmentationConfig}  # of the pages of other tasks than classification
+TASKS = {"docs/segmentation.md": SegmentationConfig, "docs/detection.md": DetectionConfig}  # of the pages of other tasks than classification
 
 
 def known(key: str, kind: type[BaseModel] = Config) -> bool:
@@ -179,7 +180,7 @@ def known_to_a_task(key: str) -> bool:
 
 # What follows `model.` in Python, where it is a network.
 NO_KEYS = {"model.forward_head", "model.load_state_dict", "model.set_grad_checkpointing", "model.stages"}
-FILES = (".py", ".csv", ".log", ".safetensors")
+FILES = (".py", ".csv", ".json", ".log", ".safetensors", ".yaml")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -187,7 +188,7 @@ def test_keys(path):
     """What looks like a key of a configuration is one."""
     kind = TASKS.get(name_of(path), Config)
     sections = "|".join(kind.model_fields)
-    inner = "" if kind is Config else "(?:head\\.)?"
+    inner = "" if kind is Config else "(?:head\\.|detector\\.)?"
     shown = re.findall(rf"`((?:{sections})\.{inner}[a-z_0-9]+)", path.read_text())
     assert [key for key in shown if not known(key, kind) and key not in NO_KEYS and not key.endswith(FILES)] == []
 
