@@ -161,11 +161,8 @@ def test_mistakes_in_commands_are_found(tmp_path, parse, capsys, line, mistake):
 
 # --------------------------------------------------------------------------------------------------------------- keys
 
-TASKS = {
-    "docs/segmentation.md": SegmentationConfig,
-    "docs/detection.md": DetectionConfig,
-}  # of the pages of other tasks than classification
-
+# of the pages of other tasks than classification
+TASKS = {"docs/segmentation.md": SegmentationConfig, "docs/detection.md": DetectionConfig}
 OF_SEVERAL = ("docs/real-cases.md",)
 
 
