@@ -75,8 +75,8 @@ def test_it_trains_and_goes_on_exactly(raw, detector, tmp_path, capsys):
 def test_instance_masks_are_learned(tmp_path):
     """From the installed weights, in 84 steps, and measured on other images.
 
-    Whole boxes for masks would reach an AP50 of 60 as well: only a triangle is but half of its box. Their AP75 is that of
-    the squares alone.
+    Whole boxes for masks could reach an AP50 of 60 as well: of the shapes only a triangle is no more than half of its
+    box. Their AP75 is that of the squares alone.
     """
     drawn = {
         split: [(f"{seed}.png", *draw(seed, (48, 48), 1 + seed % 3)) for seed in seeds]
