@@ -72,8 +72,11 @@ def draw(seed: int, size: tuple[int, int], count: int) -> tuple[Image.Image, lis
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things
 
 
-def scenes(split: str) -> list[tuple[str, Image.Image, list[Drawn]]]:
-    """Returns the name, the image and the things of each image of a split; 12 train, 6 validate."""
+Scene = tuple[str, Image.Image, list[Drawn]]  # name, image and things
+
+
+def scenes(split: str) -> list[Scene]:
+    """Returns the images of a split; 12 train, 6 validate."""
     count, seed = (12, 0) if split == "train" else (6, 100)
     found = []
     for i in range(count):
@@ -82,16 +85,16 @@ def scenes(split: str) -> list[tuple[str, Image.Image, list[Drawn]]]:
     return found
 
 
-def save_images(folder: Path, split: str) -> None:
+def save_images(folder: Path, split: str, drawn: list[Scene] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image, _ in scenes(split):
+    for name, image, _ in drawn or scenes(split):
         image.save(folder / name)
 
 
-def coco_content(split: str, masks: bool = True) -> dict[str, Any]:
+def coco_content(split: str, masks: bool = True, drawn: list[Scene] | None = None) -> dict[str, Any]:
     """Returns what COCO's file of a split holds."""
     images, annotations = [], []
-    for number, (name, image, things) in enumerate(scenes(split), 1):
+    for number, (name, image, things) in enumerate(drawn or scenes(split), 1):
         images.append({"id": 10 * number, "file_name": name, "width": image.width, "height": image.height})
         for thing in things:
             entry = {"id": len(annotations) + 1, "image_id": 10 * number, "category_id": NUMBERS[thing.label]}
@@ -103,10 +106,11 @@ def coco_content(split: str, masks: bool = True) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write_coco(root: Path, masks: bool = True) -> Path:
+def write_coco(root: Path, masks: bool = True, drawn: dict[str, list[Scene]] | None = None) -> Path:
     for split in ("train", "val"):
-        save_images(root / split, split)
-        (root / f"{split}.json").write_text(json.dumps(coco_content(split, masks)))
+        own = drawn[split] if drawn else None
+        save_images(root / split, split, own)
+        (root / f"{split}.json").write_text(json.dumps(coco_content(split, masks, own)))
     return root
 
 

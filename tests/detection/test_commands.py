@@ -289,6 +289,17 @@ def test_photos_with_boxes_of_any_size(size):
     assert plain.getcolors(1 << 20) == [(plain.width * plain.height, (90, 90, 90))]
 
 
+@pytest.mark.parametrize("side", [48, 300, 900])
+def test_the_colour_of_a_box_is_seen(side):
+    """It takes as many pixels of a line as the white border on both of its sides."""
+    photo, colour = Image.new("RGB", (side, side), (90, 90, 90)), (20, 30, 200)
+    found = boxes_of([[0.3 * side, 0.3 * side, 0.9 * side, 0.9 * side]], [0.9], [0])
+    picture = np.array(annotated(photo, found, ["a"], np.array([colour], dtype=np.uint8)))
+    across = picture[round(0.8 * len(picture))]  # below the label
+    coloured, white = ((across == ink).all(1).sum() for ink in (colour, (255, 255, 255)))
+    assert coloured >= white > 0
+
+
 def test_a_folder_of_crops_that_is_not_ours(tmp_path):
     (tmp_path / "crops" / "cat").mkdir(parents=True)
     (tmp_path / "crops" / "cat" / "a_1.jpg").write_bytes(b"")

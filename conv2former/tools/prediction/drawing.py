@@ -38,7 +38,8 @@ def annotated(photo: Image.Image, found: Detections, names: Sequence[str], palet
     if factor > 1:
         page = page.resize((factor * page.width, factor * page.height), Image.Resampling.NEAREST)
     draw, longest, boxes = ImageDraw.Draw(page), factor * longest, (factor * found.boxes).tolist()
-    line, letters = max(1, round(longest / 400)), min(48, max(10, round(longest / 60)))
+    # of one pixel between white ones nobody would see the colour
+    line, letters = max(2, round(longest / 400)), min(48, max(10, round(longest / 60)))
     colours: list[Any] = [tuple(palette[label].tolist()) for label in found.labels]
     for (left, top, right, bottom), colour in reversed([*zip(boxes, colours, strict=True)]):
         _outline(draw, (left, top, max(left, right - 1), max(top, bottom - 1)), line, colour)
