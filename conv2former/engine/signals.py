@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -21,15 +22,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def ignore_stop_signals(*_: Any) -> None:
     """Makes a loader's worker ignore them: they may reach a whole process group, and the last step needs the workers.
 
-    SIGTERM from the process that the worker works for still ends it.
+    SIGTERM from the process that the worker works for still ends it: without that, it would be waited for without end
+    where it has to be terminated.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    owner = multiprocessing.parent_process()  # by a fork server, os.getppid() is that server
+    assert owner is not None
+    threading.Thread(target=_obey, args=(owner.pid,), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+def _obey(owner: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
         pass
     os._exit(0)
 

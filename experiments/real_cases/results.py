@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from statistics import mean
+from typing import Any
 
 from conv2former.errors import counted
 from conv2former.tasks.registry import find_task
@@ -26,7 +27,7 @@ def costs_of(case: Case, num_classes: int) -> dict[str, tuple[int, int]]:
     for row in case.rows:
         config = case.config(Run(row.name, 0))
         size = case.size or config.data.preprocessing.size
-        model = find_task(config).build_model(config, num_classes, None)
+        model: Any = find_task(config).build_model(config, num_classes, None)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         found[row.name] = (parameters, count_macs(model.backbone, *size))
     return found

@@ -24,6 +24,7 @@ from conv2former.tools.cli import run_cli
 from conv2former.tools.runs.comparing import differing_runs, metrics_of
 from conv2former.tools.runs.killing import RunProcesses, kill_and_compare
 
+from ..conftest import ROOT
 from .conftest import configure
 from .test_trainer import final
 
@@ -322,6 +323,46 @@ def test_signals_have_their_usual_effect_afterwards(raw_config, tmp_path, monkey
     with pytest.raises(RunStopped, match="stopped by SIGTERM after step 1 of 20, and saved"):
         train(configure(raw_config), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+WORKER = """
+import multiprocessing, os, signal, subprocess, sys, time
+from conv2former.engine.signals import ignore_stop_signals
+
+def work(ready):
+    ignore_stop_signals(0)
+    ready.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["conv2former.engine"])
+    context = multiprocessing.get_context(sys.argv[1])
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    ready.wait()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    survives = worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    print(survives, worker.is_alive())
+    worker.kill()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_worker_obeys_its_owner_alone(start, tmp_path):
+    """Its owner would wait for it without end, also where a fork server is its parent."""
+    (tmp_path / "main.py").write_text(WORKER)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "main.py", start],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.stdout == "True False\n", result.stderr
 
 
 def test_unreadable_images_of_all_processes_are_counted(raw_config, tmp_path):
