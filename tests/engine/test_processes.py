@@ -356,12 +356,9 @@ if __name__ == "__main__":
 def test_a_worker_obeys_its_owner_alone(start, tmp_path):
     """Its owner would wait for it without end, also where a fork server is its parent."""
     (tmp_path / "main.py").write_text(WORKER)
-    result = subprocess.run(
-        [sys.executable, tmp_path / "main.py", start],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "main.py", start]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stdout == "True False\n", result.stderr
 
 
