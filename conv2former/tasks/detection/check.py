@@ -71,8 +71,14 @@ def _read(content: dict[str, Any], classes: int) -> ObjectCounts:
 def _check_counts(source: DetectionSource, counts: ObjectCounts, first_without_mask: str) -> None:
     """Raises a DataError if there is nothing to detect, or masks are wanted and missing."""
     total, missing = int(counts.objects.sum()), counts.tally.without_mask
+    all_groups = f"all {counts.crowds:,} objects" if counts.crowds != 1 else "its only object"
     if counts.unreadable == len(source):
         raise DataError(f"{source.name}: not one of its {counted(len(source), 'image')} can be read")
+    if not total and counts.crowds:
+        raise DataError(
+            f"{source.name}: {all_groups} stand for groups, which are not trained on: iscrowd is 1 in COCO's files, as "
+            "CVAT writes for masks of its brush, or difficult in VOC's; set it to 0 where it is one thing"
+        )
     if not total:
         raise DataError(
             f"{source.name}: not one of its {counted(len(source), 'image')} has an object; is it the right file?"
@@ -106,7 +112,7 @@ def about_objects(source: DetectionSource) -> str:
     tally = counts.tally
     parts = [
         (counts.empty, "image", "without objects"),
-        (counts.crowds, "group", "not trained on"),
+        (counts.crowds, "group", "(iscrowd or difficult) not trained on"),
         (tally.without_area, "box", "without area left out"),
         (tally.outside, "box", "outside the image left out"),
         (tally.clipped, "box", "clipped at the image's edges"),

@@ -30,7 +30,7 @@ def open_train_and_val(config: DetectionConfig) -> tuple[DetectionSource, Detect
     with readable():
         listed = _class_list(config)
         opened = _find_splits(config).train_and_val()
-        names = listed or opened[0].content.class_names
+        names = listed or _class_names(*opened)
         if listed is None:
             _check_same(*opened)
         train, val = (_source(config, split, names) for split in opened)
@@ -52,11 +52,17 @@ def open_split(config: DetectionConfig, split: str | None, class_names: list[str
     with readable():
         names = class_names or _class_list(config)
         opened = _find_splits(config).one(split)
-        return _source(config, opened, names or opened.content.class_names)
+        return _source(config, opened, names or _class_names(opened))
 
 
 def _class_list(config: DetectionConfig) -> list[str] | None:
     return None if config.data.class_names is None else read_class_list(Path(config.data.class_names))
+
+
+def _class_names(first: Opened, *others: Opened) -> list[str]:
+    """Returns the classes of a split, without those that are but headings in this and all others."""
+    headings = first.content.headings.intersection(*(split.content.headings for split in others))
+    return [name for name in first.content.class_names if name not in headings]
 
 
 def _find_splits(config: DetectionConfig) -> Splits:
