@@ -139,6 +139,18 @@ def test_other_data_and_limits(trained, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_data_without_masks_has_its_boxes_evaluated(trained, tmp_path, monkeypatch, capsys):
+    data = write_coco(tmp_path / "boxes", masks=False)
+    code, out, err = run(monkeypatch, capsys, "validate", "--checkpoint", trained.best, "--data", data, "--worst", "1")
+    assert code == 0, err
+    assert "val.json has not a mask for each object: boxes alone are evaluated" in out
+    (row,) = validate_files([trained.best], data=data)
+    assert (row["ap"], row["ap50"]) == (trained.report["ap"], trained.report["ap50"])
+    assert "mask_ap" not in row
+    assert "ap" in row["per_class"][0]
+
+
+@pytest.mark.slow
 def test_what_is_not_evaluated(trained, monkeypatch, capsys):
     for words, expected in (
         (["--among", "present"], "--among: of classifiers, and this is a detection"),

@@ -13,10 +13,14 @@ from ..dense.check import count_once, in_order
 from .images import DetectionSource, ObjectCounts
 from .records import Tally
 
-__all__ = ["about_objects", "check_source"]
+__all__ = ["MissingMasks", "about_objects", "check_source"]
 
 VERSION = 1  # of what is kept
 FEW_CLASSES = 6  # whose objects are all named in a line
+
+
+class MissingMasks(DataError):
+    """Objects without a mask, where masks are wanted."""
 
 
 def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
@@ -27,8 +31,9 @@ def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
         skip: go on where an image cannot be read, as the loader will.
 
     Raises:
-        DataError: of the first image or object that is wrong, with the number of the others that were found; of objects
-            without a mask, where masks are wanted; of a split without objects.
+        DataError: of the first image or object that is wrong, with the number of the others that were found; of a split
+            without objects.
+        MissingMasks: see there.
     """
     stamp = source.images.records.stamp()
     if stamp is not None:
@@ -84,11 +89,11 @@ def _check_counts(source: DetectionSource, counts: ObjectCounts, first_without_m
             f"{source.name}: not one of its {counted(len(source), 'image')} has an object; is it the right file?"
         )
     if missing == total + counts.crowds:
-        raise DataError(
+        raise MissingMasks(
             f"{source.name} has boxes and no masks, which mask_rcnn needs; set model.detector.name=faster_rcnn"
         )
     if missing:
-        raise DataError(
+        raise MissingMasks(
             f"{source.name}: {counted(missing, 'object')} of {total + counts.crowds:,} without a mask, the first in "
             f"{first_without_mask}; mask_rcnn needs one for each: draw them, or set model.detector.name=faster_rcnn"
         )

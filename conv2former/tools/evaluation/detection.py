@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ...engine.build import autocast_for
 from ...engine.distributed import World
 from ...errors import DataError
 from ...models import CheckpointInfo
-from ...tasks.detection.check import check_source
+from ...tasks.detection.check import MissingMasks, check_source
 from ...tasks.detection.config import UNUSED_AUGMENT, UNUSED_DATA, DetectionConfig
 from ...tasks.detection.evaluation import BoxEvaluation, BoxEvaluator, class_rows
 from ...tasks.detection.images import DetectionSource
@@ -67,15 +68,22 @@ def _detect(root: Path) -> str:
 
 
 def _open(settings: DetectionConfig, info: CheckpointInfo, path: Path) -> DetectionSource:
-    """Opens the images, whose classes must be those of the network.
+    """Opens the images, whose classes must be those of the network; without masks, where not every object has one.
 
     Raises:
         DataError: they are not, or an object is wrong.
     """
-    names = list(info.class_names or ())
+    names, skip = list(info.class_names or ()), settings.data.on_error == "skip"
     source = open_split(settings, None, names)
     check_classes(source, names, path, "rename them in the data as the network has them")
-    return check_source(source, settings.data.on_error == "skip")
+    try:
+        return check_source(source, skip)
+    except MissingMasks:
+        detector = settings.model.detector.model_copy(update={"name": "faster_rcnn"})
+        model = settings.model.model_copy(update={"detector": detector})
+        source = open_split(settings.model_copy(update={"model": model}), None, names)
+        note = f"{source.name} has not a mask for each object: boxes alone are evaluated"
+        return replace(check_source(source, skip), note="; ".join(filter(None, (source.note, note))))
 
 
 class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):
