@@ -178,7 +178,11 @@ def test_what_is_not_evaluated(trained, monkeypatch, capsys):
         (["valid/labels/a.txt", "valid/images/a.jpg"], "yolo"),
         (["Annotations/a.xml", "JPEGImages/a.jpg"], "voc"),
         (["valid/a.xml", "valid/a.jpg"], "voc"),
+        (["VOC2012/Annotations/a.xml", "VOC2012/ImageSets/Main/val.txt"], "voc"),
+        (["obj.data", "obj_train_data/a.jpg"], "yolo"),
+        (["val/classes.txt", "val/a.txt", "val/a.jpg"], "yolo"),
         (["validation.parquet"], "hf"),
+        (["validation/metadata.jsonl", "validation/a.jpg"], "hf"),
     ],
 )
 def test_how_data_is_stored_is_told_by_names(tmp_path, names, source):

@@ -49,7 +49,9 @@ def test_a_coco_file_in_each_split_s_folder(raw, folder, file, images):
     """As Supervisely and FiftyOne have it."""
     for split in ("train", "val"):
         moved(folder, {split: "photos", f"{split}.json": f"{split}/{file}"})
-        moved(folder, {str(path.relative_to(folder)): f"{split}/{images}/{path.name}" for path in folder.glob("photos/*")})
+        moved(
+            folder, {str(path.relative_to(folder)): f"{split}/{images}/{path.name}" for path in folder.glob("photos/*")}
+        )
         (folder / "photos").rmdir()
     assert [len(split) for split in opened(raw)] == [12, 6]
 
@@ -77,8 +79,9 @@ def test_a_yaml_file_of_another_machine(raw, tmp_path, text):
     root = write_yolo(tmp_path / "set")
     (root / "data.yaml").write_text(text)
     (root / "train.txt").write_text("".join(f"/content/pets/images/train/{i:02}.png\n" for i in range(12)))
-    train, val = opened(at(raw, root, "yolo"))
-    assert (len(train), len(val), train.counts.empty) == (12, 6, 1)
+    for place in (root, root / "data.yaml"):  # Ultralytics is given the file
+        train, val = opened(at(raw, place, "yolo"))
+        assert (len(train), len(val), train.counts.empty) == (12, 6, 1)
 
 
 def test_a_path_that_is_not_there_is_not_taken_for_another(raw, tmp_path):
@@ -112,7 +115,9 @@ def test_labelimg_lists_the_classes_in_each_folder(raw, tmp_path):
         (root / "labels" / split / "classes.txt").write_text("disc\nsquare\ntriangle\n")
     assert opened(at(raw, root, "yolo"))[0].class_names == NAMES
     (root / "labels" / "val" / "classes.txt").write_text("square\ndisc\ntriangle\n")
-    with pytest.raises(DataError, match=r"train/classes\.txt and .*val/classes\.txt list other classes; give the right"):
+    with pytest.raises(
+        DataError, match=r"train/classes\.txt and .*val/classes\.txt list other classes; give the right"
+    ):
         opened(at(raw, root, "yolo"))
 
 
@@ -132,7 +137,9 @@ def test_a_set_in_a_vocdevkit(raw, tmp_path):
     raw = at(raw, tmp_path / "VOCdevkit", "voc")
     assert [len(split) for split in opened(raw)] == [12, 6]
     write_voc(tmp_path / "VOCdevkit" / "VOC2007")
-    with pytest.raises(DataError, match=r"has VOC2007, VOC2012, each a set of its own; choose one: data\.root=.*VOC2007"):
+    with pytest.raises(
+        DataError, match=r"has VOC2007, VOC2012, each a set of its own; choose one: data\.root=.*VOC2007"
+    ):
         opened(raw)
 
 

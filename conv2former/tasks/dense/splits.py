@@ -207,5 +207,7 @@ def folder_at(root: str) -> Path:
     """
     path = Path(root)
     if not path.is_dir():
-        raise DataError(f"{path}: {'a file, not a' if path.exists() else 'no such'} folder (data.root)")
+        if path.exists():
+            raise DataError(f"{path}: a file, not a folder (data.root); give the folder that it is in")
+        raise DataError(f"{path}: no such folder (data.root)")
     return path

@@ -16,7 +16,7 @@ from .images import DetectionImages, DetectionSource
 from .layouts import coco_splits
 from .records import Records
 from .voc import voc_splits
-from .yolo import yolo_splits
+from .yolo import DESCRIPTIONS, yolo_splits
 
 __all__ = ["open_split", "open_train_and_val"]
 
@@ -67,7 +67,9 @@ def _class_names(first: Opened, *others: Opened) -> list[str]:
 
 def _find_splits(config: DetectionConfig) -> Splits:
     """Returns the splits, of which none is opened."""
-    if config.data.source != "hf":
+    root = Path(config.data.root)
+    is_description = config.data.source == "yolo" and root.suffix.lower() in DESCRIPTIONS and root.is_file()
+    if config.data.source != "hf" and not is_description:
         folder_at(config.data.root)
     find = {"coco": coco_splits, "yolo": yolo_splits, "voc": voc_splits, "hf": hf_splits}[config.data.source]
     return find(config.data, config.has_masks)
@@ -118,7 +120,7 @@ def _relabelled(records: Records, class_names: list[str], where: str) -> Records
     unknown = [records.class_names[index] for index in np.flatnonzero((table < 0) & (counts > 0)).tolist()]
     if unknown:
         raise DataError(
-            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes has not: "
+            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes (data.class_names, or the "
             f"{shorten(unknown, 10)}; it has {shorten(class_names, 10)}"
         )
     new = [record._replace(labels=table[record.labels]) for record in records.records]

@@ -147,7 +147,9 @@ def _root_in(root: Path) -> Path:
     inner = [name for name in folders_in(root) if (root / name / "Annotations").is_dir()]
     inner = [name for name in inner if (root / name / "ImageSets").is_dir()]
     if len(inner) > 1:
-        raise DataError(f"{root} has {shorten(inner, 5)}, each a set of its own; choose one: data.root={root / inner[0]}")
+        raise DataError(
+            f"{root} has {shorten(inner, 5)}, each a set of its own; choose one: data.root={root / inner[0]}"
+        )
     return root / inner[0] if inner else root
 
 

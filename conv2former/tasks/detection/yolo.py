@@ -25,10 +25,11 @@ from ..dense.splits import Opened, Splits
 from .config import DetectionData
 from .records import Noted, Records, check_number
 
-__all__ = ["yolo_splits"]
+__all__ = ["DESCRIPTIONS", "yolo_splits"]
 
 # of class names, where there is no YAML file; LabelImg writes one into each folder of labels
 LISTS = ("classes.txt", "labels/classes.txt", "obj.names", "*/classes.txt", "labels/*/classes.txt")
+DESCRIPTIONS = (".yaml", ".yml", ".data")  # endings of files that say what a data set has
 FURTHEST = 0.5  # share of a side by which a coordinate may lie outside; beyond, it is in pixels or damaged
 
 
@@ -39,7 +40,8 @@ def yolo_splits(data: DetectionData, keeps_masks: bool) -> Splits:
         DataError: nothing names the classes, or there are no images.
     """
     root = Path(data.root)
-    path = _description_of(root)
+    path = root if root.is_file() else _description_of(root)
+    root = root.parent if root.is_file() else root
     content = {} if path is None else _read(path)
     names = _names(data, root, path, content)
     listed = {name: places for name, places in content.items() if places and str(name).lower() in SPLIT_NAMES}
@@ -249,7 +251,9 @@ def _lines(root: Path, path: Path, base: Path) -> list[str]:
         written = [] if "\0" in line else _as_moved(line)
         places = [os.path.normpath(folder / text) for text in written for folder in (path.parent, base)]
         inside = [is_within(os.path.abspath(place), os.path.abspath(root)) for place in places]
-        image = next((place for place, is_in in zip(places, inside, strict=True) if is_in and os.path.isfile(place)), None)
+        image = next(
+            (place for place, is_in in zip(places, inside, strict=True) if is_in and os.path.isfile(place)), None
+        )
         if image is None:
             reason = f"no such file: {places[0]}" if any(inside[:2]) else "lies outside of data.root"
             raise DataError(f"{path}, line {number}: {line.strip()[:200]}: {reason}")

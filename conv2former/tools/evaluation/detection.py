@@ -25,6 +25,7 @@ from ...tasks.detection.loader import eval_loader
 from ...tasks.detection.network import DetectionNetwork
 from ...tasks.detection.restore import restore_network
 from ...tasks.detection.sources import open_split
+from ...tasks.detection.yolo import DESCRIPTIONS
 from .boxes import write_box_extras
 from .dense import OF_ANY_DATA, DenseKind, DenseValidation, check_classes, folder_words, names_in, validate_dense
 
@@ -43,7 +44,7 @@ def _words_for(data: Path) -> list[str]:
     A file is that of the split that is evaluated.
     """
     if data.is_file():
-        if data.suffix.lower() in (".yaml", ".yml"):
+        if data.suffix.lower() in DESCRIPTIONS:
             return folder_words(data, "yolo")
         if data.suffix.lower() == ".json":
             return folder_words(data.parent, "coco", val_annotations=data.name)
@@ -58,11 +59,12 @@ def _detect(root: Path) -> str:
         return "coco" if root.exists() or root.parent.exists() else "hf"
     below = {name for split in VAL_NAMES for name in names_in(root / split) or ()}
     every = names | below
-    if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
+    if {"dataset_dict.json", "metadata.jsonl"} & every or any(name.endswith((".parquet", ".arrow")) for name in names):
         return "hf"
-    if "Annotations" in names or any(name.endswith(".xml") for name in every):
+    is_devkit = any({"Annotations", "ImageSets"} <= (names_in(root / name) or set()) for name in names)
+    if is_devkit or "Annotations" in names or any(name.endswith(".xml") for name in every):
         return "voc"
-    if "labels" in every or any(name.endswith((".yaml", ".yml")) for name in names):
+    if {"labels", "classes.txt"} & every or any(name.endswith(DESCRIPTIONS) for name in names):
         return "yolo"
     return "coco"
 
