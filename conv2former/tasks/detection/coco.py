@@ -249,8 +249,8 @@ def _size(image: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 class _Files:
     """Where the images of a file are.
 
-    Where none is below any folder by the path that the file gives, they are looked for by their names alone: a labelling
-    tool may write its own paths, as `../../label-studio/data/media/upload/4/NAME.jpg`.
+    Where none is below any folder by the path that the file gives, they are looked for by their names alone: a tool may
+    write the paths of its own server, as `../../label-studio/data/media/upload/4/NAME.jpg`.
 
     Args:
         json_path: of the file, for messages.

@@ -89,8 +89,9 @@ def _found(root: Path, wanted: set[str]) -> dict[str, list[Path]]:
             found.setdefault(path.stem, []).append(path)
     for folder in folders_in(root):
         places = [root / folder / name for name in IN_FOLDERS if name == ROBOFLOW or {folder, folder.lower()} & wanted]
-        if path := next((place for place in places if place.is_file()), None):
-            found.setdefault(folder, []).append(path)
+        there = [place for place in places if place.is_file()]
+        if there:
+            found.setdefault(folder, []).append(there[0])
     short: dict[str, list[str]] = {}
     for name in found:
         short.setdefault(_without_year(name), []).append(name)

@@ -120,8 +120,8 @@ def _relabelled(records: Records, class_names: list[str], where: str) -> Records
     unknown = [records.class_names[index] for index in np.flatnonzero((table < 0) & (counts > 0)).tolist()]
     if unknown:
         raise DataError(
-            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes (data.class_names, or the "
-            f"{shorten(unknown, 10)}; it has {shorten(class_names, 10)}"
+            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes "
+            f"(data.class_names, or the network's) has not: {shorten(unknown, 10)}; it has {shorten(class_names, 10)}"
         )
     new = [record._replace(labels=table[record.labels]) for record in records.records]
     return replace(records, records=new, class_names=class_names)

@@ -244,21 +244,31 @@ def _as_moved(text: str) -> list[str]:
 
 def _lines(root: Path, path: Path, base: Path) -> list[str]:
     """Returns the images that a text file lists, relative to its folder or to `base`."""
-    found = []
-    for number, line in enumerate(_lines_of(path), 1):
-        if not line.strip():
-            continue
-        written = [] if "\0" in line else _as_moved(line)
-        places = [os.path.normpath(folder / text) for text in written for folder in (path.parent, base)]
-        inside = [is_within(os.path.abspath(place), os.path.abspath(root)) for place in places]
-        image = next(
-            (place for place, is_in in zip(places, inside, strict=True) if is_in and os.path.isfile(place)), None
-        )
-        if image is None:
-            reason = f"no such file: {places[0]}" if any(inside[:2]) else "lies outside of data.root"
-            raise DataError(f"{path}, line {number}: {line.strip()[:200]}: {reason}")
-        found.append(image)
-    return found
+    return [
+        _listed_image(line.strip(), (path.parent, base), root, f"{path}, line {number}")
+        for number, line in enumerate(_lines_of(path), 1)
+        if line.strip()
+    ]
+
+
+def _listed_image(text: str, bases: Sequence[Path], root: Path, where: str) -> str:
+    """Returns the path of an image that is named relative to one of some folders; see `_as_moved`.
+
+    Raises:
+        DataError: it is not there, or outside of the data's root.
+    """
+
+    def inside(written: str) -> list[str]:
+        places = [os.path.normpath(base / written) for base in bases]
+        return [place for place in places if is_within(os.path.abspath(place), os.path.abspath(root))]
+
+    if "\0" not in text:
+        image = next((place for written in _as_moved(text) for place in inside(written) if os.path.isfile(place)), None)
+        if image is not None:
+            return image
+        if as_written := inside(text.replace("\\", "/")):
+            raise DataError(f"{where}: no such file: {as_written[0]}")
+    raise DataError(f"{where}: {text[:200]} lies outside of data.root")
 
 
 def _images_in(folder: Path) -> list[str]:
