@@ -282,7 +282,7 @@ def test_categories_of_labelling_tools(raw, folder):
     """One without objects is a class, but for a heading, and for one of the same name as another."""
 
     def above(name):
-        return lambda content: content["categories"].insert(0, {"id": 0, "name": name, "supercategory": "none"})
+        return lambda content: content["categories"].insert(0, {"id": 0, "name": name, "supercategory": name})
 
     def heading(content, used=False):
         for category in content["categories"]:
