@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -128,4 +128,4 @@ def _share(value: Any) -> None:
     elif isinstance(value, Mapping):
         _share([*value.values()])
     elif is_dataclass(value):
-        _share([*vars(value).values()])
+        _share([getattr(value, field.name) for field in fields(value)])

@@ -86,7 +86,7 @@ def test_an_error_of_a_class_that_the_parent_cannot_find(workers):
         load(act, workers)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Holder:
     inner: Any
 

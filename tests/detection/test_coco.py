@@ -70,8 +70,8 @@ WRONG = {
     "way out": (lambda c: c["images"][0].update(file_name="../val/00.png"), r"leads out of the folder of the images"),
     "elsewhere": (lambda c: c["images"][0].update(file_name="/etc/hosts"), r"lies outside the folder data\.root"),
     "all elsewhere": (
-        lambda c: [image.update(file_name=f"x/{image['file_name']}") for image in c["images"]],
-        r"none of its 12 images, such as x/00\.png, is in .*data\.train_images",
+        lambda c: [image.update(file_name=f"x/y{image['file_name']}") for image in c["images"]],
+        r"none of its 12 images, such as x/y00\.png, is in .*data\.train_images",
     ),
     "no objects": (lambda c: c.update(annotations=[]), r"not one of its 12 images has an object"),
     "annotations of text": (lambda c: c.update(annotations=["a"]), r"annotation number 1: not an object with"),
@@ -188,7 +188,7 @@ def test_boxes_without_area_or_outside_are_left_out_and_counted(raw, folder):
         assert train.counts.tally[:3] == (2, 2, 1)  # half a pixel is no mistake
         assert train.counts.crowds == 1
         assert about_objects(train).endswith(
-            "1 image without objects; 1 group not trained on; 2 boxes without area left out; "
+            "1 image without objects; 1 group (iscrowd or difficult) not trained on; 2 boxes without area left out; "
             "2 boxes outside the image left out; 1 box clipped at the image's edges"
         )
     np.testing.assert_array_equal(decode(objects.masks[-1:], 56, 80)[0].sum(0), [0, 56, 56, *[0] * 77])
@@ -279,10 +279,16 @@ def test_a_polygon_that_reaches_far_out(raw, folder):
 
 
 def test_categories_of_labelling_tools(raw, folder):
-    """One that is above all others and has no objects is a class, but for one of the same name as another."""
+    """One without objects is a class, but for a heading, and for one of the same name as another."""
 
     def above(name):
-        return lambda content: content["categories"].insert(0, {"id": 0, "name": name, "supercategory": "none"})
+        return lambda content: content["categories"].insert(0, {"id": 0, "name": name, "supercategory": name})
+
+    def heading(content, used=False):
+        for category in content["categories"]:
+            category["supercategory"] = "things"
+        above("things")(content)
+        entry(content)["category_id"] = 0 if used else entry(content)["category_id"]
 
     for split in ("train", "val"):
         changed(folder, above("things"), split)
@@ -290,6 +296,15 @@ def test_categories_of_labelling_tools(raw, folder):
     assert train.class_names == ["things", *NAMES]
     assert train.counts.objects[0] == 0
     assert "none of 1 class: things" in about_objects(train)
+    for change in (heading, above("_background_")):
+        for split in ("train", "val"):
+            changed(folder, change, split)
+        train, val = opened(raw)
+        assert train.class_names == NAMES == val.class_names
+        assert train.images[0][0].objects.labels.tolist() == [scenes("train")[0][2][0].label]
+    changed(folder, lambda content: heading(content, used=True))
+    changed(folder, heading, "val")
+    assert opened(raw)[1].class_names == ["things", *NAMES]
     for split in ("train", "val"):
         changed(folder, above("disc"), split)
     train, val = opened(raw)
@@ -307,7 +322,7 @@ def test_other_classes_in_validation(raw, folder, tmp_path):
     thing = scenes("val")[0][2][0]
     assert val.images[0][0].objects.labels.tolist() == [(thing.label + 1) % 3]
     (tmp_path / "names.txt").write_text("triangle\ndisc\n")
-    with pytest.raises(DataError, match=r"has objects of 1 class that the list of classes has not: square"):
+    with pytest.raises(DataError, match=r"has objects of 1 class that the list of classes \(.*\) has not: square"):
         opened(raw, **listed)
     # other ids for the same names
     changed(folder, lambda c: (everywhere_id(c, 2, 40), None)[1], "val")
@@ -329,6 +344,7 @@ def test_files_that_are_no_json(raw, folder):
         (b"\xff\xfe{}", "not a JSON file"),
         (b"[" * 200_000, "nested too deeply"),
         (b"null", "not a COCO file, but nothing"),
+        (b'{"0.png123": {"filename": "0.png", "regions": []}}', "it looks like a file of the VGG annotator"),
     ):
         (folder / "train.json").write_bytes(content)
         with pytest.raises(DataError, match=message):

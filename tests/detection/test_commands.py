@@ -139,6 +139,18 @@ def test_other_data_and_limits(trained, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_data_without_masks_has_its_boxes_evaluated(trained, tmp_path, monkeypatch, capsys):
+    data = write_coco(tmp_path / "boxes", masks=False)
+    code, out, err = run(monkeypatch, capsys, "validate", "--checkpoint", trained.best, "--data", data, "--worst", "1")
+    assert code == 0, err
+    assert "val.json has not a mask for each object: boxes alone are evaluated" in out
+    (row,) = validate_files([trained.best], data=data)
+    assert (row["ap"], row["ap50"]) == (trained.report["ap"], trained.report["ap50"])
+    assert "mask_ap" not in row
+    assert "ap" in row["per_class"][0]
+
+
+@pytest.mark.slow
 def test_what_is_not_evaluated(trained, monkeypatch, capsys):
     for words, expected in (
         (["--among", "present"], "--among: of classifiers, and this is a detection"),
@@ -166,7 +178,11 @@ def test_what_is_not_evaluated(trained, monkeypatch, capsys):
         (["valid/labels/a.txt", "valid/images/a.jpg"], "yolo"),
         (["Annotations/a.xml", "JPEGImages/a.jpg"], "voc"),
         (["valid/a.xml", "valid/a.jpg"], "voc"),
+        (["VOC2012/Annotations/a.xml", "VOC2012/ImageSets/Main/val.txt"], "voc"),
+        (["obj.data", "obj_train_data/a.jpg"], "yolo"),
+        (["val/classes.txt", "val/a.txt", "val/a.jpg"], "yolo"),
         (["validation.parquet"], "hf"),
+        (["validation/metadata.jsonl", "validation/a.jpg"], "hf"),
     ],
 )
 def test_how_data_is_stored_is_told_by_names(tmp_path, names, source):

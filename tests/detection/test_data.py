@@ -111,12 +111,10 @@ def test_where_coco_files_lie(raw, folder, layout):
     if layout == "roboflow":
         shutil.move(folder / "val", folder / "valid")
     moved(folder, LAYOUTS[layout])
-    names = {"data__train_split": "Train", "data__val_split": "Validation"} if layout == "cvat" else {}
-    train, val = opened(raw, **names)
+    train, val = opened(raw)
     assert (len(train), len(val)) == (12, 6)
-    if layout != "cvat":
-        assert len(open_split(configured(raw), None)) == 6
-        assert len(open_split(configured(raw), "train")) == 12
+    assert len(open_split(configured(raw), None)) == 6
+    assert len(open_split(configured(raw), "Train" if layout == "cvat" else "train")) == 12
 
 
 def test_a_lone_file_of_a_labelling_tool(raw, folder):

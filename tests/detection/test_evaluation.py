@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
+import itertools
 import json
 import threading
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -134,35 +135,32 @@ def _only(record: ImageRecord, label: int) -> ImageRecord:
     return record._replace(objects=objects, found=found)
 
 
-def changed(each, **values):
-    """Returns objects or detections with other values."""
-    return type(each)(**{**each._asdict(), **values})
-
-
 def _kept(each, keep: np.ndarray):
-    values = [
-        None
-        if value is None
-        else [v for v, k in zip(value, keep, strict=True) if k]
-        if name == "masks"
-        else value[keep]
-        for name, value in each._asdict().items()
-    ]
-    return type(each)(*values)
+    """Returns objects or detections without some."""
+    found = {}
+    for field in fields(each):
+        value = getattr(each, field.name)
+        if value is not None:
+            found[field.name] = list(itertools.compress(value, keep)) if field.name == "masks" else value[keep]
+    return replace(each, **found)
+
+
+def arrays(found: Detections) -> list[np.ndarray]:
+    return [found.boxes, found.scores, found.labels]
 
 
 def test_more_or_fewer_detections_than_coco_counts(tmp_path):
     """AP counts all that an image may have, average recall the first hundred."""
     crowded = drawn(3, most=9)
-    many = [np.tile(value, (60, 1) if value.ndim == 2 else 60) for value in crowded.found[:3]]
+    many = [np.tile(value, (60, 1) if value.ndim == 2 else 60) for value in arrays(crowded.found)]
     order = np.argsort(-many[1], kind="stable")[:300]
     found = Detections(*(value[order] for value in many))
-    record = crowded._replace(found=changed(found, scores=np.linspace(1, 0.5, len(found), dtype=np.float32)))
+    record = crowded._replace(found=replace(found, scores=np.linspace(1, 0.5, len(found), dtype=np.float32)))
     hundred = average_precision([record], 4, "bbox", 100)
     for most in (20, 300):
         other = average_precision([record], 4, "bbox", most)
         assert other.summary["ar100"] == hundred.summary["ar100"]
-        fewer = record._replace(found=Detections(*(value[:most] for value in record.found[:3])))
+        fewer = record._replace(found=Detections(*(value[:most] for value in arrays(record.found))))
         assert other.summary["ap"] == average_precision([fewer], 4, "bbox", most).summary["ap"]
     assert average_precision([record], 4, "bbox", 20).summary["ap"] < hundred.summary["ap"]
 
@@ -243,7 +241,7 @@ class Processes:
         return results
 
 
-@dataclasses.dataclass
+@dataclass
 class _Rank:
     rank: int
     all: Processes
@@ -350,7 +348,7 @@ def test_nothing_to_find_and_nothing_found_are_numbers(config):
     assert (found.score, found.f1) == (0.5, 0.0)
     assert found.confusion[:, -1].sum() == sum(int((~r.objects.crowd).sum()) for r in records)
     assert found.classes[0]["ap"] == 0.0
-    groups = [r._replace(objects=changed(r.objects, crowd=np.ones(len(r.objects), bool))) for r in records]
+    groups = [r._replace(objects=replace(r.objects, crowd=np.ones(len(r.objects), bool))) for r in records]
     empty = [record._replace(objects=NO_OBJECTS) for record in records]
     for given in (groups, empty):
         (found,) = evaluated(config, [[given]], Network(given))
@@ -375,7 +373,7 @@ def test_boxes_alone(config):
     (found,) = evaluated(config, [[records]], Network(records, with_masks=False))
     assert not [key for key in found.metrics if key.startswith("mask")]
     assert found.worst[0].pictures[1:] == ("", "")
-    plain = [record._replace(objects=changed(record.objects, masks=None)) for record in records]
+    plain = [record._replace(objects=replace(record.objects, masks=None)) for record in records]
     (other,) = evaluated(config, [[plain]], Network(records))
     assert other.metrics == found.metrics
 

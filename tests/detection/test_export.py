@@ -141,3 +141,5 @@ def test_boxes_are_paired():
     assert compared(one, [boxes, scores, labels, other])[0] == 6
     other[2, 0, 21, 20:24] = 0
     assert compared(one, [boxes, scores, labels, other])[0] == 4
+    unsure, rounded = (np.where(masks > 0, np.float32(0.5 + by), 0) for by in (1e-4, -1e-4))
+    assert compared([boxes, scores, labels, unsure], [boxes, scores, labels, rounded])[0] == 6

@@ -299,16 +299,20 @@ def test_tables_and_hugging_face_sets(raw, folder, tmp_path):
 
 
 def test_folders_that_lie_otherwise(raw, folder):
+    before = len(opened(raw)[0])
     (folder / "masks").rename(folder / "mask")
     with pytest.raises(DataError, match=r"no folder 'masks' \(did you mean 'mask'\?\); expected .*SPLIT/NAME\.png"):
         opened(raw)
     (folder / "mask").rename(folder / "masks")
     for kind in ("images", "masks"):
         (folder / kind / "train").rename(folder / kind / "Train")
-    with pytest.raises(DataError, match=r"has no split 'train' \(did you mean 'Train'\?\)"):
+    assert len(opened(raw)[0]) == before
+    for kind in ("images", "masks"):
+        (folder / kind / "Train").rename(folder / kind / "trian")
+    with pytest.raises(DataError, match=r"has no split 'train' \(did you mean 'trian'\?\)"):
         opened(raw)
     for kind in ("images", "masks"):
-        (folder / kind / "Train").rename(folder / kind / "train")
+        (folder / kind / "trian").rename(folder / kind / "train")
     with pytest.raises(DataError, match="has no split 'tset'"):
         opened(raw, data__val_split="tset")
     with pytest.raises(DataError, match=r"data\.val_split is the training split, 'train'"):

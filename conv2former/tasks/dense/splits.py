@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...data.places import leads_out
-from ...data.split import choose_split
+from ...data.split import SPLIT_NAMES, VAL_NAMES, choose_split
 from ...errors import DataError, counted, shorten
 
 __all__ = ["Content", "Opened", "Splits", "check_apart", "folder_at", "path_below", "readable"]
@@ -77,7 +77,7 @@ class Splits:
             DataError: one is missing, or they are the same.
         """
         data = self.data
-        train, val = self._train(), choose_split(data.val_split, self.names, data.root)
+        train, val = self._train(), choose_split(self._wanted_val(), self.names, data.root)
         if val.name is None:
             return self._divided(train, val.why_none)
         if val.name == train:
@@ -88,24 +88,34 @@ class Splits:
         """Opens one split: that of a name, or for None the first that is called like one for validation, or held out.
 
         Args:
-            split: its name; None for `data.val_split`, and all of a data set that has no splits if none is held out.
+            split: its name; None for `data.val_split`, and all of a data set that is one split if none is held out.
 
         Raises:
             DataError: it is missing.
         """
         data = self.data
-        wanted = split or data.val_split
-        if wanted is None and self.names == ["."] and data.holdout is None:
-            wanted = "."
+        wanted = split or self._wanted_val()
+        if wanted is None and data.holdout is None:
+            wanted = self._whole
         chosen = choose_split(wanted, self.names, data.root)
         return self._divided(self._train(), chosen.why_none)[1] if chosen.name is None else self.open(chosen.name)
 
+    @property
+    def _whole(self) -> str | None:
+        """The only split, if it is not called like one: '.', or 'default' as CVAT calls it."""
+        return self.names[0] if len(self.names) == 1 and self._called(SPLIT_NAMES) is None else None
+
+    def _called(self, names: Sequence[str]) -> str | None:
+        """Returns the split that is called like the first of some names that is there: as it is, or in capitals."""
+        plain = {name.lower(): name for name in reversed(self.names)} | {name: name for name in self.names}
+        return next((plain[name] for name in names if name in plain), None)
+
+    def _wanted_val(self) -> str | None:
+        return self.data.val_split or self._called(VAL_NAMES)
+
     def _train(self) -> str:
-        names, wanted = self.names, self.data.train_split
-        if wanted is None and names == ["."]:
-            return "."
-        wanted = wanted or ("training" if "training" in names and "train" not in names else "train")
-        return str(choose_split(wanted, names, self.data.root).name)
+        wanted = self.data.train_split or self._whole or self._called(("train", "training")) or "train"
+        return str(choose_split(wanted, self.names, self.data.root).name)
 
     def _divided(self, train: str, why: str) -> tuple[Opened, Opened]:
         """Divides the training split, as there is no other.
@@ -197,5 +207,7 @@ def folder_at(root: str) -> Path:
     """
     path = Path(root)
     if not path.is_dir():
-        raise DataError(f"{path}: {'a file, not a' if path.exists() else 'no such'} folder (data.root)")
+        if path.exists():
+            raise DataError(f"{path}: a file, not a folder (data.root); give the folder that it is in")
+        raise DataError(f"{path}: no such folder (data.root)")
     return path

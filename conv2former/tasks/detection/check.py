@@ -13,10 +13,14 @@ from ..dense.check import count_once, in_order
 from .images import DetectionSource, ObjectCounts
 from .records import Tally
 
-__all__ = ["about_objects", "check_source"]
+__all__ = ["MissingMasks", "about_objects", "check_source"]
 
 VERSION = 1  # of what is kept
 FEW_CLASSES = 6  # whose objects are all named in a line
+
+
+class MissingMasks(DataError):
+    """Objects without a mask, where masks are wanted."""
 
 
 def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
@@ -27,8 +31,9 @@ def check_source(source: DetectionSource, skip: bool) -> DetectionSource:
         skip: go on where an image cannot be read, as the loader will.
 
     Raises:
-        DataError: of the first image or object that is wrong, with the number of the others that were found; of objects
-            without a mask, where masks are wanted; of a split without objects.
+        DataError: of the first image or object that is wrong, with the number of the others that were found; of a split
+            without objects.
+        MissingMasks: see there.
     """
     stamp = source.images.records.stamp()
     if stamp is not None:
@@ -71,18 +76,24 @@ def _read(content: dict[str, Any], classes: int) -> ObjectCounts:
 def _check_counts(source: DetectionSource, counts: ObjectCounts, first_without_mask: str) -> None:
     """Raises a DataError if there is nothing to detect, or masks are wanted and missing."""
     total, missing = int(counts.objects.sum()), counts.tally.without_mask
+    all_groups = f"all {counts.crowds:,} objects" if counts.crowds != 1 else "its only object"
     if counts.unreadable == len(source):
         raise DataError(f"{source.name}: not one of its {counted(len(source), 'image')} can be read")
+    if not total and counts.crowds:
+        raise DataError(
+            f"{source.name}: {all_groups} stand for groups, which are not trained on: iscrowd is 1 in COCO's files, as "
+            "CVAT writes for masks of its brush, or difficult in VOC's; set it to 0 where it is one thing"
+        )
     if not total:
         raise DataError(
             f"{source.name}: not one of its {counted(len(source), 'image')} has an object; is it the right file?"
         )
     if missing == total + counts.crowds:
-        raise DataError(
+        raise MissingMasks(
             f"{source.name} has boxes and no masks, which mask_rcnn needs; set model.detector.name=faster_rcnn"
         )
     if missing:
-        raise DataError(
+        raise MissingMasks(
             f"{source.name}: {counted(missing, 'object')} of {total + counts.crowds:,} without a mask, the first in "
             f"{first_without_mask}; mask_rcnn needs one for each: draw them, or set model.detector.name=faster_rcnn"
         )
@@ -106,7 +117,7 @@ def about_objects(source: DetectionSource) -> str:
     tally = counts.tally
     parts = [
         (counts.empty, "image", "without objects"),
-        (counts.crowds, "group", "not trained on"),
+        (counts.crowds, "group", "(iscrowd or difficult) not trained on"),
         (tally.without_area, "box", "without area left out"),
         (tally.outside, "box", "outside the image left out"),
         (tally.clipped, "box", "clipped at the image's edges"),

@@ -2,13 +2,15 @@
 
 What pycocotools would take without a word and get wrong is refused by name: ids that come twice, of which it keeps the
 last; objects of a category or an image that is not there; boxes with a negative side. A category without objects stays
-a class, as in its list of categories.
+a class, as in its list of categories, but for headings (`_headings`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ __all__ = ["read_coco"]
 
 SAMPLE = 50  # images that are looked for in each folder, to find the one that they are in
 EXPECTED = "a COCO file has lists of `images`, `annotations` and `categories`"
+BACKGROUND = "_background_"  # labelme's, of which there are no objects
 # by which other formats of labelling tools can be told: a key of theirs, and the tool
 OTHERS = {"shapes": "labelme", "_via_img_metadata": "the VGG annotator", "regions": "the VGG annotator"}
 
@@ -69,7 +72,13 @@ def read_coco(path: Path, folders: Sequence[Path], root: Path, keeps_masks: bool
         file = files.path_of(key)
         record = noted[key].record(file, file, _size(image, _where(path, image, key, "image")))
         records.append(record._replace(number=key))
-    return Records(records, names, category_ids={names[index]: key for key, index in class_of.items()})
+    used = {label for objects in noted.values() for label in objects.labels}
+    return Records(
+        records,
+        names,
+        category_ids={names[index]: key for key, index in class_of.items()},
+        headings=_headings(content["categories"], {names[label] for label in used}),
+    )
 
 
 def _add(noted: Noted, annotation: Mapping[str, Any], label: int, where: str) -> None:
@@ -117,7 +126,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a COCO file, but {_kind(content)}; {EXPECTED}")
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     if missing:
-        tool = next((tool for key, tool in OTHERS.items() if key in content), None)
+        inner = next(iter(content.values()), None)  # the VGG annotator's files are by image
+        keys = {*content, *(inner if isinstance(inner, dict) else ())}
+        tool = next((tool for key, tool in OTHERS.items() if key in keys), None)
         hint = f"; it looks like a file of {tool}, which can export COCO files" if tool else ""
         raise DataError(f"{path}: not a COCO file, as it has no list `{missing[0]}`: {EXPECTED}{hint}")
     if not content["images"]:
@@ -205,6 +216,13 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[list[str], dict
     return [named[key] for key in order], {key: index for index, key in enumerate(order)}
 
 
+def _headings(categories: Iterable[Mapping[str, Any]], used: set[str]) -> frozenset[str]:
+    """Returns the names of categories without objects that are the supercategory of others, or the background."""
+    pairs = {(str(category.get("supercategory")).strip(), str(category["name"]).strip()) for category in categories}
+    above = {group for group, name in pairs if group != name}
+    return frozenset({name for _, name in pairs if name in above or name == BACKGROUND} - used)
+
+
 def _is_text(text: str) -> bool:
     """Returns whether a text says something, and can be written: JSON can hold half a character."""
     try:
@@ -231,6 +249,9 @@ def _size(image: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 class _Files:
     """Where the images of a file are.
 
+    Where none is below any folder by the path that the file gives, they are looked for by their names alone: a tool may
+    write the paths of its own server, as `../../label-studio/data/media/upload/4/NAME.jpg`.
+
     Args:
         json_path: of the file, for messages.
         root: the data's.
@@ -245,12 +266,12 @@ class _Files:
         self, json_path: Path, root: Path, images: Mapping[Any, Mapping[str, Any]], folders: Sequence[Path]
     ) -> None:
         self._json_path, self._root = json_path, root
-        self._names = {key: self._name(key, image) for key, image in images.items()}
-        self._folder = self._choose(folders)
+        names = {key: self._name(key, image) for key, image in images.items()}
+        folder, names = self._choose(folders, names)
         self._paths: dict[Any, str] = {}
         seen: dict[str, Any] = {}
-        for key, name in self._names.items():
-            path = self._path(self._folder, name, key)
+        for key, name in names.items():
+            path = self._path(folder, name, key)
             if path in seen:
                 raise DataError(
                     f"{json_path}: images {seen[path]} and {key} are one file, {name}; number their annotations as one"
@@ -278,22 +299,29 @@ class _Files:
             raise DataError(f"{where}: {name} lies outside the folder data.root; give its path relative to that")
         return path
 
-    def _choose(self, folders: Sequence[Path]) -> Path:
-        """Returns the folder in which most of the first images are.
+    def _choose(self, folders: Sequence[Path], names: dict[Any, str]) -> tuple[Path, dict[Any, str]]:
+        """Returns the folder in which most of the first images are, and their names in it.
 
         Raises:
             DataError: none of them is in any.
         """
-        keys = [*self._names][:SAMPLE]
+        there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+        bare = {key: re.split(r"[/\\]", name)[-1] for key, name in names.items()}
+        for candidates in (names, bare) if len({*bare.values()}) == len(bare) else (names,):
+            found = {folder: self._count(folder, candidates) for folder in there}
+            if any(found.values()):
+                return max(found, key=lambda folder: found[folder]), candidates
+        first = next(iter(names))
+        self._path(folders[0], names[first], first)  # it may lead elsewhere, which is said then
+        raise DataError(
+            f"{self._json_path}: none of its {counted(len(names), 'image')}, such as {names[first]}, is in "
+            f"{shorten(there, 8) or shorten(folders, 8)}; give their folder (data.train_images, data.val_images)"
+        )
 
-        def there(folder: Path) -> int:
-            return sum(os.path.isfile(self._path(folder, self._names[key], key)) for key in keys)
-
-        found = {folder: there(folder) for folder in dict.fromkeys(folders) if folder.is_dir()}
-        if not any(found.values()):
-            looked = shorten(found, 8) or shorten(folders, 8)
-            raise DataError(
-                f"{self._json_path}: none of its {counted(len(self._names), 'image')}, such as {self._names[keys[0]]}, "
-                f"is in {looked}; give their folder (data.train_images, data.val_images)"
-            )
-        return max(found, key=lambda folder: found[folder])
+    def _count(self, folder: Path, names: Mapping[Any, str]) -> int:
+        """Returns how many of the first images are in a folder."""
+        count = 0
+        for key in [*names][:SAMPLE]:
+            with contextlib.suppress(DataError):  # it leads elsewhere
+                count += os.path.isfile(self._path(folder, names[key], key))
+        return count

@@ -60,13 +60,15 @@ class DetectionModel(ModelConfig):
 class DetectionData(BaseDataConfig):
     """Where images and boxes are, and how they become the network's input."""
 
-    # coco: a JSON file for each split, and folders of images. yolo: a data.yaml, or images/SPLIT and labels/SPLIT.
+    # coco: a JSON file for each split, and folders of images. yolo: a data.yaml, which may also be data.root itself, an
+    # obj.data, or images/SPLIT and labels/SPLIT.
     # voc: JPEGImages, Annotations/NAME.xml and ImageSets/Main/SPLIT.txt, or folders of images and XML files.
     # hf: a local folder that `datasets` reads, or a name on the Hugging Face hub, with a column of images and one of
     # objects as COCO's sets there have it.
     source: Literal["coco", "yolo", "voc", "hf"] = "coco"
-    train_split: Location | None = None  # null: train, or training
-    val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first
+    # null: train, or training, in capitals, too, or the only split if it is not called like one
+    train_split: Location | None = None
+    val_split: Location | None = None  # null: validation, val, valid or test, whichever exists first; in capitals, too
     # the share of the training images that is held out for validation where the data has no split for it; which they
     # are is a function of the images' names and the seed. null: nothing is
     holdout: Annotated[float, Field(gt=0.0, le=0.5)] | None = None

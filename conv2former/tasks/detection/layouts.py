@@ -17,6 +17,8 @@ __all__ = ["coco_splits"]
 
 YEAR = re.compile(r"^(.+?)_?(?:19|20)\d\d$")
 ROBOFLOW = "_annotations.coco.json"
+# inside a split's folder, the likeliest first
+IN_FOLDERS = (ROBOFLOW, "annotations/instances.json", "annotations.json", "labels.json")
 
 
 def coco_splits(data: DetectionData, keeps_masks: bool) -> Splits:
@@ -83,11 +85,13 @@ def _found(root: Path, wanted: set[str]) -> dict[str, list[Path]]:
     for path in [*sorted(root.glob("instances_*.json")), *sorted(root.glob("annotations/instances_*.json"))]:
         found.setdefault(path.stem.removeprefix("instances_"), []).append(path)
     for path in [*sorted(root.glob("*.json")), *sorted(root.glob("annotations/*.json"))]:
-        if _without_year(path.stem) in wanted or path.stem in wanted:
+        if _without_year(path.stem).lower() in wanted or path.stem in wanted:
             found.setdefault(path.stem, []).append(path)
     for folder in folders_in(root):
-        if (root / folder / ROBOFLOW).is_file():
-            found.setdefault(folder, []).append(root / folder / ROBOFLOW)
+        places = [root / folder / name for name in IN_FOLDERS if name == ROBOFLOW or {folder, folder.lower()} & wanted]
+        there = [place for place in places if place.is_file()]
+        if there:
+            found.setdefault(folder, []).append(there[0])
     short: dict[str, list[str]] = {}
     for name in found:
         short.setdefault(_without_year(name), []).append(name)
@@ -105,11 +109,12 @@ def _without_year(name: str) -> str:
 
 def _folders(data: DetectionData, root: Path, split: str, path: Path) -> list[Path]:
     """Returns the folders in which the images of a split may be, the likeliest first."""
-    train = data.train_split or ("training" if split == "training" else "train")
-    is_val = split in ((data.val_split,) if data.val_split else VAL_NAMES)
-    if images := data.train_images if split == train else data.val_images if is_val else None:
+    is_train = split == data.train_split if data.train_split else split.lower() in ("train", "training")
+    is_val = split == data.val_split if data.val_split else split.lower() in VAL_NAMES
+    if images := data.train_images if is_train else data.val_images if is_val else None:
         return [root / images]
     full = path.stem.removeprefix("instances_")  # with its year
     names = [full] if split == "." else list(dict.fromkeys([split, full]))
     inner = [root / os.path.join(*parts) for name in names for parts in ((name,), ("images", name), (name, "images"))]
-    return [*inner, root / "images", root, path.parent, path.parent / "images"]
+    around = [place for place in (root, path.parent) for place in (place / "images", place, place / "data")]
+    return [*inner, *around]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 __all__ = ["Detections", "EvalBatch", "Objects", "TrainBatch"]
 
 
-class Objects(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Objects:
     """The objects of an image as it is stored, n of them.
 
     Attributes:
@@ -29,11 +31,12 @@ class Objects(NamedTuple):
     areas: np.ndarray
     masks: list[dict[str, Any]] | None = None
 
-    def __len__(self) -> int:  # of objects, not of fields
+    def __len__(self) -> int:
         return len(self.boxes)
 
 
-class Detections(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Detections:
     """What a network finds in an image, the highest score first, in pixels of the image as it is stored.
 
     Attributes:

@@ -111,6 +111,7 @@ class Records:
         are_all_classes: whether it lists them; otherwise they are those that its objects have.
         file: returns the file of a record's `file`.
         category_ids: of classes in the data, by name, of COCO's files alone.
+        headings: classes without objects that only stand above others, or for the background.
     """
 
     records: Sequence[Record]
@@ -118,6 +119,7 @@ class Records:
     are_all_classes: bool = True
     file: Callable[[Any], File] = _itself
     category_ids: Mapping[str, int | str] = field(default_factory=dict)
+    headings: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.records)

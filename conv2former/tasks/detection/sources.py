@@ -16,7 +16,7 @@ from .images import DetectionImages, DetectionSource
 from .layouts import coco_splits
 from .records import Records
 from .voc import voc_splits
-from .yolo import yolo_splits
+from .yolo import DESCRIPTIONS, yolo_splits
 
 __all__ = ["open_split", "open_train_and_val"]
 
@@ -30,7 +30,7 @@ def open_train_and_val(config: DetectionConfig) -> tuple[DetectionSource, Detect
     with readable():
         listed = _class_list(config)
         opened = _find_splits(config).train_and_val()
-        names = listed or opened[0].content.class_names
+        names = listed or _class_names(*opened)
         if listed is None:
             _check_same(*opened)
         train, val = (_source(config, split, names) for split in opened)
@@ -52,16 +52,24 @@ def open_split(config: DetectionConfig, split: str | None, class_names: list[str
     with readable():
         names = class_names or _class_list(config)
         opened = _find_splits(config).one(split)
-        return _source(config, opened, names or opened.content.class_names)
+        return _source(config, opened, names or _class_names(opened))
 
 
 def _class_list(config: DetectionConfig) -> list[str] | None:
     return None if config.data.class_names is None else read_class_list(Path(config.data.class_names))
 
 
+def _class_names(first: Opened, *others: Opened) -> list[str]:
+    """Returns the classes of a split, without those that are but headings in this and all others."""
+    headings = first.content.headings.intersection(*(split.content.headings for split in others))
+    return [name for name in first.content.class_names if name not in headings]
+
+
 def _find_splits(config: DetectionConfig) -> Splits:
     """Returns the splits, of which none is opened."""
-    if config.data.source != "hf":
+    root = Path(config.data.root)
+    is_description = config.data.source == "yolo" and root.suffix.lower() in DESCRIPTIONS and root.is_file()
+    if config.data.source != "hf" and not is_description:
         folder_at(config.data.root)
     find = {"coco": coco_splits, "yolo": yolo_splits, "voc": voc_splits, "hf": hf_splits}[config.data.source]
     return find(config.data, config.has_masks)
@@ -112,8 +120,8 @@ def _relabelled(records: Records, class_names: list[str], where: str) -> Records
     unknown = [records.class_names[index] for index in np.flatnonzero((table < 0) & (counts > 0)).tolist()]
     if unknown:
         raise DataError(
-            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes has not: "
-            f"{shorten(unknown, 10)}; it has {shorten(class_names, 10)}"
+            f"{where} has objects of {counted(len(unknown), 'class', 'classes')} that the list of classes "
+            f"(data.class_names, or the network's) has not: {shorten(unknown, 10)}; it has {shorten(class_names, 10)}"
         )
     new = [record._replace(labels=table[record.labels]) for record in records.records]
     return replace(records, records=new, class_names=class_names)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...data.classes import in_class_order
 from ...data.files import find_files
+from ...data.folders import folders_in
 from ...data.images import IMAGE_ENDINGS
 from ...data.split import SPLIT_NAMES
 from ...data.tables import read_class_list
@@ -36,7 +37,7 @@ def voc_splits(data: DetectionData, keeps_masks: bool) -> Splits:
     Raises:
         DataError: there are none, or two files have one name.
     """
-    root = Path(data.root)
+    root = _root_in(Path(data.root))
     photos, annotations = _by_name(root)
     if not annotations:
         raise DataError(
@@ -135,6 +136,21 @@ def _read_object(element: ElementTree.Element, where: str) -> _Object:
 
 
 # ------------------------------------------------------------------------------------------------------- which files
+
+
+def _root_in(root: Path) -> Path:
+    """Returns the folder of a data set: the only one with Annotations in a VOCdevkit, else that folder itself.
+
+    Raises:
+        DataError: it has several.
+    """
+    inner = [name for name in folders_in(root) if (root / name / "Annotations").is_dir()]
+    inner = [name for name in inner if (root / name / "ImageSets").is_dir()]
+    if len(inner) > 1:
+        raise DataError(
+            f"{root} has {shorten(inner, 5)}, each a set of its own; choose one: data.root={root / inner[0]}"
+        )
+    return root / inner[0] if inner else root
 
 
 def _by_name(root: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,7 +1,7 @@
 """YOLO's text files: a line for each object, its class and its box, or a polygon around it, in shares of the image.
 
 An image has a file of its name with the ending .txt: below `labels`, where its own path has `images`, otherwise beside
-it. Where there is none, the image has no objects.
+it. Where there is none, the image has no objects. A YAML file, or Darknet's obj.data, says which images there are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ..dense.splits import Opened, Splits
 from .config import DetectionData
 from .records import Noted, Records, check_number
 
-__all__ = ["yolo_splits"]
+__all__ = ["DESCRIPTIONS", "yolo_splits"]
 
-LISTS = ("classes.txt", "labels/classes.txt", "obj.names")  # of class names, where there is no YAML file
+# of class names, where there is no YAML file; LabelImg writes one into each folder of labels
+LISTS = ("classes.txt", "labels/classes.txt", "obj.names", "*/classes.txt", "labels/*/classes.txt")
+DESCRIPTIONS = (".yaml", ".yml", ".data")  # endings of files that say what a data set has
 FURTHEST = 0.5  # share of a side by which a coordinate may lie outside; beyond, it is in pixels or damaged
 
 
@@ -38,10 +40,11 @@ def yolo_splits(data: DetectionData, keeps_masks: bool) -> Splits:
         DataError: nothing names the classes, or there are no images.
     """
     root = Path(data.root)
-    path = _yaml_of(root)
+    path = root if root.is_file() else _description_of(root)
+    root = root.parent if root.is_file() else root
     content = {} if path is None else _read(path)
     names = _names(data, root, path, content)
-    listed = {name: content[name] for name in SPLIT_NAMES if content.get(name)}
+    listed = {name: places for name, places in content.items() if places and str(name).lower() in SPLIT_NAMES}
     folders = {} if listed else _folders(root)
 
     def open_(name: str) -> Opened:
@@ -89,11 +92,7 @@ def _read_labels(path: str, names: Sequence[str], noted: Noted) -> None:
     Raises:
         DataError: it cannot be read, or a line of it is wrong.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file in UTF-8") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_lines_of(Path(path)), 1):
         words, where = line.split(), f"{path}, line {number}"
         if not words:
             continue
@@ -123,22 +122,36 @@ def _read_labels(path: str, names: Sequence[str], noted: Noted) -> None:
 # ---------------------------------------------------------------------------------------------------- YAML and classes
 
 
-def _yaml_of(root: Path) -> Path | None:
-    """Returns the YAML file that describes a data set, if there is one."""
+def _description_of(root: Path) -> Path | None:
+    """Returns the YAML file that describes a data set, or Darknet's file, if there is one."""
     found = sorted({*root.glob("*.yaml"), *root.glob("*.yml")})
     named = [path for path in found if path.stem in ("data", "dataset")]
     if len(named or found) > 1:
         raise DataError(
             f"{root}: {shorten([path.name for path in named or found], 5)} could each describe it; keep one"
         )
-    return next(iter(named or found), None)
+    darknet = root / "obj.data"
+    return next(iter(named or found), darknet if darknet.is_file() else None)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".data":  # names are in obj.names
+        pairs = (line.partition("=") for line in _lines_of(path))
+        return {key.strip(): value.strip() for key, _, value in pairs if key.strip() != "names"}
     try:
-        return read_yaml(path)
+        content = read_yaml(path)
     except ConfigError as e:
         raise DataError(*e.args) from None
+    if "kpt_shape" in content:
+        raise DataError(f"{path}: `kpt_shape` says that labels are poses, which are not read; export boxes or polygons")
+    return content
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file in UTF-8") from None
 
 
 def _names(data: DetectionData, root: Path, path: Path | None, content: Mapping[Any, Any]) -> list[str]:
@@ -149,8 +162,7 @@ def _names(data: DetectionData, root: Path, path: Path | None, content: Mapping[
     """
     names = content.get("names")
     if names is None:
-        files = [root / name for name in LISTS if (root / name).is_file()]
-        listed = Path(data.class_names) if data.class_names else next(iter(files), None)
+        listed = Path(data.class_names) if data.class_names else _list_in(root)
         if listed is None:
             raise DataError(
                 f"{root}: nothing names the classes; expected a data.yaml with `names`, or their names, one a line, in "
@@ -169,6 +181,22 @@ def _names(data: DetectionData, root: Path, path: Path | None, content: Mapping[
     if content.get("nc") not in (None, len(names)):
         raise DataError(f"{path}: `nc` is {str(content['nc'])[:20]}, and `names` has {len(names)}")
     return names
+
+
+def _list_in(root: Path) -> Path | None:
+    """Returns the file that lists the classes' names, if there is one.
+
+    Raises:
+        DataError: two folders have different ones.
+    """
+    for pattern in LISTS:
+        files = sorted(root.glob(pattern))
+        other = next((file for file in files if file.read_bytes().split() != files[0].read_bytes().split()), None)
+        if other is not None:
+            raise DataError(f"{files[0]} and {other} list other classes; give the right list (data.class_names)")
+        if files:
+            return files[0]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- the images
@@ -190,41 +218,57 @@ def _listed(root: Path, yaml: Path, content: Mapping[str, Any], split: str) -> l
 
 
 def _place(root: Path, base: Path, text: str, where: str) -> Path:
-    """Returns a folder or file that is named relative to `base`.
-
-    Some tools write `../train/images` for a folder beside the YAML file; it is taken for `train/images` there.
+    """Returns a folder or file that is named relative to `base`; see `_as_moved`.
 
     Raises:
         DataError: it is not there, or outside of the data's root.
     """
-    text = text.strip().replace("\\", "/")
-    tried = [base / text, base / re.sub(r"^(\.\./)+", "", text)]
-    for path in tried:
+    for path in (base / written for written in _as_moved(text)):
         if is_within(os.path.abspath(path), os.path.abspath(root)) and path.exists():
             return Path(os.path.normpath(path))
-    raise DataError(f"{where}: {text} is not in {base}; paths are relative to it, and lie below data.root")
+    raise DataError(f"{where}: {text.strip()} is not in {base}; paths are relative to it, and lie below data.root")
+
+
+def _as_moved(text: str) -> list[str]:
+    """Returns a path as it is written, and what it may be for a data set that was made elsewhere.
+
+    That is without its first folders, one after another: of `/content/pets/train/images` and of `../train/images`, as
+    some tools write for a folder beside the YAML file, `train/images` remains. Darknet's paths begin with `data`.
+    """
+    text = text.strip().replace("\\", "/")
+    parts = text.split("/")
+    if parts[0] not in ("", "..", "data") and not re.fullmatch(r"[A-Za-z]:", parts[0]):
+        return [text]
+    return [text, *("/".join(parts[i:]) for i in range(1, len(parts)) if parts[i] not in ("", ".", ".."))]
 
 
 def _lines(root: Path, path: Path, base: Path) -> list[str]:
     """Returns the images that a text file lists, relative to its folder or to `base`."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file in UTF-8") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        text = line.strip().replace("\\", "/")
-        places = [os.path.normpath(folder / text) for folder in (path.parent, base)] if "\0" not in text else []
-        inside = [place for place in places if is_within(os.path.abspath(place), os.path.abspath(root))]
-        if not inside:
-            raise DataError(f"{path}, line {number}: {text[:200]} lies outside of data.root")
-        image = next((place for place in inside if os.path.isfile(place)), None)
-        if image is None:
-            raise DataError(f"{path}, line {number}: no such file: {inside[0]}")
-        found.append(image)
-    return found
+    return [
+        _listed_image(line.strip(), (path.parent, base), root, f"{path}, line {number}")
+        for number, line in enumerate(_lines_of(path), 1)
+        if line.strip()
+    ]
+
+
+def _listed_image(text: str, bases: Sequence[Path], root: Path, where: str) -> str:
+    """Returns the path of an image that is named relative to one of some folders; see `_as_moved`.
+
+    Raises:
+        DataError: it is not there, or outside of the data's root.
+    """
+
+    def inside(written: str) -> list[str]:
+        places = [os.path.normpath(base / written) for base in bases]
+        return [place for place in places if is_within(os.path.abspath(place), os.path.abspath(root))]
+
+    if "\0" not in text:
+        image = next((place for written in _as_moved(text) for place in inside(written) if os.path.isfile(place)), None)
+        if image is not None:
+            return image
+        if as_written := inside(text.replace("\\", "/")):
+            raise DataError(f"{where}: no such file: {as_written[0]}")
+    raise DataError(f"{where}: {text[:200]} lies outside of data.root")
 
 
 def _images_in(folder: Path) -> list[str]:

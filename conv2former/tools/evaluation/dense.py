@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -159,9 +160,8 @@ def settings_for(kind: DenseKind, info: CheckpointInfo, options: EvaluationOptio
     own: dict[str, Any] = dict(noted["data"])
     words = [*kind.settled(noted), *(kind.words_for(Path(data)) if data is not None else ()), *overrides]
     if config is not None:
+        _check_task(kind, config)
         loaded = load_config(config, words)
-        if not isinstance(loaded, kind.config):
-            raise ConfigError(f"{config}: task: {loaded.task}, and the checkpoint is of task: {kind.task}")
         unsaid = [key for key in loaded.image_fields if getattr(loaded.data, key) is None and own.get(key) is not None]
         noted_images = {key: tuple(own[key]) if isinstance(own[key], list) else own[key] for key in unsaid}
         found: BaseConfig = loaded.model_copy(update={"data": loaded.data.model_copy(update=noted_images)})
@@ -182,6 +182,15 @@ def settings_for(kind: DenseKind, info: CheckpointInfo, options: EvaluationOptio
         workers = min(found.data.workers, usable_cores())
         found = found.model_copy(update={"data": found.data.model_copy(update={"workers": workers})})
     return found
+
+
+def _check_task(kind: DenseKind, config: str | Path) -> None:
+    """Raises a ConfigError if a file is of another task."""
+    task = kind.task
+    with contextlib.suppress(ConfigError):  # other mistakes are said of the file with its overrides
+        task = load_config(config).task
+    if task != kind.task:
+        raise ConfigError(f"{config}: task: {task}, and the checkpoint is of task: {kind.task}")
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

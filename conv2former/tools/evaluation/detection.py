@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ...engine.build import autocast_for
 from ...engine.distributed import World
 from ...errors import DataError
 from ...models import CheckpointInfo
-from ...tasks.detection.check import check_source
+from ...tasks.detection.check import MissingMasks, check_source
 from ...tasks.detection.config import UNUSED_AUGMENT, UNUSED_DATA, DetectionConfig
 from ...tasks.detection.evaluation import BoxEvaluation, BoxEvaluator, class_rows
 from ...tasks.detection.images import DetectionSource
@@ -24,6 +25,7 @@ from ...tasks.detection.loader import eval_loader
 from ...tasks.detection.network import DetectionNetwork
 from ...tasks.detection.restore import restore_network
 from ...tasks.detection.sources import open_split
+from ...tasks.detection.yolo import DESCRIPTIONS
 from .boxes import write_box_extras
 from .dense import OF_ANY_DATA, DenseKind, DenseValidation, check_classes, folder_words, names_in, validate_dense
 
@@ -42,7 +44,7 @@ def _words_for(data: Path) -> list[str]:
     A file is that of the split that is evaluated.
     """
     if data.is_file():
-        if data.suffix.lower() in (".yaml", ".yml"):
+        if data.suffix.lower() in DESCRIPTIONS:
             return folder_words(data, "yolo")
         if data.suffix.lower() == ".json":
             return folder_words(data.parent, "coco", val_annotations=data.name)
@@ -57,25 +59,33 @@ def _detect(root: Path) -> str:
         return "coco" if root.exists() or root.parent.exists() else "hf"
     below = {name for split in VAL_NAMES for name in names_in(root / split) or ()}
     every = names | below
-    if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
+    if {"dataset_dict.json", "metadata.jsonl"} & every or any(name.endswith((".parquet", ".arrow")) for name in names):
         return "hf"
-    if "Annotations" in names or any(name.endswith(".xml") for name in every):
+    is_devkit = any({"Annotations", "ImageSets"} <= (names_in(root / name) or set()) for name in names)
+    if is_devkit or "Annotations" in names or any(name.endswith(".xml") for name in every):
         return "voc"
-    if "labels" in every or any(name.endswith((".yaml", ".yml")) for name in names):
+    if {"labels", "classes.txt"} & every or any(name.endswith(DESCRIPTIONS) for name in names):
         return "yolo"
     return "coco"
 
 
 def _open(settings: DetectionConfig, info: CheckpointInfo, path: Path) -> DetectionSource:
-    """Opens the images, whose classes must be those of the network.
+    """Opens the images, whose classes must be those of the network; without masks, where not every object has one.
 
     Raises:
         DataError: they are not, or an object is wrong.
     """
-    names = list(info.class_names or ())
+    names, skip = list(info.class_names or ()), settings.data.on_error == "skip"
     source = open_split(settings, None, names)
     check_classes(source, names, path, "rename them in the data as the network has them")
-    return check_source(source, settings.data.on_error == "skip")
+    try:
+        return check_source(source, skip)
+    except MissingMasks:
+        detector = settings.model.detector.model_copy(update={"name": "faster_rcnn"})
+        model = settings.model.model_copy(update={"detector": detector})
+        source = open_split(settings.model_copy(update={"model": model}), None, names)
+        note = f"{source.name} has not a mask for each object: boxes alone are evaluated"
+        return replace(check_source(source, skip), note="; ".join(filter(None, (source.note, note))))
 
 
 class BoxValidation(DenseValidation[DetectionConfig, DetectionSource]):

@@ -37,8 +37,9 @@ NAMES = ("boxes", "scores", "labels", "masks")
 OPSETS = (16, 20)  # with the boxes' cut-outs as torchvision has them; the last one that a trace is written in
 TRIED = 2  # inputs of each size
 LARGEST = (320, 448)  # height and width: a file for any size is tried with no more
-# Boxes are the same if their sides are, to so many pixels, and their masks but for this share of their pixels
-SAME_PIXELS, SAME_MASK = 0.5, 0.01
+# Boxes are the same if their sides are, to so many pixels, and their masks but for this share of their pixels. A pixel
+# whose probability differs by less than this is the same, even if rounding moves it across the limit
+SAME_PIXELS, SAME_MASK, SAME_PROBABILITY = 0.5, 0.01, 0.01
 # Of boxes of nearly the same score, or that overlap by nearly the limit, rounding decides which one stays
 MIN_AGREEMENT = 0.95
 
@@ -274,7 +275,8 @@ def compared(expected: Answer, found: Answer) -> Compared:
 
 def _is_same_mask(first: np.ndarray, second: np.ndarray) -> bool:
     one, other = first > 0.5, second > 0.5
-    return bool((one != other).sum() <= max(1, SAME_MASK * (one | other).sum()))
+    differs = (one != other) & (np.abs(first - second) > SAME_PROBABILITY)
+    return bool(differs.sum() <= max(1, SAME_MASK * (one | other).sum()))
 
 
 def open_detection(checkpoint: str | Path, content: Mapping[str, Any], kind: str, options: Options) -> BoxSubject:
