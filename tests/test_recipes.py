@@ -71,7 +71,7 @@ def test_trains_a_step(path, shallow, tmp_path_factory):
         names = tmp_path_factory.getbasetemp() / "names.txt"
         names.write_text("".join(f"{i}\n" for i in range(7)))
         classes = [f"data.class_names={names}"]
-        network += ["model.detector.channels=32", "augment.short_sides=[32]", "data.short_side=32", "data.long_side=48"]
+        network += ["model.detector.channels=64", "augment.short_sides=[32]", "data.short_side=32", "data.long_side=48"]
         network += ["data.img_size=null"]
     text = "\n".join(step(load_config(path, [*CHEAP, *network, *classes])))
     assert f" {found or 7} classes" in text
