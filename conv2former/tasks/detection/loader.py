@@ -41,7 +41,7 @@ def _collate_augmented(items: list[Item]) -> TrainBatch:
 
 @dataclass(frozen=True)
 class _Finish:
-    """Moves a batch to the device, and normalises its images there."""
+    """Moves images to the device, and normalises them there; targets are moved by the objective."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -52,10 +52,7 @@ class _Finish:
             normalize(pixels.to(device, non_blocking=True)[None], self.mean, self.std)[0].permute(2, 0, 1)
             for pixels in batch.images
         ]
-        targets = [
-            {key: values.to(device, non_blocking=True) for key, values in target.items()} for target in batch.targets
-        ]
-        return TrainBatch(images, targets, batch.skipped)
+        return batch._replace(images=images)
 
 
 def train_loader(
