@@ -21,7 +21,7 @@ from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
 from conv2former.engine.prepare import changed_keys
 from conv2former.engine.signals import StopSignal
-from conv2former.errors import CheckpointError, ConfigError, RunStopped, TrainingError, UserError
+from conv2former.errors import CheckpointError, ConfigError, RunStopped, TrainingError, UserError, bullets
 from conv2former.tasks.network import name_network
 from conv2former.tools.cli import run_cli
 from conv2former.tools.output import text_table
@@ -33,6 +33,7 @@ __all__ = [
     "check_alone",
     "deviation",
     "final_row",
+    "holds_run",
     "is_finished",
     "table",
     "top1_of",
@@ -61,6 +62,25 @@ def changes_of(folder: Path, config: BaseConfig) -> list[str] | None:
     except (ConfigError, CheckpointError):  # no run; of another version; without the weights that it started from
         return None
     return changed_keys(noted, now)
+
+
+def holds_run(folder: Path, config: BaseConfig, advice: str = "give another --output") -> bool:
+    """Returns whether a folder holds this run, finished or not.
+
+    Args:
+        folder: of the run.
+        config: how it would be done now.
+        advice: what can be done about another one.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    changes = changes_of(folder, config)
+    if changes:
+        raise ConfigError(
+            f"{folder} holds a run with another configuration; {advice}, or undo the change:", *bullets(changes)
+        )
+    return changes is not None
 
 
 def is_finished(folder: Path, config: BaseConfig, processes: int = 1) -> bool:

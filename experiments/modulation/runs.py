@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from conv2former.data.sources import open_train_and_val
-from conv2former.errors import ConfigError, TrainingError, bullets
+from conv2former.errors import TrainingError
 from conv2former.tools.output import check_writable, replacing
 
-from ..study import Say, changes_of, check_alone, final_row, is_finished, top1_of, train_quietly
+from ..study import Say, check_alone, final_row, holds_run, is_finished, top1_of, train_quietly
 from .plan import Run, Setting, Study
 
 __all__ = ["Outcome", "Results", "choose", "count_images", "find_results", "run_study", "setting_text"]
@@ -80,13 +80,7 @@ def _outcome(study: Study, run: Run) -> Outcome | None:
         ConfigError: its folder holds another one.
     """
     folder, config = study.folder(run), study.config(run)
-    changes = changes_of(folder, config)
-    if changes:
-        raise ConfigError(
-            f"{folder} holds a run with another configuration; give another --output, or undo the change:",
-            *bullets(changes),
-        )
-    if changes is None:
+    if not holds_run(folder, config):
         return None
     if (folder / DIVERGED).is_file():
         return Outcome(None, 0, 0.0, str(folder))

@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from conv2former.errors import ConfigError, bullets
 from conv2former.tools.output import check_writable
 
-from ..study import Say, changes_of, check_alone, final_row, is_finished, train_quietly
+from ..study import Say, check_alone, final_row, holds_run, is_finished, train_quietly
 from .plan import Case, Run
 
 __all__ = ["Outcome", "Results", "find_results", "run_case"]
@@ -50,12 +49,7 @@ def find_results(case: Case) -> dict[Run, Outcome]:
 def _outcome(case: Case, run: Run) -> Outcome | None:
     """Returns what a run came to, None if it is not done."""
     folder, config = case.folder(run), case.config(run)
-    if changes := changes_of(folder, config):
-        raise ConfigError(
-            f"{folder} holds a run with another configuration; give another --output, or undo the change:",
-            *bullets(changes),
-        )
-    if not is_finished(folder, config, case.processes):
+    if not (holds_run(folder, config) and is_finished(folder, config, case.processes)):
         return None
     row, report = final_row(folder), json.loads((folder / "report.json").read_text())
     prefix = "ema_" if any(key.startswith("ema_") for key in row) else ""

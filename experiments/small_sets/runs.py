@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from conv2former.config import Config, fit_auto, fit_batch, make_plan
-from conv2former.errors import ConfigError, bullets
 from conv2former.tools.output import check_writable
 
-from ..study import Say, changes_of, check_alone, final_row, is_finished, top1_of, train_quietly
+from ..study import Say, check_alone, final_row, holds_run, is_finished, top1_of, train_quietly
 from .images import Pool, cells, digits, photos, write_choice
 from .plan import PRETRAINING, Run, Study
 
@@ -116,12 +115,7 @@ def _outcome(study: Study, run: Run, images: int) -> Outcome | None:
     if not (folder / "report.json").is_file():
         return None
     config = settled_config(study, run, images)
-    if changes := changes_of(folder, config):
-        raise ConfigError(
-            f"{folder} holds a run with another configuration; remove it, give another --output, or undo the change:",
-            *bullets(changes),
-        )
-    if not is_finished(folder, config):
+    if not (holds_run(folder, config, "remove it, give another --output") and is_finished(folder, config)):
         return None
     row, report = final_row(folder), json.loads((folder / "report.json").read_text())
     return Outcome(top1_of(row), row["n"], row["epoch"], row["step"], report["seconds"], str(folder))
