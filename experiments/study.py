@@ -21,7 +21,15 @@ from conv2former.engine.images import settle_images
 from conv2former.engine.logging import read_metrics
 from conv2former.engine.prepare import changed_keys
 from conv2former.engine.signals import StopSignal
-from conv2former.errors import CheckpointError, ConfigError, RunStopped, TrainingError, UserError, bullets
+from conv2former.errors import (
+    CheckpointError,
+    ConfigError,
+    RunStopped,
+    TrainingError,
+    UserError,
+    bullets,
+    closest,
+)
 from conv2former.tasks.network import name_network
 from conv2former.tools.cli import run_cli
 from conv2former.tools.output import text_table
@@ -31,6 +39,9 @@ __all__ = [
     "Say",
     "changes_of",
     "check_alone",
+    "check_names",
+    "check_processes",
+    "check_seeds",
     "deviation",
     "final_row",
     "holds_run",
@@ -174,6 +185,40 @@ def check_alone() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("a comparison is one process; start it without torchrun")
+
+
+def check_names(option: str, given: Sequence[str], known: Sequence[str], what: str = "") -> None:
+    """Checks an option that lists some of what a study has, of which `what` is the word, such as `row`.
+
+    Raises:
+        ConfigError: the study has none of a name.
+    """
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{option}: no {what}{what and ' '}'{name}'{closest(name, known)}: {', '.join(known)}")
+
+
+def check_seeds(seeds: int) -> None:
+    """Checks `--seeds`.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: give at least one")
+
+
+def check_processes(processes: int, batch_size: int) -> None:
+    """Checks `--processes`, among which each batch is divided.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    if processes < 1 or batch_size % processes:
+        raise ConfigError(
+            f"--processes {processes}: a batch of {batch_size} images cannot be divided among them; give another "
+            "number, or another train.batch_size"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- the results

@@ -11,7 +11,9 @@ from conv2former._yaml import read_yaml
 from conv2former.config import Config, apply_overrides, check_config, load_config
 from conv2former.config.registry import as_classification
 from conv2former.config.schema import NO_SPLIT
-from conv2former.errors import ConfigError, closest
+from conv2former.errors import ConfigError
+
+from ..study import check_names, check_processes, check_seeds
 
 __all__ = ["HUB", "Network", "Run", "Setting", "Study", "read_study"]
 
@@ -147,17 +149,10 @@ def read_study(
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path}: not a study ({type(e).__name__}: {e}); experiments/modulation/ has one") from None
     names = [network.name for network in networks]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise ConfigError(f"--only: no network '{unknown[0]}'{closest(unknown[0], names)}: {', '.join(names)}")
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: give at least one")
+    check_names("--only", only, names, "network")
+    check_seeds(seeds)
     config = _recipe(recipe, data, epochs, overrides)
-    if processes < 1 or config.train.batch_size % processes:
-        raise ConfigError(
-            f"--processes {processes}: a batch of {config.train.batch_size} images cannot be divided among them; give "
-            "another number, or another train.batch_size"
-        )
+    check_processes(processes, config.train.batch_size)
     chosen = tuple(name for name in names if name in only or not only)
     study = Study(config, networks, chosen, settings, holdout, seed, seeds, output, processes)
     for run in study.plan(dict.fromkeys(names, settings[0]) if settings else {}):

@@ -9,9 +9,11 @@ from typing import Any
 
 from conv2former._yaml import read_yaml
 from conv2former.config import BaseConfig, apply_overrides, check_config, load_config
-from conv2former.errors import ConfigError, closest
+from conv2former.errors import ConfigError
 from conv2former.tasks.network import name_network
 from conv2former.tasks.registry import find_task
+
+from ..study import check_names, check_processes, check_seeds
 
 __all__ = ["Case", "Row", "Run", "read_case"]
 
@@ -117,11 +119,8 @@ def read_case(
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path}: not a case ({type(e).__name__}: {e}); experiments/real_cases/ has one") from None
     names = [row.name for row in rows]
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"--only: no row '{name}'{closest(name, names)}: {', '.join(names)}")
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: give at least one")
+    check_names("--only", only, names, "row")
+    check_seeds(seeds)
     given = apply_overrides({}, overrides)
     for section, key in (("data", "root"), ("train", "seed")):
         if key in (given.get(section) or {}):
@@ -130,11 +129,7 @@ def read_case(
     unknown = [name for name in metrics if name not in find_task(config).metrics]
     if unknown:
         raise ConfigError(f"{path}: metrics: {config.task} has no {unknown[0]}: {', '.join(find_task(config).metrics)}")
-    if processes < 1 or config.train.batch_size % processes:
-        raise ConfigError(
-            f"--processes {processes}: a batch of {config.train.batch_size} images cannot be divided among them; give "
-            "another number, or another train.batch_size"
-        )
+    check_processes(processes, config.train.batch_size)
     chosen = tuple(row for row in rows if row.name in only or not only)
     case = Case(config, chosen, metrics, per_class, size, seeds, output, processes)
     for run in case.plan():

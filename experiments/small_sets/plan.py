@@ -11,7 +11,9 @@ from conv2former._configs import find_config
 from conv2former._yaml import read_yaml
 from conv2former.config import Config, load_config
 from conv2former.config.registry import as_classification
-from conv2former.errors import ConfigError, closest
+from conv2former.errors import ConfigError
+
+from ..study import check_names, check_seeds
 
 __all__ = ["PRETRAINING", "Run", "Setting", "SmallSet", "Study", "read_study"]
 
@@ -171,10 +173,8 @@ def read_study(
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path}: not a study ({type(e).__name__}: {e}); experiments/small_sets/ has one") from None
     for option, given, known in (("--sets", sets, rows), ("--settings", settings, columns)):
-        if unknown := [name for name in given if name not in known]:
-            raise ConfigError(f"{option}: no '{unknown[0]}'{closest(unknown[0], known)}: {', '.join(known)}")
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: give at least one")
+        check_names(option, given, known)
+    check_seeds(seeds)
     if cells is None and any(row.images == "cells" for row in study.sets.values()):
         raise ConfigError("--sets: blood cells are cut out of a data set in COCO's format; give its folder, --cells")
     for run in study.plan():

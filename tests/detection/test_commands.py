@@ -93,6 +93,9 @@ def test_an_evaluation_has_the_training_s_numbers(trained, tmp_path):
     assert any(line.startswith(f"{trained.last} ") and f"{rows[1]['ap']:.2f}" in line for line in lines)
     assert any(line.startswith("disc ") for line in lines)
     assert "masks:" in lines
+    none = "no box of any score has an object of its class at an IoU of 0.5 or more"
+    assert none in summary([{**rows[0], "best_f1": 0.0}])
+    assert none not in lines
     _check_against_files(trained.data / "val.json", folder / "detections.json", rows[0])
 
 

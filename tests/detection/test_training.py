@@ -189,5 +189,9 @@ def test_results_in_words():
     assert lines[1] == f"  lowest       AP of {NAMES[2]} 10.00 %, {NAMES[0]} 50.00 %"
     assert lines[2] == "  best score   0.35, from which on F1 is 66.00 %"
     assert lines[3].startswith(f"  not there    no object of {NAMES[1]}")
+    untrained = {**details, "score": 0.5, "f1": 0.0}
+    assert task.summarise({"n": 5, **task.report({"ap": 0.0, "ap50": 0.0, "ap75": 0.0}, untrained, NAMES)})[1][2] == (
+        "  best score   no box of any score has an object of its class at an IoU of 0.5 or more"
+    )
     nothing = {**details, "classes": None, "score": None, "f1": None, "worst": None}
     assert task.summarise({"n": 5, **task.report({"ap": 30.0, "ap50": 5.0, "ap75": 1.0}, nothing, NAMES)})[1]

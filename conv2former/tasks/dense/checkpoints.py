@@ -1,15 +1,15 @@
-"""What a checkpoint of a network on a backbone's maps says, whatever its task: its configuration and its backbone."""
+"""From a checkpoint to its network on a backbone's maps, whatever its task and its backbone are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from ...config import BaseConfig, check_config
-from ...errors import CheckpointError, ConfigError, first_line
+from ...errors import CheckpointError, ConfigError, UserError, first_line, memory_for
 from ...models.restore import check_expected
 from ...text import clipped
 from ...variants import is_builtin, parse_variant
@@ -17,10 +17,56 @@ from ...weights.contents import EMA_NAMES
 from ...weights.description import CheckpointInfo, definition_in, describe_checkpoint
 from ...weights.others import is_other
 
-__all__ = ["BACKBONE", "Noted", "load_weights", "network_in", "read_noted", "saved_config"]
+__all__ = ["BACKBONE", "Noted", "restore_network", "saved_config"]
 
 BACKBONE = "backbone."
 C = TypeVar("C", bound=BaseConfig)
+N = TypeVar("N", bound=nn.Module)
+
+
+def restore_network(
+    content: Mapping[str, Any],
+    path: object,
+    use_ema: bool,
+    expect: Any,
+    kind: type[C],
+    check: Callable[[Mapping[str, Tensor], C, int, object], None],
+    build: Callable[[C, int], N],
+) -> tuple[N, Noted]:
+    """Builds the network of a checkpoint, in evaluation mode.
+
+    Args:
+        content: what the file holds.
+        path: of it, named in errors.
+        use_ema: take the averaged weights where it has them.
+        expect: the name of a variant, or its YAML file, that the backbone must be; None for whatever it is.
+        kind: the class of the task's configuration.
+        check: given weights, configuration, number of classes and path, raises `CheckpointError` where the weights are
+            seen not to be of what the configuration notes. A file may be made to harm: what it notes must be no larger
+            than the tensors that it has, before a network of that size is built.
+        build: makes the network of a configuration and a number of classes.
+
+    Returns:
+        The network with all that was trained, and what the file notes of it.
+
+    Raises:
+        CheckpointError: the weights are not those of the network that the file notes.
+        ConfigError: a package is not installed, or there is no variant of the expected name.
+    """
+    config = saved_config(content.get("config") or {}, path, kind)
+    noted = _read_noted(content, path, use_ema, expect, config.task)
+    classes = len(noted.class_names)
+    check(noted.weights, config, classes, path)
+    config = _network_in(content, config)
+    with memory_for(f"the network in {path}", "use a machine with more of it", CheckpointError):
+        try:
+            model = build(config, classes)
+        except UserError as e:
+            if isinstance(e, ConfigError) and "pip install" in str(e):
+                raise
+            raise CheckpointError(f"{path}: its network cannot be built: {e}") from None
+        _load_weights(model, noted.weights, path)
+    return model.eval(), noted
 
 
 def saved_config(noted: Mapping[str, Any], path: object, kind: type[C]) -> C:
@@ -38,7 +84,7 @@ def saved_config(noted: Mapping[str, Any], path: object, kind: type[C]) -> C:
 
 
 class Noted(NamedTuple):
-    """What a checkpoint notes of its network, before one is built.
+    """What a checkpoint notes of its network.
 
     Attributes:
         weights: the state dict, tensors by name.
@@ -57,15 +103,8 @@ class Noted(NamedTuple):
         return replace(self.info, num_parameters=parameters, num_classes=count, class_names=names)
 
 
-def read_noted(content: Mapping[str, Any], path: object, use_ema: bool, expect: Any, what: str) -> Noted:
-    """Reads off a checkpoint all but its configuration.
-
-    Args:
-        content: what the file holds.
-        path: of it, named in errors.
-        use_ema: take the averaged weights where it has them.
-        expect: the name of a variant, or its YAML file, that the backbone must be; None for whatever it is.
-        what: it is a checkpoint of, such as `segmentation`.
+def _read_noted(content: Mapping[str, Any], path: object, use_ema: bool, expect: Any, what: str) -> Noted:
+    """Reads off a checkpoint of a task, `what`, all but its configuration; see `restore_network`.
 
     Raises:
         CheckpointError: it has no classes or no weights, or another backbone than the expected.
@@ -88,7 +127,7 @@ def read_noted(content: Mapping[str, Any], path: object, use_ema: bool, expect: 
     return Noted(dict(state), [*map(str, names)], info)
 
 
-def network_in(content: Mapping[str, Any], config: C) -> C:
+def _network_in(content: Mapping[str, Any], config: C) -> C:
     """Returns the configuration with the backbone as the file defines it, without starting weights."""
     definition = definition_in(content)
     changes: dict[str, Any] = {"checkpoint": None, "pretrained": False, "freeze": "nothing"}
@@ -99,7 +138,7 @@ def network_in(content: Mapping[str, Any], config: C) -> C:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
     """Loads a state dict.
 
     Raises:

@@ -15,9 +15,10 @@ import numpy as np
 from .average_precision import coco_boxes
 from .objects import Detections, Objects
 
-__all__ = ["IOU", "SCORES", "Match", "best_score", "confusion_of", "match", "mistakes_of", "shown_from"]
+__all__ = ["IOU", "NONE_RIGHT", "SCORES", "Match", "best_score", "confusion_of", "match", "mistakes_of", "shown_from"]
 
 IOU = 0.5  # of a box with its object, at least
+NONE_RIGHT = f"no box of any score has an object of its class at an IoU of {IOU:g} or more"
 SCORES = np.arange(1, 20) / 20  # 0.05 to 0.95, among which the best is chosen
 NOTHING = -1
 

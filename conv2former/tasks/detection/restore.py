@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError, UserError, memory_for
+from ...errors import CheckpointError, ConfigError
 from ...weights.description import CheckpointInfo
 from ..dense import checkpoints
 from ..dense.maps import STAGES
@@ -31,31 +31,12 @@ def restore_network(
 ) -> tuple[DetectionNetwork, CheckpointInfo]:
     """Builds the network of a detection's checkpoint, in evaluation mode.
 
-    Args:
-        content: what the file holds.
-        path: of it, named in errors.
-        use_ema: take the averaged weights where it has them.
-        expect: the name of a variant, or its YAML file, that the backbone must be; None for whatever it is.
-
-    Returns:
-        The network, and what the file says about itself: the backbone's shape, the whole network's parameters.
-
-    Raises:
-        CheckpointError: the weights are not those of the network that the file notes.
-        ConfigError: there is no variant of the expected name.
+    Arguments and errors are those of `checkpoints.restore_network`.
     """
-    config = saved_config(content.get("config") or {}, path)
-    noted = checkpoints.read_noted(content, path, use_ema, expect, "detection")
-    classes = len(noted.class_names)
-    _check_shapes(noted.weights, config, classes, path)
-    config = checkpoints.network_in(content, config)
-    with memory_for(f"the network in {path}", "use a machine with more of it", CheckpointError):
-        try:
-            model = build_network(config, classes)
-        except UserError as e:
-            raise CheckpointError(f"{path}: its network cannot be built: {e}") from None
-        checkpoints.load_weights(model, noted.weights, path)
-    return model.eval(), noted.of_whole(model)
+    model, noted = checkpoints.restore_network(
+        content, path, use_ema, expect, DetectionConfig, _check_shapes, build_network
+    )
+    return model, noted.of_whole(model)
 
 
 def _check_shapes(weights: Mapping[str, Tensor], config: DetectionConfig, classes: int, path: object) -> None:

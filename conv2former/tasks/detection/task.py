@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from ...errors import ConfigError, counted
 from ...models import CheckpointInfo
 from ...text import clipped
 from ...weights.others import OtherNetwork
-from ..dense.maps import compile_parts, freeze
+from ..dense.task import DenseTask
 from ..network import find_network
-from ..task import Metric, Processes, Task
+from ..task import Metric, Processes
 from .check import about_objects, check_source
 from .config import DetectionConfig
 from .detectors import finest_stride
@@ -27,6 +27,7 @@ from .evaluation import BoxEvaluation, BoxEvaluator, about_missing, class_rows
 from .images import DetectionSource
 from .loader import eval_loader, train_loader
 from .loss import DetectionObjective, Targets
+from .matching import NONE_RIGHT
 from .network import DetectionNetwork, build_network
 from .objects import TrainBatch
 from .restore import restore_network
@@ -42,7 +43,7 @@ FEW_CLASSES = 3  # of the lowest AP, which the end of a run names
 SYNTHETIC = 8  # boxes in an image of a dry run
 
 
-class Detection(Task):
+class Detection(DenseTask):
     """See `tasks.task.Task`; arguments are a `DetectionConfig`, and a `DetectionSource` for each split."""
 
     name = "detection"
@@ -101,10 +102,7 @@ class Detection(Task):
     def train_loader(
         self, config: DetectionConfig, source: DetectionSource, world: Processes, worker_init: Any
     ) -> tuple[EpochSampler, DataLoader]:
-        train = config.train
-        sampler = EpochSampler(
-            len(source), train.batch_size, train.accum_steps, world.rank, world.size, train.seed, train.keep_tail
-        )
+        sampler = self.sampler(config, source, world)
         return sampler, train_loader(source, config, sampler, world.device, worker_init)
 
     def eval_loader(
@@ -140,12 +138,6 @@ class Detection(Task):
         self, content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
     ) -> tuple[DetectionNetwork, CheckpointInfo]:
         return restore_network(content, path, use_ema, expect)
-
-    def freeze(self, model: nn.Module, until: str) -> None:
-        freeze(cast(DetectionNetwork, model), until)
-
-    def compile_model(self, model: nn.Module) -> nn.Module:
-        return compile_parts(cast(DetectionNetwork, model))
 
     def objective(
         self, config: DetectionConfig, plan: Plan, device: torch.device, model: nn.Module, statistics: None
@@ -214,6 +206,7 @@ def _about_result(report: Mapping[str, Any]) -> list[str]:
         named = ", ".join(f"{clipped(row['class'], 24)} {row['ap']:.2f} %" for row in rows[:FEW_CLASSES])
         lines.append(f"  lowest       AP of {named}")
     if report["score"] is not None:
-        lines.append(f"  best score   {report['score']:.2f}, from which on F1 is {report['f1']:.2f} %")
+        best = f"{report['score']:.2f}, from which on F1 is {report['f1']:.2f} %"
+        lines.append(f"  best score   {best if report['f1'] else NONE_RIGHT}")
     missing = about_missing(report["classes"])
     return [*lines, *([f"  not there    {missing}"] if missing else [])]

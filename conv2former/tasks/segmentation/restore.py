@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError, UserError, memory_for
+from ...errors import CheckpointError
 from ...weights.description import CheckpointInfo
 from ..dense import checkpoints
 from .config import SegmentationConfig
@@ -27,36 +27,15 @@ def saved_config(noted: Mapping[str, Any], path: object) -> SegmentationConfig:
 def restore_network(
     content: Mapping[str, Any], path: object, use_ema: bool = True, expect: Any = None
 ) -> tuple[SegmentationNetwork, CheckpointInfo]:
-    """Builds the network of a segmentation's checkpoint, in evaluation mode; the auxiliary head is left out.
+    """Builds the network of a segmentation's checkpoint, in evaluation mode and without an auxiliary head.
 
-    Args:
-        content: what the file holds.
-        path: of it, named in errors.
-        use_ema: take the averaged weights where it has them.
-        expect: the name of a variant, or its YAML file, that the backbone must be; None for whatever it is.
-
-    Returns:
-        The network, and what the file says about itself: the backbone's shape, the whole network's parameters.
-
-    Raises:
-        CheckpointError: the weights are not those of the network that the file notes.
-        ConfigError: segmentation-models-pytorch is not installed, or there is no variant of the expected name.
+    Arguments and errors are those of `checkpoints.restore_network`.
     """
-    config = saved_config(content.get("config") or {}, path)
-    noted = checkpoints.read_noted(content, path, use_ema, expect, "segmentation")
-    classes = len(noted.class_names)
-    _check_size(noted.weights, config, classes, path)
-    config = checkpoints.network_in(content, config)
-    with memory_for(f"the network in {path}", "use a machine with more of it", CheckpointError):
-        try:
-            model = build_network(config, classes)
-        except UserError as e:
-            if isinstance(e, ConfigError) and "pip install" in str(e):
-                raise
-            raise CheckpointError(f"{path}: its network cannot be built: {e}") from None
-        checkpoints.load_weights(model, noted.weights, path)
+    model, noted = checkpoints.restore_network(
+        content, path, use_ema, expect, SegmentationConfig, _check_size, build_network
+    )
     model.auxiliary = None
-    return model.eval(), noted.of_whole(model)
+    return model, noted.of_whole(model)
 
 
 def _check_size(weights: Mapping[str, Tensor], config: SegmentationConfig, classes: int, path: object) -> None:

@@ -16,8 +16,8 @@ from ...data import EpochSampler
 from ...errors import counted, shorten
 from ...models import CheckpointInfo
 from ...text import clipped
-from ..dense.maps import compile_parts, freeze
-from ..task import Metric, Processes, Task
+from ..dense.task import DenseTask
+from ..task import Metric, Processes
 from .check import check_source
 from .config import SegmentationConfig
 from .evaluation import ClassCounts, MaskEvaluation, MaskEvaluator, about_missing
@@ -38,7 +38,7 @@ __all__ = ["Segmentation"]
 FEW_CLASSES = 3  # of the lowest IoU, which the end of a run names
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """See `tasks.task.Task`; arguments are a `SegmentationConfig`, and a `PairSource` for each split."""
 
     name = "segmentation"
@@ -82,10 +82,7 @@ class Segmentation(Task):
     def train_loader(
         self, config: SegmentationConfig, source: PairSource, world: Processes, worker_init: Any
     ) -> tuple[EpochSampler, DataLoader]:
-        train = config.train
-        sampler = EpochSampler(
-            len(source), train.batch_size, train.accum_steps, world.rank, world.size, train.seed, train.keep_tail
-        )
+        sampler = self.sampler(config, source, world)
         return sampler, train_loader(source, config, sampler, world.device, worker_init)
 
     def eval_loader(
@@ -108,12 +105,6 @@ class Segmentation(Task):
         self, content: Mapping[str, Any], path: str | Path, use_ema: bool = True, expect: str | Path | None = None
     ) -> tuple[SegmentationNetwork, CheckpointInfo]:
         return restore_network(content, path, use_ema, expect)
-
-    def freeze(self, model: nn.Module, until: str) -> None:
-        freeze(cast(SegmentationNetwork, model), until)
-
-    def compile_model(self, model: nn.Module) -> nn.Module:
-        return compile_parts(cast(SegmentationNetwork, model))
 
     def statistics(self, config: SegmentationConfig, train: PairSource) -> np.ndarray | None:
         """Returns the training pixels of each class, (classes,), where they were counted."""

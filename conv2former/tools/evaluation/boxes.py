@@ -12,7 +12,7 @@ from ...data.classes import display_names
 from ...errors import counted
 from ...tasks.detection.evaluation import BoxEvaluation, about_missing
 from ...tasks.detection.images import DetectionSource
-from ...tasks.detection.matching import IOU
+from ...tasks.detection.matching import IOU, NONE_RIGHT
 from ...tasks.detection.results import coco_results
 from ...text import clipped
 from ...weights.description import weights_text
@@ -129,10 +129,8 @@ def summary(rows: Sequence[dict[str, Any]], folder: Path | None = None, is_heade
     lines.append("")
     for row in rows:
         where = f"{row['checkpoint']}: " if len(rows) > 1 else ""
-        lines.append(
-            f"{where}best F1 {row['best_f1']:.2f} % with boxes of score {row['best_score']:.2f} and above, at an IoU "
-            f"of {IOU:g}"
-        )
+        best = f"best F1 {row['best_f1']:.2f} % with boxes of score {row['best_score']:.2f} and above"
+        lines.append(f"{where}{f'{best}, at an IoU of {IOU:g}' if row['best_f1'] else NONE_RIGHT}")
     notes = [f"note: {missing}" for row in rows if (missing := about_missing(row["per_class"]))]
     lines += dict.fromkeys(notes)
     for row in rows:
