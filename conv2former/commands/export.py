@@ -24,10 +24,10 @@ from ..printing import print_lines
 from ..text import clipped, printable
 from ..tools.arguments import Parser
 from ..tools.cli import run_cli
-from ..tools.export.export import Exported
 from ..tools.export.options import DEFAULT_OPSET, DEFAULT_TOLERANCE, FORMATS, PREPROCESSINGS, Options
 from ..tools.export.quantize import CALIBRATION_IMAGES, MAX_DROP, ImagesFor, Quantized, export_int8
 from ..tools.export.registry import export
+from ..tools.export.subject import Exported
 from ..tools.output import text_table
 from ..weights.description import weights_text
 

@@ -25,7 +25,9 @@ from conv2former.tools.checkpoints.average import average
 from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.checkpoints.publish import write_folder
 from conv2former.tools.evaluation.validate import validate
-from conv2former.tools.export.export import Options, export, read_metadata
+from conv2former.tools.export.export import export
+from conv2former.tools.export.opening import read_metadata
+from conv2former.tools.export.options import Options
 from conv2former.tools.prediction.explain import Explainer
 from conv2former.tools.prediction.predict import Predictor
 from conv2former.tools.runs.comparing import differing

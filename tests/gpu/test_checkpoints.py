@@ -14,7 +14,8 @@ from conv2former.config import Config, load_config
 from conv2former.data.digits import write_samples
 from conv2former.engine import train
 from conv2former.tools.evaluation.validate import validate
-from conv2former.tools.export.export import Options, export
+from conv2former.tools.export.export import export
+from conv2former.tools.export.options import Options
 from conv2former.tools.prediction.inputs import find_images
 from conv2former.tools.prediction.predict import Predictor
 

@@ -30,7 +30,7 @@ from conv2former.tools.checkpoints.convert import convert
 from conv2former.tools.evaluation import registry
 from conv2former.tools.evaluation.files import Extras
 from conv2former.tools.evaluation.registry import summary, validate_files
-from conv2former.tools.export.export import Options
+from conv2former.tools.export.options import Options
 from conv2former.tools.export.registry import export
 from conv2former.tools.export.segmentation import MaskSubject, _exportable_pools, _Pool, _without_ceil_mode
 from conv2former.tools.prediction.dense import file_names

@@ -18,7 +18,8 @@ from conv2former.tools.checkpoints.average import average, greedy
 from conv2former.tools.checkpoints.convert import convert, summary
 from conv2former.tools.checkpoints.publish import install, write_folder
 from conv2former.tools.checkpoints.table import installed_table
-from conv2former.tools.export.export import Options, export
+from conv2former.tools.export.export import export
+from conv2former.tools.export.options import Options
 from conv2former.tools.prediction.predict import Predictor
 
 from ..conftest import ROOT

@@ -28,8 +28,10 @@ from conv2former.errors import CheckpointError, ConfigError, DataError, OutputEr
 from conv2former.models import Preprocessing
 from conv2former.models.ablations import FUSIONS
 from conv2former.tools.export import export as tool
-from conv2former.tools.export import quantize
-from conv2former.tools.export.export import Options, export, read_metadata
+from conv2former.tools.export import opening, quantize, writing
+from conv2former.tools.export.export import export
+from conv2former.tools.export.opening import read_metadata
+from conv2former.tools.export.options import Options
 from conv2former.tools.export.quantize import Accuracy, ImagesFor, export_int8
 
 from ..conftest import FIXTURES, ROOT
@@ -221,14 +223,14 @@ def test_a_torch_without_the_newer_way_to_say_any_shape(monkeypatch):
     real = builtins.__import__
 
     def older(name, *args, **kwargs):
-        if name.endswith("dynamic_spec") and args[0]["__name__"] == tool.__name__:
+        if name.endswith("dynamic_spec") and args[0]["__name__"] == writing.__name__:
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
     if SAYS_SIZES:  # otherwise this is such a torch
         monkeypatch.setattr(builtins, "__import__", older)
     model = small_network()
-    with torch.no_grad(), tool.quiet():
+    with torch.no_grad(), opening.quiet():
         network = tool._trace(model, 3, (64, 64), None).module()
         for x in (torch.randn(1, 3, 70, 95), torch.randn(3, 3, 128, 64)):
             np.testing.assert_allclose(network(x).numpy(), model(x).numpy(), rtol=1e-4, atol=1e-5)
@@ -247,7 +249,7 @@ def test_metadata(checkpoint, onnx_file):
     shown = subprocess.run(["sha256sum", checkpoint], capture_output=True, text=True).stdout
     assert texts["source_sha256"] == shown.split()[0]
     documented = re.findall(r"^\| (`.*?`) \|", DOCS, re.M)
-    assert {key for cell in documented for key in re.findall(r"`(\w+)`", cell)} == set(tool.METADATA)
+    assert {key for cell in documented for key in re.findall(r"`(\w+)`", cell)} == set(opening.METADATA)
 
 
 def test_imagenet_s_names_and_another_preprocessing(tmp_path):
@@ -521,7 +523,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(checkpoint, tmp_path, monke
 
 @pytest.mark.parametrize("broken", ["nan", "shape", "raise"])
 def test_a_file_that_answers_otherwise_is_not_kept(checkpoint, tmp_path, monkeypatch, broken):
-    opened = tool._open
+    opened = writing.open_file
 
     def answer(found: np.ndarray) -> np.ndarray:
         if broken == "raise":
@@ -532,7 +534,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(checkpoint, tmp_path, monkeyp
         run, texts = opened(*args)
         return lambda images: answer(run(images)), texts
 
-    monkeypatch.setattr(tool, "_open", faulty)
+    monkeypatch.setattr(writing, "open_file", faulty)
     expected = {
         "nan": "more than the tolerance",
         "shape": r"has the shape \(1, 9\)",
@@ -560,7 +562,7 @@ def test_a_missing_package(checkpoint, tmp_path, monkeypatch, package):
 
 
 def test_too_large_for_one_file(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr(writing, "MAX_ONNX_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"write \.pt2 or \.ts"):
         export(checkpoint, tmp_path / "a.onnx", say=silent)
     assert not others(tmp_path)

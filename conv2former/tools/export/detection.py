@@ -23,8 +23,11 @@ from ...tasks.detection.network import DetectionNetwork
 from ...tasks.detection.restore import restore_network
 from ...text import clipped
 from ..prediction.dense import dense_settings
-from .export import MAX_ONNX_BYTES, Case, describe, open_session, quiet
+from .export import describe
+from .opening import open_session, quiet
 from .options import MIN_SIZE, Options
+from .subject import Case
+from .writing import MAX_ONNX_BYTES
 
 __all__ = ["BoxSubject", "compared", "open_detection"]
 

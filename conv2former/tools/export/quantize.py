@@ -26,8 +26,12 @@ from ...printing import print_lines
 from ..evaluation.settings import EvaluationOptions
 from ..evaluation.task import prepare_task
 from ..output import replacing
-from .export import ClassSubject, Exported, Run, compare, describe, open_onnx, quiet, write_checked
+from .comparing import compare
+from .export import ClassSubject, describe
+from .opening import Run, open_onnx, quiet
 from .options import Options, check
+from .subject import Exported
+from .writing import write_checked
 
 __all__ = ["CALIBRATION_IMAGES", "MAX_DROP", "Accuracy", "ImagesFor", "Quantized", "export_int8"]
 

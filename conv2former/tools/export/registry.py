@@ -10,9 +10,10 @@ from ...printing import print_lines
 from ..kinds import kind_for
 from . import export as files
 from .detection import open_detection
-from .export import Exported, Subject, open_classifier
+from .export import open_classifier
 from .options import Options
 from .segmentation import open_segmentation
+from .subject import Exported, Subject
 
 __all__ = ["export"]
 

@@ -22,8 +22,10 @@ from ...tasks.segmentation.network import SegmentationNetwork
 from ...tasks.segmentation.restore import restore_network
 from ...text import clipped
 from ..prediction.segmentation import settings_from
-from .export import LOGITS, Case, any_shape, describe, without_paths, write_checked
+from .export import describe
 from .options import MIN_SIZE, Options
+from .subject import LOGITS, Case
+from .writing import any_shape, without_paths, write_checked
 
 __all__ = ["MaskSubject", "open_segmentation"]
 
