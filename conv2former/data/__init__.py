@@ -8,10 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Batch, Finish, Skipped, Stream, eval_transform, seed_all, train_transforms
+    from .batch import Batch, Finish, Skipped
     from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
+    from .seeding import Stream, seed_all
     from .sources import DataSource, open_train_and_val, open_val
     from .streams import StreamSource
+    from .transforms import eval_transform, train_transforms
     from .workers import worker_errors
 
 __all__ = [
@@ -34,7 +36,7 @@ __all__ = [
     "worker_errors",
 ]
 
-_MODULES = ("batch", "loader", "sources", "streams", "workers")
+_MODULES = ("seeding", "transforms", "batch", "loader", "sources", "streams", "workers")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,12 @@ from PIL import Image
 
 from ..config.base import BaseDataConfig
 from ..errors import DataError
-from .batch import Item, Skipped, in_channels
+from .batch import Item, Skipped
 from .images import UnreadableImage
 from .loader import Loader, Transformed, batches
 from .shared import SharedBytes
 from .split import DataSource
+from .transforms import in_channels
 from .workers import Sent
 
 __all__ = [

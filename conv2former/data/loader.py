@@ -22,9 +22,10 @@ from ..config import Config
 from ..config.base import BaseDataConfig
 from ..config.schema import DataConfig
 from ..errors import DataError
-from .batch import Batch, Finish, Item, collate, collate_augmented, eval_transform, load_image, train_transforms
+from .batch import Batch, Finish, Item, collate, collate_augmented, load_image
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
+from .transforms import eval_transform, train_transforms
 from .workers import Sent, starting_workers, worker_errors
 
 __all__ = [

@@ -21,7 +21,8 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import DataError, UserError, first_line
-from .batch import Item, PixelBatch, Stream, collate_augmented, load_image
+from .batch import Item, PixelBatch, collate_augmented, load_image
+from .seeding import Stream
 
 __all__ = ["StreamBatches", "StreamImages", "StreamSource"]
 

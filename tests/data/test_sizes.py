@@ -12,8 +12,16 @@ from timm.data import auto_augment, create_transform
 
 from conv2former import Preprocessing
 from conv2former.config import img_size_at
-from conv2former.data import DataSource, EpochSampler, Stream, eval_loader, eval_transform, seed_all, train_loader
-from conv2former.data import batch as of_batch
+from conv2former.data import (
+    DataSource,
+    EpochSampler,
+    Stream,
+    eval_loader,
+    eval_transform,
+    seed_all,
+    train_loader,
+    transforms,
+)
 from conv2former.data.images import open_rgb
 
 from .test_loader import Photos, config, source
@@ -76,7 +84,7 @@ def test_evaluation_images_are_those_of_timm(mode):
 def test_wide_images_are_cut_less_than_by_a_square():
     """An object keeps its shape: the sides of the random crop are to each other as those of the input."""
     run = config(data={"img_size": (32, 128)}, augment={"scale": (0.999, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0})
-    crop = of_batch.train_transforms(run)[0].of_image[0].crop
+    crop = transforms.train_transforms(run)[0].of_image[0].crop
     *_, height, width = crop.get_params(Image.new("RGB", (400, 100)), crop.scale, crop.ratio)
     assert (width, height) == pytest.approx((400, 100), abs=2)
 
@@ -87,7 +95,7 @@ def test_grey_values_of_8_and_16_bits_stay_what_they_are():
     for pixels in (values, values.astype(np.uint16) * 257):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
-        grey = of_batch.in_channels(open_rgb(file.getvalue(), "it"), 1)
+        grey = transforms.in_channels(open_rgb(file.getvalue(), "it"), 1)
         assert grey.mode == "L"
         assert np.array_equal(grey, values)
 
@@ -95,7 +103,7 @@ def test_grey_values_of_8_and_16_bits_stay_what_they_are():
 def test_every_augmentation_policy_runs_on_grey_images():
     image = photo().resize((40, 40))
     for policy in ("rand-m9-mstd0.5-inc1", "rand-m10-inc1", "original", "v0", "3a", None):
-        transform = of_batch.train_transforms(config(augment={"auto_augment": policy}, data=GREY))[0]
+        transform = transforms.train_transforms(config(augment={"auto_augment": policy}, data=GREY))[0]
         for i in range(200):
             seed_all(Stream.IMAGE, i)
             found = transform(image)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conv2former.data import batch
+from conv2former.data import transforms
 from conv2former.tools.benchmark import cached_input
 from conv2former.tools.benchmark import input as benchmark_input
 from conv2former.tools.benchmark.input import compare_input, write_photos
@@ -46,7 +46,7 @@ def test_what_the_comparison_says(monkeypatch):
 
 def test_other_pixels_are_noticed(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark_input, "BATCH_SIZE", 4)
-    real = batch.TrainTransform.__call__
+    real = transforms.TrainTransform.__call__
 
     def darker(self, image):
         result = real(self, image)
@@ -55,7 +55,7 @@ def test_other_pixels_are_noticed(monkeypatch, tmp_path):
     write_photos(tmp_path / "train", 4)
     source = benchmark_input._source(tmp_path)
     assert benchmark_input._same_pixels(source).startswith("4 of 4")
-    monkeypatch.setattr(batch.TrainTransform, "__call__", darker)
+    monkeypatch.setattr(transforms.TrainTransform, "__call__", darker)
     assert benchmark_input._same_pixels(source).startswith("0 of 4")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from ...data.batch import in_channels
+from ...data.transforms import in_channels
 
 __all__ = ["Window", "as_tensor", "draw_place", "happens", "recoloured", "resized", "scaled_size"]
 

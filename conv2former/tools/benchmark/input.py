@@ -21,9 +21,10 @@ from timm.data import create_dataset, create_loader, create_transform
 from ...config import Config, check_config
 from ...config.registry import as_classification
 from ...data import DataSource, EpochSampler, Finish, Stream, seed_all, train_loader, train_transforms
-from ...data.batch import allow_black, collate_augmented
+from ...data.batch import collate_augmented
 from ...data.images import open_rgb
 from ...data.sources import open_split
+from ...data.transforms import allow_black
 from .loop import compare
 from .progress import Progress
 
