@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import BaseModel, PrivateAttr, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has it from 2.8 on
 
 __all__ = ["AUTO", "AUTO_KEYS", "AutoKeys", "fitted", "is_auto", "value_at", "with_values"]
 
