@@ -38,6 +38,8 @@ __all__ = [
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns autocast's type where `x` is, or None without autocast."""
     device = x.device.type
+    if device == "meta":  # has no autocast, which torch 2.6 raises an error for
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
