@@ -145,6 +145,7 @@ class OptimConfig(Section):
     betas: tuple[Rate, Rate] | None = None  # null: the optimizer's own, for AdamW (0.9, 0.999)
     eps: Above0 | None = None  # null: the optimizer's own, for AdamW 1e-8
     momentum: Rate | None = None  # null: 0.9 where the optimizer has one, such as sgd and muon
+    args: dict[str, JsonValue] = {}  # further arguments of timm's optimizer, such as {ns_steps: 3} of muon
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = (
         None  # rate factor from a layer group to the one below
     )

@@ -16,6 +16,19 @@ from ..errors import ConfigError, closest, first_line
 
 __all__ = ["build_optimizer", "build_scheduler", "optimizer_args"]
 
+# arguments of optimizers that `optim.args` does not set, and what does
+TAKEN = {
+    "betas": "set optim.betas",
+    "eps": "set optim.eps",
+    "foreach": "the loop chooses it",
+    "fused": "the loop chooses it",
+    "layer_decay": "set optim.layer_decay",
+    "lr": "set optim.base_lr",
+    "momentum": "set optim.momentum",
+    "param_group_fn": "the loop makes the groups",
+    "params": "the loop makes the groups",
+    "weight_decay": "set optim.weight_decay",
+}
 # before an optimizer's name: every 6 steps the weights go back half of the way to where they were 6 steps before
 LOOKAHEAD = "lookahead_"
 
@@ -76,6 +89,8 @@ def _milestones(config: BaseConfig, plan: Plan) -> list[float]:
 def optimizer_args(config: BaseConfig) -> dict[str, Any]:
     """Returns the optional arguments of the configured optimizer: those that are set, and `fused` where it exists.
 
+    `optim.args` are among them.
+
     Raises:
         ConfigError: there is no such optimizer, it has no such argument, or it cannot be used in this loop.
     """
@@ -91,14 +106,42 @@ def optimizer_args(config: BaseConfig) -> dict[str, Any]:
     for key, (value, is_known) in optional.items():
         if value is not None and not is_known:
             raise ConfigError(f"optim.{key}: {optim.opt} has none; leave it out")
-    args = {key: value for key, (value, _) in optional.items() if value is not None}
-    if isinstance(info.opt_class, type) and "fused" in inspect.signature(info.opt_class).parameters:
+    # empty where it is of another package, which may not be here
+    known = list(inspect.signature(info.opt_class).parameters) if isinstance(info.opt_class, type) else []
+    _check_further(config, known)
+    args = {**optim.args, **{key: value for key, (value, _) in optional.items() if value is not None}}
+    if "fused" in known:
         args["fused"] = True  # one kernel, and it can leave a step out by itself; see step.FiniteCheck
     try:
-        create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], optim.opt, lr=1e-3, **args)
+        weight = nn.Parameter(torch.zeros(2, 2))
+        trial = create_optimizer_v2([weight], optim.opt, lr=1e-3, **args)
+        if optim.args:  # whose values some only look at in a step
+            weight.grad = torch.zeros(2, 2)
+            trial.step()
     except Exception as e:  # an assertion or an import error: some need a package that is not here
-        raise ConfigError(f"optim.opt: {optim.opt} cannot be used here: {first_line(e)}") from None
+        what = f"{optim.opt} with these optim.args" if optim.args else optim.opt
+        raise ConfigError(f"optim.opt: {what} cannot be used here: {first_line(e)}") from None
     return args
+
+
+def _check_further(config: BaseConfig, known: list[str]) -> None:
+    """Checks the names in `optim.args`.
+
+    Args:
+        config: the run.
+        known: names of the optimizer's arguments; empty for not known.
+
+    Raises:
+        ConfigError: the optimizer has no such argument, or another key sets it.
+    """
+    for key in config.optim.args:
+        if key in TAKEN:
+            raise ConfigError(f"optim.args.{cut(key)}: is not set here; {TAKEN[key]}")
+        if known and key not in known:
+            free = [name for name in known if name not in TAKEN]
+            raise ConfigError(
+                f"optim.args: {config.optim.opt} has no '{cut(key)}'{closest(key, free)}: {', '.join(free)}"
+            )
 
 
 def _optimizer_name(opt: str) -> str:

@@ -39,6 +39,29 @@ def test_an_argument_that_the_optimizer_lacks_is_a_mistake(opt, key, given):
         optimizer_args(config_of(f"optim.opt={opt}", f"optim.{key}={given}"))
 
 
+def test_further_arguments_reach_the_optimizer():
+    plan = Plan(global_batch_size=8, lr=0.1, steps_per_epoch=1, epochs=1)
+    for words, steps in (((), 5), (("optim.args={ns_steps: 3}",), 3)):
+        for name in ("muon", "lookahead_muon"):
+            optimizer = build_optimizer(config_of(f"optim.opt={name}", *words), plan, nn.Linear(4, 4))
+            assert {group["ns_steps"] for group in optimizer.param_groups} == {steps}
+
+
+@pytest.mark.parametrize(
+    ("opt", "args", "message"),
+    [
+        ("muon", "{ns_step: 3}", r"optim\.args: muon has no 'ns_step' \(did you mean 'ns_steps'\?\): nesterov, "),
+        ("adamw", "{ns_steps: 3}", r"optim\.args: adamw has no 'ns_steps'"),
+        ("adamw", "{lr: 1}", r"optim\.args\.lr: is not set here; set optim\.base_lr"),
+        ("adamw", "{fused: false}", r"optim\.args\.fused: is not set here; the loop chooses it"),
+        ("muon", "{ns_coefficients: nothing}", "optim.opt: muon with these optim.args cannot be used here: "),
+    ],
+)
+def test_further_arguments_that_the_optimizer_does_not_take(opt, args, message):
+    with pytest.raises(ConfigError, match=message):
+        optimizer_args(config_of(f"optim.opt={opt}", f"optim.args={args}"))
+
+
 def rates_of(*words: str, steps_per_epoch: int = 10, lr: float = 1.0) -> list[float]:
     """Returns the rate of every step of a run, of a parameter whose layer has half of it."""
     config = config_of(*words)
