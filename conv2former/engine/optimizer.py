@@ -113,10 +113,10 @@ def optimizer_args(config: BaseConfig) -> dict[str, Any]:
     if "fused" in known:
         args["fused"] = True  # one kernel, and it can leave a step out by itself; see step.FiniteCheck
     try:
-        weight = nn.Parameter(torch.zeros(2, 2))
+        weight = nn.Parameter(torch.zeros(8, 8))  # smaller ones are no matrices for timm's Muon
         trial = create_optimizer_v2([weight], optim.opt, lr=1e-3, **args)
         if optim.args:  # whose values some only look at in a step
-            weight.grad = torch.zeros(2, 2)
+            weight.grad = torch.zeros_like(weight)
             trial.step()
     except Exception as e:  # an assertion or an import error: some need a package that is not here
         what = f"{optim.opt} with these optim.args" if optim.args else optim.opt
