@@ -31,6 +31,7 @@ from ..variants import differences, parse_variant, read_builtin_variants
 from ..weights.architecture import FIRST_CONV
 from ..weights.contents import native_state_dict
 from ..weights.description import OtherInfo, definition_in, describe_checkpoint
+from ..weights.fit import lacking_head
 from ..weights.others import PREFIX, OtherNetwork, is_other
 from ..weights.reading import read_checkpoint
 from . import others
@@ -254,21 +255,25 @@ def _load(model: Conv2Former, content: dict[str, Any], path: str, frozen: str) -
     """Loads starting weights, and returns what their file says about itself.
 
     A classifier for another number of classes stays fresh; so does the whole head where the file has none, and it must
-    not be `frozen` then. Where the network takes one channel and the file's three, the first convolution is summed over
-    them, as timm does.
+    not be `frozen` then, unless the network is built without a classifier and its head is taken off. Where the network
+    takes one channel and the file's three, the first convolution is summed over them, as timm does.
     """
-    info = describe_checkpoint(content, path)
+    info, is_headless = describe_checkpoint(content, path), model.num_classes == 0
     if isinstance(info, OtherInfo):
         raise CheckpointError(f"{path} holds {info.network}, not a Conv2Former; give model.name=auto to train that")
-    if not info.has_head and frozen == "backbone":
+    if not info.has_head and frozen == "backbone" and not is_headless:
         raise ConfigError(
             f"model.freeze: backbone would freeze the 1x1 convolution before the classifier, which {path} does not "
             "have, as it is drawn; train it too: model.freeze=stage4"
         )
-    if info.in_chans == 3 and model.in_chans == 1:
-        state_dict = native_state_dict(content)
-        weight = f"{FIRST_CONV}.weight"
-        state_dict[weight] = adapt_input_conv(model.in_chans, state_dict[weight])
+    is_narrower = info.in_chans == 3 and model.in_chans == 1
+    if is_narrower or is_headless:
+        state_dict, weight = native_state_dict(content, path=path), f"{FIRST_CONV}.weight"
+        if is_narrower:
+            state_dict[weight] = adapt_input_conv(model.in_chans, state_dict[weight])
+        if is_headless:  # nothing is to be said about a head that nobody will use
+            own = model.state_dict()
+            state_dict |= {key: own[key] for key in lacking_head(model, state_dict)}
         notes = {key: value for key, value in content.items() if key in ("variant", "hub_config")}
         content = {**notes, "state_dict": state_dict}
     load_content(model, content, path)

@@ -416,4 +416,7 @@ def test_weights_of_a_detection_start_another(tmp_path, caplog):
     assert "the detector of" in caplog.text
     assert "is loaded, but its last layers, whose classes are others" in caplog.text
     assert "has another detector" in caplog.text
+    assert "no head" not in caplog.text  # of the backbone, where it is of no use
+    frozen = build_network(configured("mask_rcnn", checkpoint=path, freeze="backbone"), 3, NAMES)
+    assert all(value.equal(saved[key]) for key, value in frozen.state_dict().items())
     assert math.isfinite(sum(build_network(config, 3)(*batch()).values()).item())
