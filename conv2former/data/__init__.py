@@ -36,7 +36,7 @@ __all__ = [
     "worker_errors",
 ]
 
-_MODULES = ("seeding", "transforms", "batch", "loader", "sources", "streams", "workers")
+_MODULES = ("seeding", "batch", "transforms", "loader", "sources", "streams", "workers")
 
 
 def __getattr__(name: str) -> Any:

@@ -268,8 +268,9 @@ def _load(model: Conv2Former, content: dict[str, Any], path: str, frozen: str) -
         )
     is_narrower = info.in_chans == 3 and model.in_chans == 1
     if is_narrower or is_headless:
-        state_dict, weight = native_state_dict(content, path=path), f"{FIRST_CONV}.weight"
+        state_dict = native_state_dict(content, path=path)
         if is_narrower:
+            weight = f"{FIRST_CONV}.weight"
             state_dict[weight] = adapt_input_conv(model.in_chans, state_dict[weight])
         if is_headless:  # nothing is to be said about a head that nobody will use
             own = model.state_dict()
