@@ -40,6 +40,9 @@ def main() -> None:
         help="for the runs and the table (default: runs/modulation)",
     )  # fmt: skip
     parser.add_argument("--epochs", type=int, metavar="N", help="of every run (default: the recipe's)")
+    parser.add_argument(
+        "--tuning-epochs", type=int, metavar="N", help="of the runs of the tuning (default: as many as the others)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="final runs of each network (default: 3)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NETWORK", help="train these alone (default: all)")
     parser.add_argument(
@@ -53,7 +56,9 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     only = [word for word in args.only if "=" not in word]
     overrides += [word for word in args.only if "=" in word]  # keys right behind the names of networks
-    study = read_study(args.study, args.data, args.output, args.seeds, args.epochs, only, args.processes, overrides)
+    study = read_study(
+        args.study, args.data, args.output, args.seeds, args.epochs, only, args.processes, overrides, args.tuning_epochs
+    )
     (list_runs if args.list else run)(study, print_lines)
 
 

@@ -71,6 +71,7 @@ class Study:
         seeds: how many final runs each network has, with the seeds from 0 on.
         output: for the runs and the tables.
         processes: that train each run together.
+        tuning_epochs: of the runs of the tuning; None for as many as the recipe has.
     """
 
     recipe: Config
@@ -82,6 +83,7 @@ class Study:
     seeds: int
     output: Path
     processes: int = 1
+    tuning_epochs: int | None = None
 
     def network(self, name: str) -> Network:
         """Returns the network of that name."""
@@ -104,6 +106,7 @@ class Study:
         raw["train"] |= {"seed": run.seed, "batch_size": self.recipe.train.batch_size // self.processes}
         if not run.is_final:
             raw["data"] |= {"val_split": NO_SPLIT, "holdout": self.holdout}
+            raw["schedule"]["epochs"] = self.tuning_epochs or self.recipe.schedule.epochs
         return as_classification(check_config(raw, run.network))
 
     def folder(self, run: Run) -> Path:
@@ -124,6 +127,7 @@ def read_study(
     only: Sequence[str] = (),
     processes: int = 1,
     overrides: Sequence[str] = (),
+    tuning_epochs: int | None = None,
 ) -> Study:
     """Reads a study and checks every configuration that follows from it.
 
@@ -136,6 +140,7 @@ def read_study(
         only: names of networks; none for all.
         processes: see `Study`.
         overrides: changes to the recipe, `key=value`.
+        tuning_epochs: see `Study`.
 
     Raises:
         ConfigError: a mistake in one of these.
@@ -151,10 +156,12 @@ def read_study(
     names = [network.name for network in networks]
     check_names("--only", only, names, "network")
     check_seeds(seeds)
+    if tuning_epochs is not None and tuning_epochs < 1:
+        raise ConfigError(f"--tuning-epochs {tuning_epochs}: give at least one")
     config = _recipe(recipe, data, epochs, overrides)
     check_processes(processes, config.train.batch_size)
     chosen = tuple(name for name in names if name in only or not only)
-    study = Study(config, networks, chosen, settings, holdout, seed, seeds, output, processes)
+    study = Study(config, networks, chosen, settings, holdout, seed, seeds, output, processes, tuning_epochs)
     for run in study.plan(dict.fromkeys(names, settings[0]) if settings else {}):
         study.config(run)
     return study

@@ -158,8 +158,11 @@ def write_results(study: Study, results: Results, costs: Mapping[str, Cost]) -> 
 def _page(study: Study, results: Results, rows: list[Row]) -> str:
     """Returns what table.md has."""
     epochs = study.recipe.schedule.epochs
+    each = f"{counted(epochs, 'epoch')} each"
+    if study.tuning_epochs not in (None, epochs):
+        each = f"{counted(epochs, 'epoch')} each final run, {study.tuning_epochs} each of the tuning"
     parts = [
-        f"{progress_text(study, results)}, {counted(epochs, 'epoch')} each. Mean ± standard deviation over the seeds.",
+        f"{progress_text(study, results)}, {each}. Mean ± standard deviation over the seeds.",
         comparison_table(study, rows, markdown=True),
         f"Tuning: top-1 on {100 * study.holdout:g} % of the training images, which were held out, one seed.",
         tuning_table(study, results, markdown=True),

@@ -78,6 +78,8 @@ def test_plan():
     assert len(two.plan({})) == 2 * (4 + 1)
     changed = two.config(two.plan({})[0])
     assert (2 * changed.train.batch_size, changed.schedule.epochs) == (study.recipe.train.batch_size, 5)
+    shorter = whole(epochs=5, tuning_epochs=2)
+    assert {(run.is_final, shorter.config(run).schedule.epochs) for run in shorter.plan({})} == {(False, 2), (True, 5)}
     hub = read_study(STUDY, "hf", Path("x")).recipe.data
     assert (hub.source, hub.root, hub.image_key) == ("hf", "uoft-cs/cifar10", "img")
 
@@ -238,6 +240,9 @@ def test_tables(tiny, played, tmp_path):
     assert paths[2].read_text().startswith("8 of 8 runs, 1 epoch each.")
     with Image.open(paths[3]) as picture:
         assert picture.width > 500
+    shorter = tiny(epochs=3, tuning_epochs=1)
+    text = write_results(shorter, results, COSTS)[2].read_text()
+    assert text.startswith("8 of 8 runs, 3 epochs each final run, 1 each of the tuning.")
 
 
 def test_tables_of_what_there_is(tiny, played):
@@ -346,6 +351,8 @@ MISTAKES = [
     ("--only sum optim.base_lt=1", "optim.base_lt: unknown key (did you mean 'base_lr'?)"),
     ("--seeds 0", "--seeds 0: give at least one"),
     ("--epochs 0", "schedule.epochs: input should be greater than or equal to 1"),
+    ("--tuning-epochs 0", "--tuning-epochs 0: give at least one"),
+    ("--tuning-epochs 1", "schedule.warmup_epochs: must be below schedule.epochs: 1 of 1"),
     ("--processes 3", "--processes 3: a batch of 128 images cannot be divided among them"),
     ("--processes 0", "--processes 0: "),
     ("data.root=x", "data.root: has no effect here; the study sets it for every run"),
