@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -19,6 +19,7 @@ from .. import graphs
 from ..compiling import private_folder
 from ..config import BaseConfig, Plan
 from ..errors import ConfigError, UserError, memory_for, raise_mistakes, shorten
+from ..models.others import overwriting_convolution
 from ..tasks.network import SMALLER, find_network
 from ..tasks.registry import find_task
 from ..tasks.task import Objective, Task
@@ -27,9 +28,10 @@ from .distributed import World, wrap
 from .optimizer import build_optimizer, build_scheduler, optimizer_args
 from .trackers import missing_trackers
 
-__all__ = ["Run", "autocast_for", "build_run", "check_names"]
+__all__ = ["Run", "autocast_for", "build_run", "check_names", "fit_memory_format"]
 
 Autocast = Callable[[], AbstractContextManager]
+C = TypeVar("C", bound=BaseConfig)
 
 
 @dataclass
@@ -80,6 +82,17 @@ def autocast_for(precision: str, device: torch.device) -> tuple[str, Autocast]:
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return precision, partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def fit_memory_format(config: C, model: nn.Module, device: torch.device) -> tuple[C, list[str]]:
+    """Returns the configuration without `train.channels_last` where PyTorch would crash with it, and a line on that."""
+    if device.type != "cpu" or not config.train.channels_last or not (name := overwriting_convolution(model)):
+        return config, []
+    train = config.train.model_copy(update={"channels_last": False})
+    return config.model_copy(update={"train": train}), [
+        f"train.channels_last: false on this CPU, where PyTorch's gradient of {name}, a 1 x 1 convolution of few "
+        "channels with a stride, would overwrite other memory"
+    ]
 
 
 def build_run(config: BaseConfig, plan: Plan, world: World, model: nn.Module, statistics: Any = None) -> Run:

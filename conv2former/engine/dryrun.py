@@ -13,7 +13,7 @@ from ..config import BaseConfig, fit_auto, fit_batch, make_plan
 from ..errors import before_processes_meet, counted
 from ..tasks.network import name_network
 from ..tasks.registry import find_task
-from .build import build_run, check_names
+from .build import build_run, check_names, fit_memory_format
 from .distributed import World, join_world
 from .images import settle_images
 from .prepare import as_config
@@ -52,6 +52,7 @@ def dry_run(config: BaseConfig | Mapping[str, Any] | str | Path) -> list[str]:
     global_batch_size = config.train.batch_size * config.train.accum_steps * world.size
     plan = make_plan(config, world.size, num_images or global_batch_size)
     model = task.build_model(config, num_classes, class_names)
+    config, about_memory = fit_memory_format(config, model, world.device)
     batch_size = config.train.batch_size if world.device.type == "cuda" else 2
     batch = task.synthetic_batch(config, num_classes, batch_size, torch.Generator().manual_seed(config.train.seed))
     with join_world(world, config.train.timeout_minutes) as world:
@@ -75,6 +76,7 @@ def dry_run(config: BaseConfig | Mapping[str, Any] | str | Path) -> list[str]:
     return [
         *about_images,
         *about_auto,
+        *about_memory,
         *lines,
         *filter(None, [run.about_graphs]),
         f"{parameters:,} parameters{f', {trained:,} of them trained' if trained < parameters else ''}{classes}",

@@ -23,7 +23,7 @@ from ..data import StreamSource
 from ..errors import ConfigError, DataError, OutputError, before_processes_meet, bullets, shorten
 from ..tasks.registry import find_task
 from ..tasks.task import Split, Task
-from .build import check_names
+from .build import check_names, fit_memory_format
 from .checkpoint import latest_checkpoint, read_training_checkpoint, remove_leftovers
 from .distributed import World
 from .images import fill_images, settle_images
@@ -160,10 +160,11 @@ def _prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job
         config, about_auto = fit_auto(config, world.size, len(train_source), saved["config"] if saved else None)
         plan = make_plan(config, world.size, len(train_source))
         model = task.build_model(config, len(train_source.class_names), train_source.class_names)
+        config, about_memory = fit_memory_format(config, model, world.device)
         notes += [note for source in (train_source, val_source) if (note := getattr(source, "note", ""))]
         if world.is_main:
             notes += _smaller_batch(given, config, len(train_source))
-            notes += [*task.notes(config, train_source, val_source, output), *about_images, *about_auto]
+            notes += [*task.notes(config, train_source, val_source, output), *about_images, *about_auto, *about_memory]
         plan_of_data = {
             "images": len(train_source),
             "global_batch_size": plan.global_batch_size,

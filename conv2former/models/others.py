@@ -16,7 +16,7 @@ from ..weights.description import OtherInfo
 from ..weights.others import OtherNetwork
 from .backbone import Conv2Former
 
-__all__ = ["build_other", "check_size", "classifiers", "load_other"]
+__all__ = ["build_other", "check_size", "classifiers", "load_other", "overwriting_convolution"]
 
 MOST_MISSING = 10  # times as many weights as a file has, in the network that its note tells of
 _UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -173,3 +173,22 @@ def check_size(model: nn.Module, name: object, size: Sequence[int], in_chans: in
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ConfigError(f"model.args: {name} answers an image with {found}, not with a logit for each class")
+
+
+def overwriting_convolution(model: nn.Module) -> str | None:
+    """Returns the name of a convolution that on a CPU must not be trained in channels_last memory; None without one.
+
+    With kernels of 1 x 1, strides, and fewer than 16 input channels, the gradient of the weights is written beyond its
+    memory: the process crashes, or other tensors are overwritten. Seen with torch 2.14.1 and AVX-512, in fp32 and bf16,
+    and not in NCHW memory. RepVGG, MobileOne and FastViT begin with one.
+    """
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and max(module.stride) > 1
+            and module.groups == 1
+            and module.in_channels < 16
+        ):
+            return name
+    return None

@@ -14,10 +14,12 @@ from timm.models import save_for_hf
 import conv2former
 from conv2former import CheckpointError, ConfigError
 from conv2former.data import Batch
-from conv2former.engine import dry_run, train, trainer
+from conv2former.engine import build, dry_run, train, trainer
+from conv2former.engine.build import fit_memory_format
 from conv2former.engine.images import settle_images
 from conv2former.errors import OutputError
 from conv2former.models import others as models_others
+from conv2former.models.others import overwriting_convolution
 from conv2former.tasks import others
 from conv2former.tasks.network import build_model, find_network, freeze, name_network
 from conv2former.tasks.registry import find_task
@@ -271,6 +273,24 @@ def test_a_dry_run(raw_other):
     lines = dry_run(configure(raw_other, data__num_classes=4, model__grad_checkpointing=True))
     assert any(line.startswith("timm/convnext_tiny(depths=") for line in lines)
     assert any(line.endswith(" parameters, 4 classes") for line in lines)
+
+
+def test_a_convolution_that_would_crash_in_channels_last(raw_other, tmp_path, capsys, monkeypatch):
+    """PyTorch writes its gradient beyond its memory. The run goes on from a configuration that says nothing of it."""
+    with torch.device("meta"):
+        names = [overwriting_convolution(timm.create_model(name)) for name in ("mobileone_s0", "fastvit_t8")]
+    assert names == ["stem.conv_scale.conv", "stem.0.conv_scale.conv"]
+    config = configure(raw_other, **SHORT)
+    assert fit_memory_format(config, build_model(config, 3), torch.device("cpu")) == (config, [])
+    monkeypatch.setattr(build, "overwriting_convolution", lambda model: "stem.conv")
+    assert fit_memory_format(config, torch.nn.Identity(), torch.device("cuda")) == (config, [])
+    line = "train.channels_last: false on this CPU, where PyTorch's gradient of stem.conv, a 1 x 1 convolution"
+    assert any(text.startswith(line) for text in dry_run(config))
+    with killed_after(2):
+        train(config, tmp_path)
+    assert line in capsys.readouterr().out
+    train(config, tmp_path)
+    assert (config.train.channels_last, final(tmp_path)["config"]["train"]["channels_last"]) == (True, False)
 
 
 # -------------------------------------------------------------------------------------------------- freezing, optimizer

@@ -404,6 +404,13 @@ def test_what_fails_is_a_row_and_the_others_go_on():
     assert failed.error in models_markdown(report, None)
 
 
+def test_what_would_crash_the_process_is_not_measured(monkeypatch):
+    monkeypatch.setattr(benchmark_steps, "overwriting_convolution", lambda model: "stem.conv")
+    (group,) = run("test_vit", modes=["training"], memory_formats=["nchw", "channels_last"]).groups
+    expected = {"nchw": None, "channels_last": "PyTorch crashes in the gradient of stem.conv; measure it in nchw"}
+    assert {result.setting.memory_format: result.error for result in group.results} == expected
+
+
 def test_a_failure_while_timing(monkeypatch):
     def read(clock) -> float:
         if clock.result.network == "test_vit" and clock.seconds:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..._preprocessing import size_text
 from ...config import Config, make_plan
 from ...data import Batch, DataSource
+from ...engine.build import fit_memory_format
 from ...engine.distributed import World
 from ...engine.prepare import Job
 from ...engine.signals import StopSignal
@@ -146,7 +147,9 @@ def compare_loop(config: Config, steps: int, rounds: int, progress: Progress | N
     if world.device.type == "cuda":
         batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory(), [])
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(config, Path(folder), plan, source, source, build_model(config, classes), None, None, {}, [], None)
+        model = build_model(config, classes)
+        config, _ = fit_memory_format(config, model, world.device)
+        job = Job(config, Path(folder), plan, source, source, model, None, None, {}, [], None)
         with StopSignal() as signal:
             trainer = Trainer(job, world, signal)
             trainer.loader = DataLoader(cast(Any, [batch] * steps), batch_size=None, collate_fn=lambda batch: batch)

@@ -20,6 +20,7 @@ from ...graphs import Graph
 from ...models import Conv2Former
 from ...models.backbone import Stage
 from ...models.compiled import compile_blocks
+from ...models.others import overwriting_convolution
 from .device import profile_device
 from .machine import OperatorTraffic
 from .memory import bytes_held, peak_bytes
@@ -70,6 +71,9 @@ def prepare(plan: Plan, network: Network, result: Result) -> Clock:
         return torch.randn(count, *size, device=device).to(memory_format=memory_format)
 
     model = network.create(setting.height, setting.width).to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    how = setting.mode, setting.memory_format, device.type
+    if how == ("training", "channels_last", "cpu") and (name := overwriting_convolution(model)):
+        raise ValueError(f"PyTorch crashes in the gradient of {name}; measure it in nchw")
     model.train(setting.mode == "training")
     runnable: nn.Module = model
     if setting.execution == "compile":
