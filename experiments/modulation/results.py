@@ -86,7 +86,7 @@ def rows_of(study: Study, results: Results, costs: Mapping[str, Cost]) -> list[R
 
 
 def progress_text(study: Study, results: Results) -> str:
-    """Returns `7 of 35 runs`."""
+    """Returns `7 of 40 runs`."""
     return f"{len(results)} of {counted(len(study.plan({})), 'run')}"
 
 
@@ -188,8 +188,9 @@ def _figure(study: Study, results: Results, rows: list[Row]) -> Figure:
     right.set(xlabel=f"time of a training step, {study.networks[0].label} = 1", title="and what it costs")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.margins(x=0.25)
-    figure.suptitle(f"CIFAR-10 at equal multiply-accumulates ({progress_text(study, results)})")
+    right.margins(x=0.3)
+    epochs = counted(study.recipe.schedule.epochs, "epoch")
+    figure.suptitle(f"CIFAR-10 at equal multiply-accumulates, {epochs} ({progress_text(study, results)})")
     return figure
 
 

@@ -60,8 +60,8 @@ def test_the_networks_cost_the_same_and_see_the_same_maps():
 def test_plan():
     study = whole()
     plan = study.plan(dict.fromkeys(study.only, study.settings[1]))
-    assert len(plan) == 5 * (4 + 3) == len(set(plan))
-    assert len({study.folder(run) for run in plan}) == 35
+    assert len(plan) == 5 * (5 + 3) == len(set(plan))
+    assert len({study.folder(run) for run in plan}) == 40
     tuning, final = [run for run in plan if not run.is_final], [run for run in plan if run.is_final]
     assert {(run.network, run.setting) for run in tuning} == {(n, s) for n in study.only for s in study.settings}
     assert {run.seed for run in tuning}.isdisjoint({run.seed for run in final})
@@ -75,7 +75,7 @@ def test_plan():
     assert study.config(tuning[0]).optim.base_lr != study.config(tuning[-1]).optim.base_lr
     two = whole(processes=2, epochs=5, seeds=1, only=["swin", "sum"])
     assert two.only == ("sum", "swin")
-    assert len(two.plan({})) == 2 * (4 + 1)
+    assert len(two.plan({})) == 2 * (5 + 1)
     changed = two.config(two.plan({})[0])
     assert (2 * changed.train.batch_size, changed.schedule.epochs) == (study.recipe.train.batch_size, 5)
     shorter = whole(epochs=5, tuning_epochs=2)
