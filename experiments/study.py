@@ -39,9 +39,9 @@ __all__ = [
     "Say",
     "changes_of",
     "check_alone",
+    "check_count",
     "check_names",
     "check_processes",
-    "check_seeds",
     "deviation",
     "final_row",
     "holds_run",
@@ -198,14 +198,14 @@ def check_names(option: str, given: Sequence[str], known: Sequence[str], what: s
             raise ConfigError(f"{option}: no {what}{what and ' '}'{name}'{closest(name, known)}: {', '.join(known)}")
 
 
-def check_seeds(seeds: int) -> None:
-    """Checks `--seeds`.
+def check_count(option: str, count: int) -> None:
+    """Checks the number that an option such as `--seeds` gives.
 
     Raises:
         ConfigError: it is not positive.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: give at least one")
+    if count < 1:
+        raise ConfigError(f"{option} {count}: give at least one")
 
 
 def check_processes(processes: int, batch_size: int) -> None:

@@ -13,7 +13,7 @@ from conv2former.config.registry import as_classification
 from conv2former.config.schema import NO_SPLIT
 from conv2former.errors import ConfigError
 
-from ..study import check_names, check_processes, check_seeds
+from ..study import check_count, check_names, check_processes
 
 __all__ = ["HUB", "Network", "Run", "Setting", "Study", "read_study"]
 
@@ -155,9 +155,9 @@ def read_study(
         raise ConfigError(f"{path}: not a study ({type(e).__name__}: {e}); experiments/modulation/ has one") from None
     names = [network.name for network in networks]
     check_names("--only", only, names, "network")
-    check_seeds(seeds)
-    if tuning_epochs is not None and tuning_epochs < 1:
-        raise ConfigError(f"--tuning-epochs {tuning_epochs}: give at least one")
+    check_count("--seeds", seeds)
+    if tuning_epochs is not None:
+        check_count("--tuning-epochs", tuning_epochs)
     config = _recipe(recipe, data, epochs, overrides)
     check_processes(processes, config.train.batch_size)
     chosen = tuple(name for name in names if name in only or not only)

@@ -13,7 +13,7 @@ from conv2former.errors import ConfigError
 from conv2former.tasks.network import name_network
 from conv2former.tasks.registry import find_task
 
-from ..study import check_names, check_processes, check_seeds
+from ..study import check_count, check_names, check_processes
 
 __all__ = ["Case", "Row", "Run", "read_case"]
 
@@ -120,7 +120,7 @@ def read_case(
         raise ConfigError(f"{path}: not a case ({type(e).__name__}: {e}); experiments/real_cases/ has one") from None
     names = [row.name for row in rows]
     check_names("--only", only, names, "row")
-    check_seeds(seeds)
+    check_count("--seeds", seeds)
     given = apply_overrides({}, overrides)
     for section, key in (("data", "root"), ("train", "seed")):
         if key in (given.get(section) or {}):

@@ -13,7 +13,7 @@ from conv2former.config import Config, load_config
 from conv2former.config.registry import as_classification
 from conv2former.errors import ConfigError
 
-from ..study import check_names, check_seeds
+from ..study import check_count, check_names
 
 __all__ = ["PRETRAINING", "Run", "Setting", "SmallSet", "Study", "read_study"]
 
@@ -174,7 +174,7 @@ def read_study(
         raise ConfigError(f"{path}: not a study ({type(e).__name__}: {e}); experiments/small_sets/ has one") from None
     for option, given, known in (("--sets", sets, rows), ("--settings", settings, columns)):
         check_names(option, given, known)
-    check_seeds(seeds)
+    check_count("--seeds", seeds)
     if cells is None and any(row.images == "cells" for row in study.sets.values()):
         raise ConfigError("--sets: blood cells are cut out of a data set in COCO's format; give its folder, --cells")
     for run in study.plan():
