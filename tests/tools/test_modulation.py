@@ -132,10 +132,12 @@ class Played:
         self.folders.append("/".join(folder.parts[-4 if "final" in folder.parts else -3 :]))
         config = settle_images(name_network(config))[0]
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_yaml(config.to_dict()))
+        name = "a" if config.model.variant else "b"
+        noted = config.to_dict()
+        noted["train"]["channels_last"] = name == "a"  # as some of timm's networks are trained, on a CPU
+        (folder / "config.yaml").write_text(dump_yaml(noted))
         if error := self.errors.pop(len(self.folders), None):
             raise error
-        name = "a" if config.model.variant else "b"
         is_final = config.data.val_split is None
         top1 = TOP1[name, config.optim.base_lr] + (config.train.seed if is_final else 0)
         row = {"kind": "eval", "step": 6, "epoch": 1, "top1": 1.0, "ema_top1": top1, "loss": 1.0, "n": 40}
