@@ -37,9 +37,11 @@ MODEL_ARGS = (
     "head_hidden_size",
     "stem_stride",
     "fusion",
+    "norm_layer",
 )
 STEM_STRIDES = (2, 4)
 FUSION_NAMES = ("product", "sum", "sigmoid", "l1", "unit")  # of `ablations.FUSIONS`, which needs torch
+NORM_NAMES = ("layernorm2d", "batchnorm2d")  # of `block.NORMS`, timm's names
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Variant:
         head_hidden_size: channels between the last stage and the classifier.
         stem_stride: stride of the stem, 4, or 2 for images of some 32 pixels; the last stage's is eight times that.
         fusion: how the modulation joins context and values; all but 'product' are ablations, see `ablations.py`.
+        norm_layer: of blocks, downsampling and head: 'layernorm2d', which is the paper's, or 'batchnorm2d'.
         train_drop_path_rate: what the training script uses unless its config says otherwise. `timm.create_model` itself
             starts at 0, as it does for every timm model.
         description: one line for people.
@@ -95,6 +98,7 @@ class Variant:
     head_hidden_size: int = 1280
     stem_stride: int = 4
     fusion: str = "product"
+    norm_layer: str = "layernorm2d"
     train_drop_path_rate: float = 0.0
     description: str = ""
     pretrained: tuple[PretrainedTag, ...] = field(default=())
@@ -156,6 +160,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head_hidden_size": (lambda v: _is_int(v, 1, 65536), "a whole number from 1 to 65536"),
     "stem_stride": (lambda v: _is_int(v, 2, 4) and v in STEM_STRIDES, "2 or 4"),
     "fusion": (lambda v: v in FUSION_NAMES, "one of " + ", ".join(FUSION_NAMES)),
+    "norm_layer": (lambda v: v in NORM_NAMES, "one of " + ", ".join(NORM_NAMES)),
     "train_drop_path_rate": (lambda v: _is_number(v, 0, 0.999), "a number in [0, 1)"),
     "description": (lambda v: isinstance(v, str), "text"),
 }

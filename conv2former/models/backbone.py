@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
-    LayerNorm2d,
     calculate_drop_path_rates,
     get_device_dtype,
     to_ntuple,
@@ -26,7 +25,7 @@ from ..weights.contents import native_state_dict
 from ..weights.fit import adapt_head, check_fit, lacking_head
 from . import fusion, stem_fusion
 from .ablations import FUSIONS
-from .block import Conv2FormerBlock, RenamesForeignKeys
+from .block import Conv2FormerBlock, RenamesForeignKeys, make_norm
 
 __all__ = ["Conv2Former"]
 
@@ -98,17 +97,25 @@ class Convolves(nn.Module):
 
 @register_notrace_module
 class Downsample(Convolves):
-    """LayerNorm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
+    """A norm and a 2x2 convolution, stride 2, (N, C, H, W) to (N, dim, H // 2, W // 2).
 
     With `dilation` the stride is 1 and the kernel dilated, for a network with a smaller output stride. The padding is
     then at the end only, which keeps the kernel on the pixels that it would see with stride 2.
     """
 
-    def __init__(self, in_dim: int, dim: int, dilation: int | None = None, fused: bool = True, **dd: Any) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        dilation: int | None = None,
+        fused: bool = True,
+        norm_layer: str = "layernorm2d",
+        **dd: Any,
+    ) -> None:
         super().__init__()
         self.fused = fused
         self.pad = dilation or 0
-        self.norm = LayerNorm2d(in_dim, eps=1e-6, **dd)
+        self.norm = make_norm(norm_layer, in_dim, **dd)
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=1 if dilation else 2, dilation=dilation or 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,13 +152,13 @@ class Stage(nn.Module):
 
 @register_notrace_module
 class HeadConv(Convolves):
-    """What comes before the pooling: a 1x1 convolution, GELU and LayerNorm, (N, C, H, W) to (N, dim, H, W)."""
+    """What comes before the pooling: a 1x1 convolution, GELU and a norm, (N, C, H, W) to (N, dim, H, W)."""
 
-    def __init__(self, in_dim: int, dim: int, fused: bool = True, **dd: Any) -> None:
+    def __init__(self, in_dim: int, dim: int, fused: bool = True, norm_layer: str = "layernorm2d", **dd: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 1, **dd)
         self.act = nn.GELU()
-        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.norm = make_norm(norm_layer, dim, **dd)
         self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,6 +196,8 @@ class Conv2Former(RenamesForeignKeys):
         stem_stride: pixels of an image from one pixel of the first stage to the next: 4, or 2 for small images.
         head_hidden_size: channels of the 1x1 convolution between the last stage and the pooling.
         fusion: how the modulation joins context and values: 'product', or an ablation in `FUSIONS`.
+        norm_layer: the normalisation before the branches of a block, in the downsampling and in the head:
+            'layernorm2d', which is the paper's and is what `fused` is for, or 'batchnorm2d'.
         head_init_scale: factor on the classifier's initial weights, below 1 for fine-tuning.
         drop_rate: dropout before the classifier.
         drop_path_rate: drop path of the last block; it grows linearly from 0 over all blocks of the network.
@@ -218,6 +227,7 @@ class Conv2Former(RenamesForeignKeys):
         head_hidden_size: int = 1280,
         stem_stride: int = 4,
         fusion: str = "product",
+        norm_layer: str = "layernorm2d",
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -242,6 +252,7 @@ class Conv2Former(RenamesForeignKeys):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.fusion = fusion
+        self.norm_layer = norm_layer
         self.stem_stride = stem_stride
         self.feature_info: list[dict[str, Any]] = []
 
@@ -253,10 +264,10 @@ class Conv2Former(RenamesForeignKeys):
         for i in range(4):
             downsample: nn.Module = nn.Identity()
             if i > 0 and stride < output_stride:
-                downsample = Downsample(dims[i - 1], dims[i], None, fused, **dd)
+                downsample = Downsample(dims[i - 1], dims[i], None, fused, norm_layer, **dd)
                 stride *= 2
             elif i > 0:
-                downsample = Downsample(dims[i - 1], dims[i], dilation, fused, **dd)
+                downsample = Downsample(dims[i - 1], dims[i], dilation, fused, norm_layer, **dd)
                 dilation *= 2
             blocks = [
                 Conv2FormerBlock(
@@ -269,6 +280,7 @@ class Conv2Former(RenamesForeignKeys):
                     FUSIONS[fusion],
                     fused,
                     recompute,
+                    norm_layer,
                     **dd,
                 )
                 for rate in rates[i]
@@ -278,7 +290,7 @@ class Conv2Former(RenamesForeignKeys):
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
 
-        self.head_conv: nn.Module = HeadConv(dims[-1], head_hidden_size, fused, **dd)
+        self.head_conv: nn.Module = HeadConv(dims[-1], head_hidden_size, fused, norm_layer, **dd)
         self.head = ClassifierHead(
             head_hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, use_conv=not global_pool, **dd
         )

@@ -5,6 +5,8 @@
 Every module maps (N, C, H, W) to (N, C, H, W) for any H and W, in either memory format.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,20 @@ from ..ops.branch import SpatialMixing
 from ..weights.layouts import rename_keys_in_place
 from . import compiled, fusion
 
-__all__ = ["Conv2FormerBlock", "ConvMlp", "ConvMod"]
+__all__ = ["NORMS", "Conv2FormerBlock", "ConvMlp", "ConvMod", "make_norm"]
+
+# by timm's names
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm2d": partial(LayerNorm2d, eps=1e-6),
+    "batchnorm2d": nn.BatchNorm2d,
+}
+
+
+def make_norm(norm_layer: str, dim: int, **dd: Any) -> nn.Module:
+    """Returns a normalisation of (N, dim, H, W); raises a ValueError if there is none of that name."""
+    if norm_layer not in NORMS:
+        raise ValueError(f"norm_layer must be one of {', '.join(NORMS)}: {norm_layer!r}")
+    return NORMS[norm_layer](dim, **dd)
 
 
 class RenamesForeignKeys(nn.Module):
@@ -55,10 +70,11 @@ class ConvMod(RenamesForeignKeys):
         dilation: dilation of the depthwise convolution.
         fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
             and under torch.compile.
+        norm_layer: the normalisation, of `NORMS`.
         device, dtype: where and how to create the parameters.
 
     Raises:
-        ValueError: `kernel_size` is even or not positive.
+        ValueError: `kernel_size` is even or not positive, or there is no such `norm_layer`.
     """
 
     fused: bool = True  # for pickles that have no such attribute
@@ -69,13 +85,14 @@ class ConvMod(RenamesForeignKeys):
         kernel_size: int = 11,
         dilation: int = 1,
         fused: bool = True,
+        norm_layer: str = "layernorm2d",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_kernel_size(kernel_size)
-        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.norm = make_norm(norm_layer, dim, **dd)
         self.a = nn.Conv2d(dim, dim, 1, **dd)
         self.act = nn.GELU()
         self.conv_dw = _depthwise(dim, kernel_size, dilation, **dd)
@@ -109,6 +126,7 @@ class ConvMlp(RenamesForeignKeys):
         dilation: dilation of the 3x3 depthwise convolution.
         fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
             and under torch.compile.
+        norm_layer: the normalisation, of `NORMS`.
         device, dtype: where and how to create the parameters.
     """
 
@@ -120,13 +138,14 @@ class ConvMlp(RenamesForeignKeys):
         mlp_ratio: float = 4.0,
         dilation: int = 1,
         fused: bool = True,
+        norm_layer: str = "layernorm2d",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_dim = int(dim * mlp_ratio)
-        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.norm = make_norm(norm_layer, dim, **dd)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = nn.GELU()
         self.conv_dw = _depthwise(hidden_dim, 3, dilation, **dd)
@@ -161,10 +180,12 @@ class Conv2FormerBlock(RenamesForeignKeys):
         fused: let `ops` compute the block, in less time and memory, wherever that gives the same; False for the
             modules alone.
         recompute: there, compute cheap maps again in the backward pass instead of saving them.
+        norm_layer: the normalisation before each branch, of `NORMS`. `ops` computes blocks with 'layernorm2d'.
         device, dtype: where and how to create the parameters.
 
     Raises:
-        ValueError: `kernel_size` is even or not positive, or `drop_path` is not in [0, 1).
+        ValueError: `kernel_size` is even or not positive, `drop_path` is not in [0, 1), or there is no such
+            `norm_layer`.
     """
 
     fused: bool = True  # for pickles that have no such attributes
@@ -182,6 +203,7 @@ class Conv2FormerBlock(RenamesForeignKeys):
         mod_layer: type[ConvMod] = ConvMod,
         fused: bool = True,
         recompute: bool = True,
+        norm_layer: str = "layernorm2d",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -189,9 +211,9 @@ class Conv2FormerBlock(RenamesForeignKeys):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1): {drop_path!r}")
-        self.attn = mod_layer(dim, kernel_size, dilation, fused, **dd)
+        self.attn = mod_layer(dim, kernel_size, dilation, fused, norm_layer, **dd)
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
-        self.mlp = ConvMlp(dim, mlp_ratio, dilation, fused, **dd)
+        self.mlp = ConvMlp(dim, mlp_ratio, dilation, fused, norm_layer, **dd)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale2d(dim, ls_init_value, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.fused, self.recompute = fused, recompute

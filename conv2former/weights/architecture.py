@@ -24,6 +24,7 @@ class Architecture:
         dims, depths, kernel_size, mlp_ratio, head_hidden_size: as in the variants' YAML files; `kernel_size` is one
             number if all stages agree, `head_hidden_size` is 0 for a network without its head.
         layer_scale: whether there is one.
+        norm_layer: which normalisation the blocks have.
         in_chans, num_classes: channels of the input, size of the classifier (0 without one).
     """
 
@@ -33,13 +34,20 @@ class Architecture:
     mlp_ratio: float
     head_hidden_size: int
     layer_scale: bool
+    norm_layer: str
     in_chans: int
     num_classes: int
 
     @property
     def variant(self) -> str | None:
         """Name of the variant with this shape, or None."""
-        return find_variant(dims=self.dims, depths=self.depths, kernel_size=self.kernel_size, mlp_ratio=self.mlp_ratio)
+        return find_variant(
+            dims=self.dims,
+            depths=self.depths,
+            kernel_size=self.kernel_size,
+            mlp_ratio=self.mlp_ratio,
+            norm_layer=self.norm_layer,
+        )
 
     def num_block_weights(self) -> float:
         """Returns how many weights the blocks have, but for norms and biases."""
@@ -73,6 +81,7 @@ def identify(state_dict: Mapping[str, Any]) -> Architecture | None:
         mlp_ratio=fc1.shape[0] / fc1.shape[1],
         head_hidden_size=0 if head_conv is None or not head_conv.ndim else int(head_conv.shape[0]),
         layer_scale="stages.0.blocks.0.ls1.gamma" in state_dict,
+        norm_layer="batchnorm2d" if "stages.0.blocks.0.attn.norm.running_mean" in state_dict else "layernorm2d",
         in_chans=int(first_conv.shape[1]),
         num_classes=0 if classifier is None or not classifier.ndim else int(classifier.shape[0]),
     )

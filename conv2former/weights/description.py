@@ -104,6 +104,7 @@ class CheckpointInfo(Architecture):
             "head_hidden_size": self.head_hidden_size or HEAD_HIDDEN_SIZE,
             "stem_stride": self.stem_stride,
             "fusion": self.fusion,
+            "norm_layer": self.norm_layer,
         }
 
     def definition(self) -> dict[str, Any]:
@@ -273,6 +274,7 @@ def _describe_other(
         mlp_ratio=0.0,
         head_hidden_size=0,
         layer_scale=False,
+        norm_layer="",
         in_chans=network.in_chans,
         num_classes=num_classes,
         name=network.name,

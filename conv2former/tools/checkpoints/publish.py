@@ -156,6 +156,7 @@ def _architecture(info: CheckpointInfo) -> str:
         return str(info.network)
     shape = f"dims {list(info.dims)}, depths {list(info.depths)}, kernel size {info.kernel_size}, fusion {info.fusion}"
     shape += "" if info.stem_stride == 4 else f", stem stride {info.stem_stride}"
+    shape += "" if info.norm_layer == "layernorm2d" else f", norm {info.norm_layer}"
     return f"{info.name or 'Conv2Former'}: {shape}"
 
 
