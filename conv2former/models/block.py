@@ -69,7 +69,7 @@ class ConvMod(RenamesForeignKeys):
         kernel_size: side of the depthwise kernel, odd. The map may be smaller than the kernel.
         dilation: dilation of the depthwise convolution.
         fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
-            and under torch.compile.
+            under torch.compile, and beside a BatchNorm.
         norm_layer: the normalisation, of `NORMS`.
         device, dtype: where and how to create the parameters.
 
@@ -125,7 +125,7 @@ class ConvMlp(RenamesForeignKeys):
         mlp_ratio: hidden channels as a multiple of `dim`.
         dilation: dilation of the 3x3 depthwise convolution.
         fused: let an operator of `ops` compute what lies between the 1x1 convolutions, where there is one: on a GPU,
-            and under torch.compile.
+            under torch.compile, and beside a BatchNorm.
         norm_layer: the normalisation, of `NORMS`.
         device, dtype: where and how to create the parameters.
     """

@@ -137,13 +137,16 @@ def runs_compiled(block: Any, x: Tensor) -> bool:
 def is_fusable_mixing(branch: Any, x: Tensor) -> bool:
     """Returns whether an operator can take the place of a branch's GELU and depthwise convolution, for `x` before them.
 
-    That is what torch.compile is given, because it does better what `forward` does besides.
+    That is what torch.compile is given, because it does better what `forward` does besides; and on a CPU a branch with
+    another norm than `forward` knows.
     """
     if type(branch) not in _mixings or not is_ordinary(x):
         return False
-    if not supports_operators(x, branch.conv_dw.kernel_size[0], branch.conv_dw.dilation[0]):
+    conv, compiling = branch.conv_dw, torch.compiler.is_compiling()
+    alone = not compiling and type(branch.norm) is nn.BatchNorm2d and not has_global_hooks()
+    if not supports_operators(x, conv.kernel_size[0], conv.dilation[0], alone=alone):
         return False
-    if not torch.compiler.is_compiling() and is_transformed(x):
+    if not compiling and is_transformed(x):
         return False
     return _is_exact_gelu(branch.act) and _is_depthwise(branch.conv_dw, branch.conv_dw.weight.dtype)
 

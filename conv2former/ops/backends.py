@@ -76,27 +76,30 @@ def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if x.is_cpu and not onednn.multiplies(dtype) else dtype
 
 
-def supports_operators(x: Tensor, kernel_size: int, dilation: int = 1, compiles: bool = False) -> bool:
+def supports_operators(
+    x: Tensor, kernel_size: int, dilation: int = 1, compiles: bool = False, alone: bool = False
+) -> bool:
     """Returns whether `operators.py` can take `x`, is faster than plain PyTorch, and is allowed to.
 
     It is not where a program is taken down to run elsewhere, without this package: torch.export, TorchScript, ONNX.
-    On a CPU it is for torch.compile; otherwise `autograd.py` is faster.
+    On a CPU it is for torch.compile, and for branches that `autograd.py`, which is faster, does not compute.
 
     Args:
         x: a map (N, C, H, W); the other maps of the call must be like it.
         kernel_size: side of the depthwise kernel.
         dilation: its dilation; there are kernels for 1 only.
         compiles: torch.compile is at work and torch.export is not, which torch 2.6 cannot tell by itself.
+        alone: `autograd.py` does not compute the branch.
 
     Returns:
         True for maps in channels_last memory and an odd kernel size of at most 31: float32, bfloat16 or float16 on an
-        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work,
-        float32, bfloat16 or float64 on a CPU with native functions.
+        NVIDIA GPU of capability 8.0 or more, with Triton 3.3 or newer installed; while torch.compile is at work or
+        if `alone`, float32, bfloat16 or float64 on a CPU with native functions.
     """
     if (not compiles and is_exporting()) or kernel_size % 2 == 0 or kernel_size > MAX_KERNEL_SIZE or dilation != 1:
         return False
     if x.is_cpu:
-        runs = (compiles or torch.compiler.is_compiling()) and _runs_native(x.dtype)
+        runs = (alone or compiles or torch.compiler.is_compiling()) and _runs_native(x.dtype)
     else:
         runs = x.is_cuda and torch.version.hip is None and x.dtype in DTYPES and _runs_triton(x.device.index)
     return runs and x.is_contiguous(memory_format=torch.channels_last)

@@ -7,10 +7,12 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import conv2former
 from conv2former import Conv2Former, ConvMlp, ConvMod
 from conv2former.models.block import NORMS
+from conv2former.ops.cpu import native
 from conv2former.variants import NORM_NAMES, find_variant
 from conv2former.weights.architecture import identify
 
@@ -66,6 +68,25 @@ def test_a_network_trains_fused_as_its_modules_do():
         model(x).square().sum().backward()
         results.append([*(p.grad for p in model.parameters()), *model.buffers(), model.eval()(x)])
     torch.testing.assert_close(*results)
+
+
+def test_operators_compute_what_lies_between_the_convolutions():
+    """On a CPU with native functions, which make a step a quarter faster; where a mode looks on, the modules do."""
+    model = Conv2Former(num_classes=3, norm_layer="batchnorm2d", **SHAPE)
+    x = torch.rand(2, 3, 64, 64).to(memory_format=torch.channels_last)
+
+    def operators() -> set[str]:
+        with torch.profiler.profile() as profile:
+            model(x).sum().backward()
+        return {name for name in ("modulate", "mlp_mix") if any(name in event.key for event in profile.key_averages())}
+
+    assert operators() == ({"modulate", "mlp_mix"} if native.usable(torch.float32) else set())
+    with FlopCounterMode(display=False) as counter:
+        assert operators() == set()
+    plain = Conv2Former(num_classes=3, norm_layer="batchnorm2d", fused=False, **SHAPE)
+    with FlopCounterMode(display=False) as reference:
+        plain(x).sum().backward()
+    assert counter.get_total_flops() == reference.get_total_flops() > 0
 
 
 def test_in_timm(path):
