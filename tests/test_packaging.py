@@ -60,7 +60,8 @@ def check(output: str, location) -> None:
         "conv2former_b 90029112",
         "conv2former_b_22k 88784952",
         "conv2former_l 198893736",
-        "conv2former_cifar10 1173688",
+        "conv2former_cifar10 1212296",
+        "conv2former_cifar10_ln 1173688",
     ]
 
 
@@ -80,8 +81,9 @@ def test_what_is_in_the_wheel(wheel):
     recipes = {f"conv2former/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("**/*.yaml")}
     assert recipes <= names
     assert {"conv2former/data/pixels.cpp", "conv2former/ops/cpu/kernels.cpp"} <= names  # compiled where they run
-    weights = "conv2former/pretrained/conv2former_cifar10.cifar10"
-    assert {f"{weights}/model.safetensors", f"{weights}/config.json", f"{weights}/README.md"} <= names
+    for tag in ("conv2former_cifar10.cifar10", "conv2former_cifar10_ln.cifar10"):
+        folder = f"conv2former/pretrained/{tag}"
+        assert {f"{folder}/model.safetensors", f"{folder}/config.json", f"{folder}/README.md"} <= names
     assert wheel.stat().st_size < 6e6
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"conv2former"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -99,6 +99,7 @@ def worst(ours: list[Tensor], reference: list[Tensor]) -> float:
         ("n", torch.bfloat16, {"ls_init_value": None}),
         ("n", torch.bfloat16, {"fused": False}),
         ("n", None, {"fusion": "sum"}),
+        ("n", torch.bfloat16, {"norm_layer": "batchnorm2d"}),
     ],
     ids=str,
 )
@@ -135,7 +136,14 @@ def test_the_first_of_two_networks_compiles_for_both(programs):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ls_init_value": None}, {"recompute": False}, {"fused": False}, {"output_stride": 16}],
+    [
+        {},
+        {"ls_init_value": None},
+        {"recompute": False},
+        {"fused": False},
+        {"output_stride": 16},
+        {"norm_layer": "batchnorm2d"},
+    ],
     ids=str,
 )
 def test_values_gradients_and_draws(options):

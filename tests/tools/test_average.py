@@ -227,6 +227,8 @@ def test_what_cannot_be_averaged(files, tmp_path):
     save(tmp_path / "names.pt", network(1), class_names=["a", "b", "c"])
     save(tmp_path / "sum.pt", network(1), variant={"name": "x", "fusion": "sum", **SHAPE})
     save(tmp_path / "stem.pt", network(1), variant={"name": "x", "stem_stride": 2, **SHAPE})
+    norms = Conv2Former(num_classes=3, norm_layer="batchnorm2d", **SHAPE)
+    torch.save(norms.state_dict(), tmp_path / "norms.pt")
     broken = network(1)
     broken.head.fc.bias.data[0] = float("inf")
     save(tmp_path / "inf.pt", broken)
@@ -237,6 +239,7 @@ def test_what_cannot_be_averaged(files, tmp_path):
         ("names.pt", "but not the same class names"),
         ("sum.pt", "fusion sum for product"),
         ("stem.pt", "stem_stride 2 for 4"),
+        ("norms.pt", "norm_layer batchnorm2d for layernorm2d"),
         ("inf.pt", r"inf\.pt: head\.fc\.bias holds values that are not finite"),
         ("none.pt", r"none\.pt: no such file"),
     ):
