@@ -641,7 +641,7 @@ def test_the_backend_of_a_gpu(on_a_gpu, autocast, recompute, bound, monkeypatch)
 def test_compiled_modules_take_the_operators(as_on_a_gpu, tiny, monkeypatch, calls):
     """On a CPU by themselves, if there are compiled functions."""
     if as_on_a_gpu:
-        monkeypatch.setattr(fusion, "supports_operators", lambda *a: True)
+        monkeypatch.setattr(fusion, "supports_operators", lambda *a, **options: True)
         monkeypatch.setattr(stem_fusion, "supports_operators", lambda *a: True)
     elif not native.usable(torch.float64):
         pytest.skip("no compiled functions")
