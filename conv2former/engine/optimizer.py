@@ -6,13 +6,14 @@ import inspect
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import Muon, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from .._yaml import cut
 from ..config import BaseConfig, Plan
 from ..errors import ConfigError, closest, first_line
+from .muon import GroupedMuon
 
 __all__ = ["build_optimizer", "build_scheduler", "optimizer_args"]
 
@@ -36,7 +37,7 @@ LOOKAHEAD = "lookahead_"
 def build_optimizer(config: BaseConfig, plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     """Builds the configured optimizer for what is trained of a network, in parameter groups by decay."""
     optim = config.optim
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         optim.opt,
         lr=plan.lr,
@@ -44,6 +45,7 @@ def build_optimizer(config: BaseConfig, plan: Plan, model: nn.Module) -> torch.o
         layer_decay=optim.layer_decay,
         **optimizer_args(config),
     )
+    return GroupedMuon.of(optimizer) if type(optimizer) is Muon else optimizer
 
 
 def build_scheduler(config: BaseConfig, plan: Plan, optimizer: torch.optim.Optimizer) -> Any:
