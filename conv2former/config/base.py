@@ -17,12 +17,13 @@ from .._preprocessing import FIELDS, Preprocessing, as_img_size, channels_text
 from ..errors import ConfigError, counted
 from .auto import AUTO, AutoKeys, with_values
 
-__all__ = ["ONE", "TWO", "BaseConfig"]
+__all__ = ["FORMS", "ONE", "WORD", "BaseConfig"]
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Side = Annotated[int, Field(ge=32, le=4096)]
-ONE, TWO = "<one number>", "<two numbers>"  # in pydantic's errors, where messages leave them out
+# in pydantic's errors, where messages leave them out
+ONE, TWO, WORD = FORMS = "<one number>", "<two numbers>", "<a word>"
 ImgSize = Annotated[
     Annotated[Side, Tag(ONE)] | Annotated[tuple[Side, Side], Tag(TWO)],
     Discriminator(lambda value: TWO if isinstance(value, (list, tuple)) else ONE),

@@ -19,7 +19,7 @@ from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
 from ..errors import ConfigError, closest, raise_mistakes
 from .auto import AUTO, is_auto
-from .base import ONE, TWO, BaseConfig
+from .base import FORMS, BaseConfig
 from .registry import config_class
 from .suggest import suggest_key
 
@@ -206,7 +206,7 @@ def _valid_keys(location: Sequence[str | int], kind: type[BaseConfig]) -> list[s
 
 
 def _describe(error: Any, kind: type[BaseConfig]) -> str:
-    location = [word for word in error["loc"] if word not in (ONE, TWO)]
+    location = [word for word in error["loc"] if word not in FORMS]
     dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
         keys = _valid_keys(location, kind)

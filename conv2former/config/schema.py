@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from .auto import AUTO_KEYS, fitted
 from .base import (
+    ONE,
+    WORD,
     BaseCheckpointConfig,
     BaseConfig,
     BaseDataConfig,
@@ -31,6 +33,10 @@ __all__ = ["NO_SPLIT", "Config"]
 
 NO_SPLIT = "none"  # as `data.val_split`: no validation split, even where one could be found
 
+Flip = Annotated[
+    Annotated[Probability, Tag(ONE)] | Annotated[Literal["alternating"], Tag(WORD)],
+    Discriminator(lambda value: WORD if isinstance(value, str) else ONE),
+]
 Metric = Literal["top1", "loss", "macro_f1", "balanced_accuracy"]
 
 
@@ -82,7 +88,8 @@ class AugmentConfig(Section):
     # small images, whose objects are then as large as in the evaluation; 4 is usual for 32 x 32. null: a random crop
     padding: Annotated[int, Field(ge=1, le=31)] | None = None
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
-    hflip: Probability = 0.5
+    # left and right. alternating: an image is mirrored in every other epoch, half of the images in the first
+    hflip: Flip = 0.5
     vflip: Probability = 0.0
     color_jitter: NonNegative = 0.4  # without effect where auto_augment is set, as in timm
     # a timm policy string: RandAugment, or one of its AutoAugment policies
@@ -156,6 +163,8 @@ class Config(BaseConfig):
             found.append(f"data.streaming: only with data.source hf, not {self.data.source}")
         if self.data.cache == "ram" and self.data.streaming:
             found.append("data.cache: not with data.streaming, which keeps no image; leave one of them out")
+        if self.augment.hflip == "alternating" and self.data.streaming:
+            found.append("augment.hflip: not alternating with data.streaming, which knows no image again; take 0.5")
         if self.data.absolute_paths and self.data.source != "hf":
             found.append(f"data.absolute_paths: only with data.source hf, not {self.data.source}")
         if self.data.streaming and self.data.epoch_images is None:

@@ -8,6 +8,7 @@ batch. Streams keep all but the last: see streams.py.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Config
@@ -23,6 +25,7 @@ from ..config.base import BaseDataConfig
 from ..config.schema import DataConfig
 from ..errors import DataError
 from .batch import Batch, Finish, Item, collate, collate_augmented, load_image
+from .seeding import Stream
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .transforms import eval_transform, train_transforms
@@ -46,10 +49,22 @@ _MOST_WORKERS = 8  # that a loader gets by itself
 
 
 class Transformed(Dataset):
-    """Images through a transform. A key is an index, or, to seed the transform, that of an EpochSampler."""
+    """Images through a transform. A key is an index, or, to seed the transform, that of an EpochSampler.
 
-    def __init__(self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0) -> None:
+    Args:
+        source: the images.
+        transforms: of the epochs.
+        skip: return an unreadable image as `Skipped` instead of raising.
+        seed: of the run.
+        alternating: turn left and right round, before the transform, each time that an image comes in training if it
+            was not the time before. In the first epoch that is done to half of the images, which follow from the seed.
+    """
+
+    def __init__(
+        self, source: DataSource, transforms: list[Any], skip: bool, seed: int = 0, alternating: bool = False
+    ) -> None:
         self.source, self.transforms, self.skip, self.seed = source, transforms, skip, seed
+        self.alternating = alternating
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,14 +73,20 @@ class Transformed(Dataset):
         if isinstance(key, tuple):
             epoch, index, *repeat = key
             place = (self.seed, epoch, index, *repeat)
-            return load_image(lambda: self._read(index), self.transforms[epoch], self.skip, place, index)
+            mirror = self.alternating and bool((self._sides[index] + epoch + sum(repeat)) % 2)
+            return load_image(lambda: self._read(index, mirror), self.transforms[epoch], self.skip, place, index)
         return load_image(lambda: self._read(key), self.transforms[0], self.skip, None, key)
 
-    def _read(self, index: int) -> tuple[Any, int]:
+    @functools.cached_property
+    def _sides(self) -> np.ndarray:
+        """(images,) 0 or 1 int64: which are mirrored in the first epoch."""
+        return np.random.default_rng([Stream.SIDE, self.seed]).integers(2, size=len(self))
+
+    def _read(self, index: int, mirror: bool = False) -> tuple[Any, int]:
         image, label = self.source.images[index]
         if not 0 <= label < len(self.source.class_names):  # on a GPU it would be an assertion without a name
             raise DataError(f"{self.source.name}, image {index}: class {label} of {len(self.source.class_names)}")
-        return image, label
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image, label
 
 
 class EpochSampler(Sampler):
@@ -311,7 +332,7 @@ def train_loader(
             **common,
         )
     return TrainLoader(
-        Transformed(source, transforms, skip, sampler.seed),
+        Transformed(source, transforms, skip, sampler.seed, config.augment.hflip == "alternating"),
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     IMAGE = 1
     STEP = 2
     ORDER = 3
+    SIDE = 4
 
 
 def seed_all(stream: Stream, *place: int) -> None:

@@ -85,7 +85,7 @@ class PaddedCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         rows, columns = map(self._places, values.shape[:2], self.size)
-        return Image.fromarray(values[rows[:, None], columns])
+        return Image.fromarray(values.take(rows, 0).take(columns, 1))
 
     def _places(self, length: int, size: int) -> np.ndarray:
         """Draws `size` neighbours of a padded row, and returns which pixels of the row, of `length`, they are."""
@@ -157,7 +157,7 @@ def train_transforms(config: Config) -> list[TrainTransform]:
 
     The size is that of `img_size_at`; epochs of one size share a transform. The random crop has the shape of the input,
     so that objects keep theirs, but for `augment.ratio`; with `augment.padding` they keep their size, too. Colour
-    operations leave grey images as they are.
+    operations leave grey images as they are. With `augment.hflip: alternating` they mirror nothing; `Transformed` does.
     """
     images, augment = config.data.preprocessing, config.augment
 
@@ -168,7 +168,7 @@ def train_transforms(config: Config) -> list[TrainTransform]:
             is_training=True,
             scale=augment.scale,
             ratio=(augment.ratio[0] * shape, augment.ratio[1] * shape),
-            hflip=augment.hflip,
+            hflip=0.0 if augment.hflip == "alternating" else augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
             auto_augment=augment.auto_augment,

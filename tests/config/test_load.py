@@ -232,6 +232,12 @@ def test_what_to_do_about_a_small_set(images, devices, mixup, expected):
             "train.class_weight: not with data.streaming",
         ),
         (
+            {"data": {"source": "hf", "streaming": True, "epoch_images": 9}, "augment": {"hflip": "alternating"}},
+            "augment.hflip: not alternating with data.streaming",
+        ),
+        ({"augment": {"hflip": "often"}}, "augment.hflip: input should be 'alternating', found 'often'"),
+        ({"augment": {"hflip": 2}}, "augment.hflip: input should be less than or equal to 1, found 2"),
+        (
             {"data": {"sampling": "sqrt"}, "train": {"class_weight": "sqrt"}},
             "train.class_weight: corrects what data.sampling does already",
         ),

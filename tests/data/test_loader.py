@@ -379,6 +379,67 @@ def test_a_repeated_image_is_augmented_anew():
     assert (0, 0) in by_key["balanced"]
 
 
+PLAIN = {"auto_augment": None, "color_jitter": 0, "re_prob": 0, "padding": 1, "interpolation": "bilinear"}
+
+
+class Halves:
+    """Black images of 32 x 32 whose left half is bright."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        values = np.zeros((32, 32, 3), np.uint8)
+        values[:, :16] = 200
+        return Image.fromarray(values), 0
+
+
+def sides(epochs: int = 4, seed: int = 0, first_step: int = 0, workers: int = 0) -> np.ndarray:
+    """Returns by epoch and image whether it came mirrored, and nan where it did not come; (epochs, 64)."""
+    run = config(
+        data={"workers": workers},
+        augment=PLAIN | {"hflip": "alternating"},
+        schedule={"epochs": epochs, "warmup_epochs": 0},
+    )
+    sampler = EpochSampler(64, 8, seed=seed)
+    loader = train_loader(DataSource(Halves(64), ["a"], "halves"), run, sampler, False)
+    found = np.full((epochs, 64), np.nan)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch, first_step)
+        for batch in loader:
+            bright = batch.images.mean((1, 2))  # by column
+            found[epoch, batch.indices] = bright[:, -4] > bright[:, 3]
+    return found
+
+
+def test_images_that_are_mirrored_in_every_other_epoch():
+    found = sides()
+    assert (found[1:] == 1 - found[:-1]).all()
+    assert 20 < found[0].sum() < 44  # half of 64, within three standard deviations
+    assert (sides(workers=2) == found).all()
+    assert (sides(seed=1) != found).any()
+    later = sides(first_step=5)  # as in a run that goes on
+    came = ~np.isnan(later)
+    assert came.sum() == 4 * 24
+    assert (later[came] == found[came]).all()
+
+
+def test_an_image_that_comes_again_in_an_epoch_is_mirrored_the_other_way():
+    run = config(augment=PLAIN | {"hflip": "alternating"})
+    sampler = EpochSampler(12, 6, labels=np.array([0] + [1] * 11), sampling="balanced")
+    loader = train_loader(DataSource(Halves(12), ["a"], "halves"), run, sampler, False)
+    of_repeat = {}
+    for keys, batch in zip(list(sampler), loader, strict=True):
+        for (_, index, *repeat), image in zip(keys, batch.images.mean((1, 2)), strict=True):
+            if index == 0:
+                of_repeat[sum(repeat)] = bool(image[-4] > image[3])
+    assert len(of_repeat) == 6
+    assert all(of_repeat[repeat] != of_repeat[repeat + 1] for repeat in range(5))
+
+
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_workers_that_start_before_they_are_needed(which):
     """They are the ones that then work, and they have read nothing before."""
