@@ -29,7 +29,7 @@ from .seeding import Stream
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .transforms import eval_transform, train_transforms
-from .workers import Sent, starting_workers, worker_errors
+from .workers import Sent, context, starting_workers, worker_errors
 
 __all__ = [
     "EpochSampler",
@@ -271,7 +271,12 @@ def workers_for(data: BaseDataConfig) -> int:
 
 
 class Loader(DataLoader):
-    """A loader of as many workers as it is told."""
+    """A loader of as many workers as it is told, in the `context` of workers.py."""
+
+    def __init__(self, dataset: Any, *, num_workers: int = 0, **kwargs: Any) -> None:
+        if num_workers:
+            kwargs.setdefault("multiprocessing_context", context())
+        super().__init__(dataset, num_workers=num_workers, **kwargs)
 
     def check_worker_number_rationality(self) -> None:
         """Does without torch's warning, which each process would print: the number is the user's, or fits the cores."""
@@ -280,8 +285,8 @@ class Loader(DataLoader):
 class TrainLoader(Loader):
     """A loader whose workers make batches of 8-bit pixels, of which this process makes what it yields: `finish`."""
 
-    def __init__(self, *args: Any, finish: Callable[[Any], Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, dataset: Any, *, finish: Callable[[Any], Any], **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
         self._finish = finish
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

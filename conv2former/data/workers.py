@@ -6,11 +6,14 @@ forward pass, in an evaluation, while a checkpoint is written. So whole loops st
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 from ..errors import WorkerError, is_lost_worker
 
-__all__ = ["Sent", "portable_errors", "starting_workers", "why_lost", "worker_errors"]
+__all__ = ["Sent", "context", "portable_errors", "starting_workers", "why_lost", "worker_errors"]
 
 _FEWER = "set data.workers=0, or lower"
 
@@ -74,6 +77,30 @@ def starting_workers(count: int) -> Iterator[None]:
             f"{count} worker processes of a loader cannot be started ({e}): {_FEWER} data.workers, or raise the limits "
             "of processes, open files or shared memory (/dev/shm)"
         ) from None
+
+
+class _Event:
+    """What PyTorch needs of multiprocessing's Event, without its lock.
+
+    Each worker looks for every batch whether the event is set that tells all of them to end. One that was killed while
+    it had the lock would keep it, and this process would wait for the lock for ever. A byte that is written once needs
+    none.
+    """
+
+    def __init__(self) -> None:
+        self._byte = RawValue("b", 0)
+
+    def set(self) -> None:
+        self._byte.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._byte.value)
+
+
+def context() -> BaseContext:
+    """Returns the `multiprocessing_context` of a loader: the usual one, but that no killed worker is waited for."""
+    usual = multiprocessing.get_context(multiprocessing.get_start_method())
+    return type("LoaderContext", (type(usual),), {"Event": _Event})()
 
 
 @contextmanager

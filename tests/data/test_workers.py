@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
+import threading
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torchvision.tv_tensors import Mask
 
 from conv2former.data import workers
 from conv2former.data.batch import collate, load_image
-from conv2former.data.loader import batches
+from conv2former.data.loader import Loader, batches
 from conv2former.data.workers import Sent
 from conv2former.errors import WorkerError
 
@@ -54,6 +57,29 @@ def test_a_worker_that_ends_is_one_error(end, said):
         load(lambda index: end() if index == 3 else None)
     assert raised.value.exit_code == 3
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_ends_with_a_lock_is_not_waited_for():
+    """The lock of the event that tells all workers to end, which each of them takes for a moment in every batch."""
+
+    def end(index: int) -> None:
+        if index == 2:
+            frame = sys._getframe()
+            while frame.f_code.co_name != "_worker_loop":
+                frame = frame.f_back
+            if isinstance(event := frame.f_locals["done_event"], Event):
+                event._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loader = Loader(Items(end), batch_size=2, num_workers=2, collate_fn=Sent(collate), persistent_workers=True)
+    with pytest.raises(WorkerError, match="was killed"):
+        list(batches(loader))
+    leaving = threading.Thread(target=loader._iterator._shutdown_workers, daemon=True)  # when it is collected: no error
+    leaving.start()
+    leaving.join(40)
+    assert not leaving.is_alive()
+    assert sorted(worker.exitcode for worker in loader._iterator._workers) == [-signal.SIGKILL, 0]
 
 
 def test_a_worker_without_room_for_its_batch(monkeypatch):

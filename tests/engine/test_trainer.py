@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import multiprocessing
@@ -514,8 +515,10 @@ def test_a_killed_worker_is_one_error_and_the_run_goes_on(raw_config, tmp_path, 
 
     def kill(run, batches, step, check):
         if step == 7 and not killed:
+            gc.collect()  # of loaders that earlier tests have left
             killed.append(multiprocessing.active_children()[0])
             killed[0].kill()
+            os.waitid(os.P_PID, killed[0].pid, os.WEXITED | os.WNOWAIT)  # on a busy machine that takes a while
         return before(run, batches, step, check)
 
     monkeypatch.setattr(trainer, "train_step", kill)

@@ -16,7 +16,7 @@ from ...config.base import BaseDataConfig
 from ...data import Skipped
 from ...data.files import find_files
 from ...data.images import IMAGE_ENDINGS, UnreadableImage, any_size, open_rgb, unread_hint
-from ...data.loader import workers_for
+from ...data.loader import Loader, workers_for
 from ...data.workers import Sent, portable_errors
 from ...errors import DataError, bullets, counted
 
@@ -64,7 +64,7 @@ class OpenedImages(Dataset):
         """Returns a loader of lists; fewer than `few` batches are read without worker processes."""
         count = -(-len(self) // batch_size)
         workers = 0 if count < few else min(workers_for(self.data), count, os.cpu_count() or 1)
-        return DataLoader(cast(Any, self), batch_size=batch_size, num_workers=workers, collate_fn=Sent(list))
+        return Loader(cast(Any, self), batch_size=batch_size, num_workers=workers, collate_fn=Sent(list))
 
 
 def find_images(inputs: Sequence[str]) -> list[ImageFile]:
