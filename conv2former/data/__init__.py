@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import Batch, Finish, Skipped
-    from .loader import EpochSampler, batches, eval_loader, start_workers, train_loader
+    from .loader import EpochSampler, batches, eval_loader, running_workers, train_loader
     from .seeding import Stream, seed_all
     from .sources import DataSource, open_train_and_val, open_val
     from .streams import StreamSource
@@ -29,8 +29,8 @@ __all__ = [
     "eval_transform",
     "open_train_and_val",
     "open_val",
+    "running_workers",
     "seed_all",
-    "start_workers",
     "train_loader",
     "train_transforms",
     "worker_errors",

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from .seeding import Stream
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .transforms import eval_transform, train_transforms
-from .workers import Sent, context, starting_workers, worker_errors
+from .workers import Sent, context, starting_workers, stop_workers, worker_errors
 
 __all__ = [
     "EpochSampler",
@@ -39,6 +40,7 @@ __all__ = [
     "Transformed",
     "batches",
     "eval_loader",
+    "running_workers",
     "start_workers",
     "train_loader",
     "usable_cores",
@@ -236,6 +238,16 @@ def start_workers(loader: DataLoader) -> None:
             sampler.idle = False
 
 
+@contextmanager
+def running_workers(*loaders: DataLoader) -> Iterator[None]:
+    """Has the worker processes of `loaders` from `start_workers` until it is left, however that is."""
+    with ExitStack() as stack:
+        for loader in loaders:
+            stack.callback(stop_workers, loader)
+            start_workers(loader)
+        yield
+
+
 def batches(loader: DataLoader) -> Iterator[Batch]:
     """Goes over a loader; an error from a worker has its own text, without the worker's traceback in front.
 
@@ -243,12 +255,16 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
         DataError: of a sample.
         WorkerError: a worker has ended, or cannot be started.
     """
+    loaded = None
     try:
         with worker_errors():
             with starting_workers(loader.num_workers):
                 loaded = iter(loader)
             yield from loaded
-    except DataError as e:
+    except Exception as e:
+        stop_workers(loader, loaded)
+        if not isinstance(e, DataError):
+            raise
         text = str(e.args[0]) if e.args else ""  # of a worker: its traceback, whose last line is its error's
         if "Original Traceback" not in text:
             raise

@@ -17,11 +17,11 @@ from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from ..errors import WorkerError, is_lost_worker
 
-__all__ = ["Sent", "context", "portable_errors", "starting_workers", "why_lost", "worker_errors"]
+__all__ = ["Sent", "context", "portable_errors", "starting_workers", "stop_workers", "why_lost", "worker_errors"]
 
 _FEWER = "set data.workers=0, or lower"
 
@@ -101,6 +101,24 @@ def context() -> BaseContext:
     """Returns the `multiprocessing_context` of a loader: the usual one, but that no killed worker is waited for."""
     usual = multiprocessing.get_context(multiprocessing.get_start_method())
     return type("LoaderContext", (type(usual),), {"Event": _Event})()
+
+
+def stop_workers(loader: DataLoader, iterator: Any = None) -> None:
+    """Ends a loader's worker processes now; its next iteration starts others.
+
+    They would end when their iterator is collected. From a reference cycle, as an error leaves it, Python then closes
+    the files of its queues twice, and what it closes the second time may be another's file by then.
+
+    Args:
+        loader: the loader.
+        iterator: over it, which one without persistent workers does not keep.
+    """
+    iterator, loader._iterator = loader._iterator or iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for queue in iterator._index_queues:
+            if queue._thread:
+                queue._thread.join(5)  # closes the files
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from timm.optim import Lookahead
 from timm.utils import distribute_bn
 
 from ..config import BaseConfig
-from ..data import batches, start_workers, worker_errors
+from ..data import batches, running_workers, worker_errors
 from ..errors import ConfigError, DataError, RunStopped, TrainingError, before_processes_meet, counted
 from ..tasks.network import find_network, name_network
 from ..tasks.task import AnyBatch, Evaluation
@@ -80,7 +80,9 @@ def train(
             check_best(job, world)
             with worker_errors():
                 cache_images(job, world, signal)
-                return Trainer(job, world, signal).train()
+                trainer = Trainer(job, world, signal)
+                with running_workers(trainer.loader, trainer.val_loader):
+                    return trainer.train()
     finally:
         _RUNNING.release()
         if job and job.lock:
@@ -126,8 +128,6 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Trains, evaluates and saves until the last epoch, and returns the report; empty but on the main process."""
-        for loader in (self.loader, self.val_loader):
-            start_workers(loader)
         if self.world.is_main:
             lines = describe_job(self.job, self.world.size, self.kernels, self.state.kernels)
             self.log.say(*lines, *filter(None, [self.run.about_graphs]))

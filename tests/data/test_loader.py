@@ -18,8 +18,8 @@ from conv2former.data import (
     EpochSampler,
     Stream,
     eval_loader,
+    running_workers,
     seed_all,
-    start_workers,
     train_loader,
     train_transforms,
 )
@@ -448,12 +448,13 @@ def test_workers_that_start_before_they_are_needed(which):
         loader = train_loader(source(10), two, EpochSampler(10, 2), False)
     else:
         loader = eval_loader(source(10), two.data, 2, 0, 1, False)
-    start_workers(loader)
-    started = [worker.pid for worker in loader._iterator._workers]
-    assert loader._iterator._tasks_outstanding == 0
-    assert sum(len(batch.labels) for batch in loader) == 10
-    assert sum(len(batch.labels) for batch in loader) == 10
-    assert [worker.pid for worker in loader._iterator._workers] == started
+    with running_workers(loader):
+        started = loader._iterator._workers
+        assert loader._iterator._tasks_outstanding == 0
+        assert sum(len(batch.labels) for batch in loader) == 10
+        assert sum(len(batch.labels) for batch in loader) == 10
+        assert loader._iterator._workers == started
+    assert [worker.exitcode for worker in started] == [0, 0]
 
 
 @pytest.mark.parametrize(

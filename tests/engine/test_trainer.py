@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import io
 import json
 import multiprocessing
@@ -503,8 +502,10 @@ def test_an_error_in_a_worker_is_its_own_text(raw_config, tmp_path):
     bad = tmp_path / "data" / "train" / "a" / "7.png"
     bad.write_bytes(b"")
     raw_config["data"] = {"root": str(tmp_path / "data"), "img_size": 32, "workers": 2}
+    before = set(multiprocessing.active_children())
     with pytest.raises(DataError) as error:
         train(configure(raw_config), tmp_path / "run")
+    assert set(multiprocessing.active_children()) <= before  # although `error` keeps the loaders
     assert str(error.value).startswith(f"{bad}: not a readable image")
     assert "\n" not in str(error.value)
 
@@ -512,11 +513,11 @@ def test_an_error_in_a_worker_is_its_own_text(raw_config, tmp_path):
 def test_a_killed_worker_is_one_error_and_the_run_goes_on(raw_config, tmp_path, monkeypatch):
     raw_config["data"]["workers"] = 1
     before, killed = trainer.train_step, []
+    others = multiprocessing.active_children()
 
     def kill(run, batches, step, check):
         if step == 7 and not killed:
-            gc.collect()  # of loaders that earlier tests have left
-            killed.append(multiprocessing.active_children()[0])
+            killed.append(next(child for child in multiprocessing.active_children() if child not in others))
             killed[0].kill()
             os.waitid(os.P_PID, killed[0].pid, os.WEXITED | os.WNOWAIT)  # on a busy machine that takes a while
         return before(run, batches, step, check)
@@ -525,6 +526,7 @@ def test_a_killed_worker_is_one_error_and_the_run_goes_on(raw_config, tmp_path, 
     with pytest.raises(WorkerError, match="most likely by the system for want of memory"):
         train(configure(raw_config), tmp_path / "run")
     assert killed
+    assert set(multiprocessing.active_children()) <= set(others)
     assert final(tmp_path / "run")["step"] == 5
     assert train(configure(raw_config), tmp_path / "run")["steps"] == 20
 
