@@ -36,6 +36,7 @@ __all__ = [
     "convolution_pointwise_",
     "copy_all",
     "divide_all",
+    "end_workers",
     "expected_gradient",
     "fake_gpu",
     "features_of_stream",
@@ -260,6 +261,13 @@ OPTIMIZE_DDP = Name("torch._dynamo:config.optimize_ddp", "with DDP a block may b
 COMPILER_ERROR = Name("torch._dynamo.exc:TorchDynamoException", "torch.compile's errors are printed in full")
 
 
+# Ends the worker processes of an iterator over a DataLoader
+SHUTDOWN = Name(
+    "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers",
+    "a loader's workers end when Python collects them",
+)
+
+
 class _NoMode:
     """Stands for `DispatchMode` where there is none: shown nothing."""
 
@@ -294,6 +302,17 @@ def keep_programs_whole() -> None:
     """
     if OPTIMIZE_DDP.value is not None:
         importlib.import_module("torch._dynamo").config.optimize_ddp = False
+
+
+def end_workers(iterator: Any) -> None:
+    """Ends the worker processes of an iterator over a DataLoader, and closes its queues; of anything else, nothing."""
+    if SHUTDOWN.value is None or not hasattr(iterator, "_shutdown_workers"):
+        return
+    SHUTDOWN.value(iterator)
+    for queue in getattr(iterator, "_index_queues", ()):
+        feeder = getattr(queue, "_thread", None)  # which closes the files, and not before it runs again
+        if feeder:
+            feeder.join(5)
 
 
 def hush_about_checkpoints() -> None:

@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 
 from conv2former import _private
 from conv2former.data.classes import class_names_of
+from conv2former.data.loader import Loader
 from conv2former.data.real_labels import real_labels
+from conv2former.data.workers import stop_workers
 from conv2former.errors import DataError
 from conv2former.models import fusion
 from conv2former.models.block import Conv2FormerBlock
@@ -205,6 +207,17 @@ def test_model_card_and_configuration(without, tmp_path, tiny):
     without(_private.MODEL_ARGS)
     _private.note_model_args(model, kernel_size=5)
     assert model._model_args["kernel_size"] == 7
+
+
+@pytest.mark.slow
+def test_workers_of_a_loader(without):
+    loader, ended = Loader([1, 2], num_workers=1), []
+    for _ in range(2):
+        iterator = iter(loader)
+        stop_workers(loader, iterator)
+        ended += [worker.is_alive() for worker in iterator._workers]
+        without(_private.SHUTDOWN)
+    assert ended == [False, True]
 
 
 def test_columns_of_a_stream(without):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from .._private import end_workers
 from ..errors import WorkerError, is_lost_worker
 
 __all__ = ["Sent", "context", "portable_errors", "starting_workers", "stop_workers", "why_lost", "worker_errors"]
@@ -114,11 +115,7 @@ def stop_workers(loader: DataLoader, iterator: Any = None) -> None:
         iterator: over it, which one without persistent workers does not keep.
     """
     iterator, loader._iterator = loader._iterator or iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-        for queue in iterator._index_queues:
-            if queue._thread:
-                queue._thread.join(5)  # closes the files
+    end_workers(iterator)
 
 
 @contextmanager
