@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import Config
 from ..config.base import BaseDataConfig
 from ..config.schema import DataConfig
-from ..errors import DataError
+from ..errors import DataError, RunStopped
 from .batch import Batch, Finish, Item, collate, collate_augmented, load_image
 from .seeding import Stream
 from .sources import DataSource
@@ -240,12 +240,19 @@ def start_workers(loader: DataLoader) -> None:
 
 @contextmanager
 def running_workers(*loaders: DataLoader) -> Iterator[None]:
-    """Has the worker processes of `loaders` from `start_workers` until it is left, however that is."""
+    """Has the worker processes of `loaders` from `start_workers` until it is left.
+
+    After RunStopped they end with this process, which exits then: a scheduler may give it little time.
+    """
     with ExitStack() as stack:
         for loader in loaders:
             stack.callback(stop_workers, loader)
             start_workers(loader)
-        yield
+        try:
+            yield
+        except RunStopped:
+            stack.pop_all()
+            raise
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:

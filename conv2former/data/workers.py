@@ -114,7 +114,9 @@ def stop_workers(loader: DataLoader, iterator: Any = None) -> None:
         loader: the loader.
         iterator: over it, which one without persistent workers does not keep.
     """
-    iterator, loader._iterator = loader._iterator or iterator, None
+    kept = getattr(loader, "_iterator", None)
+    if kept is not None:
+        iterator, loader._iterator = kept, None
     end_workers(iterator)
 
 

@@ -420,5 +420,6 @@ def test_a_stream_goes_on_where_it_was(raw_config, tmp_path, monkeypatch):
     assert codes == [3, -9], output
     assert "error: another process has ended" in output or "error on rank 0: another process has ended" in output
     more = check_config({**config.to_dict(), "data": {**config.to_dict()["data"], "workers": 2}}, "test")
-    assert set(run(lambda: train(more, tmp_path / "parts"), 2, tmp_path)[0]) == {0}
+    codes, output = run(lambda: train(more, tmp_path / "parts"), 2, tmp_path)
+    assert set(codes) == {0}, output
     assert not differing_runs(tmp_path / "whole", tmp_path / "parts")
