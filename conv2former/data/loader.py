@@ -41,7 +41,6 @@ __all__ = [
     "batches",
     "eval_loader",
     "running_workers",
-    "start_workers",
     "train_loader",
     "usable_cores",
     "workers_for",

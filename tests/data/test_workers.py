@@ -53,11 +53,12 @@ def load(act, workers: int = 1) -> list:
     ids=["killed", "bus error", "exit"],
 )
 def test_a_worker_that_ends_is_one_error(end, said):
+    others = set(multiprocessing.active_children())  # which other tests have left
     with pytest.raises(WorkerError, match=said) as raised:
         load(lambda index: end() if index == 3 else None)
     assert raised.value.exit_code == 3
     assert "\n" not in str(raised.value)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.timeout(60)
@@ -73,10 +74,11 @@ def test_a_worker_that_ends_with_a_lock_is_not_waited_for():
                 event._cond.acquire()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    others = set(multiprocessing.active_children())
     loader = Loader(Items(end), batch_size=2, num_workers=2, collate_fn=Sent(collate), persistent_workers=True)
     with pytest.raises(WorkerError, match="was killed"):
         list(batches(loader))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_worker_without_room_for_its_batch(monkeypatch):
