@@ -16,6 +16,7 @@ __all__ = ["Watch"]
 
 _HANG_EXIT_CODE = 3  # that of TrainingError
 _LISTEN = 4  # seconds in which a living process is heard
+_FAREWELL = 2.0  # seconds that the end of a run may wait for the store
 
 
 class Watch(threading.Thread):
@@ -47,8 +48,12 @@ class Watch(threading.Thread):
         self._place, self._count, self._since = place, self._count + 1, time.monotonic()
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Ends the watch, and waits until the thread has ended or the store has not answered for two seconds.
+
+        A thread that is inside of torch when Python ends makes the process abort (code 134) as it comes back.
+        """
         self._done.set()
+        self.join(_FAREWELL)
 
     def run(self) -> None:
         """The thread."""

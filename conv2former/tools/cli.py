@@ -63,9 +63,7 @@ def run_cli(
         _end(f"{prefix}{e}", e.exit_code, speaks)  # the lines of an error are printable
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _leave_at_once(130)
-        sys.exit(130)
+        _leave(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: not all was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CUT)
@@ -88,12 +86,15 @@ def run_cli(
         raise
 
 
-def _leave_at_once(code: int) -> NoReturn:
-    """Exits without what Python does last: it takes torch apart, for a second and more of work.
+def _leave(code: int) -> NoReturn:
+    """Exits; one of several processes without what Python does last, which is to take torch apart.
 
-    torchrun waits for that, and so do its processes for each other: one whose question is still on its way to another
-    lets go of it only when that one has ended.
+    That takes a second and more, and torchrun waits for it, and so do its processes for each other: one whose question
+    is still on its way to another lets go of it only when that one has ended. And a thread that is inside of torch
+    meanwhile, such as one of gloo's, aborts the process as it comes back to Python: the exit code is then 134.
     """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
     for worker in multiprocessing.active_children():
         worker.terminate()
     if compiling := sys.modules.get("conv2former.compiling"):
@@ -109,7 +110,7 @@ def _end(text: str, code: int, speaks: bool = True, is_consequence: bool = False
     if speaks:
         print_lines(*text.split("\n"), file=sys.stderr)
     note_for_torchrun(text, is_consequence)
-    sys.exit(code)
+    _leave(code)
 
 
 def _lost_contact(error: Exception) -> bool:

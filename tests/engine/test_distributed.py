@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
 from conv2former.engine import World, distributed
+from conv2former.engine.watch import Watch
 from conv2former.tasks.network import build_model
 
 from .conftest import configure
@@ -41,3 +45,18 @@ def test_gradients_come_in_the_strides_of_their_weights(raw_config, monkeypatch,
     # these differ without it, but for the plain formula with weights that lie as the images do
     same = all(before[name].stride() == parameter.stride() for name, parameter in model.named_parameters())
     assert same == (channels_last and not fused)
+
+
+def test_the_watch_has_ended_when_it_is_stopped():
+    """Else its thread may be inside of torch when Python ends, and the process aborts."""
+    busy = threading.Event()
+
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            busy.set()
+            time.sleep(0.3)
+
+    watch = Watch(Slow(), 0, 2, 60.0)
+    assert busy.wait(10)
+    watch.stop()
+    assert not watch.is_alive()

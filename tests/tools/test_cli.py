@@ -81,32 +81,45 @@ def test_where_no_note_can_be_left_the_message_is_printed(tmp_path, monkeypatch,
     assert said == "error: no\n"
 
 
-@pytest.mark.parametrize("run_id", [None, "1"])
-def test_ctrl_c_under_torchrun_takes_nothing_apart(monkeypatch, capsys, run_id):
+@pytest.mark.parametrize("variable", [None, "TORCHELASTIC_RUN_ID", "WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on\n"),
+        (RunStopped("stopped by SIGTERM after step 3"), 75, "stopped by SIGTERM after step 3\n"),
+        (
+            RuntimeError("Connection closed by peer"),
+            3,
+            "error on rank 0: another process has ended; its message says why\n",
+        ),
+    ],
+)
+def test_one_of_several_processes_takes_nothing_apart(monkeypatch, capsys, variable, error, code, said):
     """Temporary files go and the loaders' workers end, but Python's own last work is left out."""
     done: list[object] = []
 
     def main():
-        raise KeyboardInterrupt
+        raise error
 
     def leave(code):
         done.append(code)
         raise SystemExit(code)
 
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if run_id:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(compiling, "remove_temporary_folder", lambda: done.append("temporary files"))
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()
     with pytest.raises(SystemExit) as stop:
         run_cli(main, "interrupted; the same command goes on")
-    ended = run_id and worker.join(30) is None and not worker.is_alive()
+    ended = variable and worker.join(30) is None and not worker.is_alive()
     worker.kill()
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "\ninterrupted; the same command goes on\n"
-    assert (done, bool(ended)) == ((["temporary files", 130], True) if run_id else ([], False))
+    assert stop.value.code == code
+    assert capsys.readouterr().err == said
+    assert (done, bool(ended)) == ((["temporary files", code], True) if variable else ([], False))
 
 
 def test_the_docs_start_one_device_with_python():
