@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from .._configs import find_config, near_recipes
 from .._yaml import cut, parse_yaml_value, read_yaml, show
-from ..errors import ConfigError, closest, raise_mistakes
+from ..errors import ConfigError, closest, raise_mistakes, shorten
 from .auto import AUTO, is_auto
 from .base import FORMS, BaseConfig
 from .registry import config_class
@@ -41,7 +41,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
         ConfigError: a file cannot be read, or there are mistakes; all are listed with their dotted paths.
     """
     raw = _read_with_bases(_existing(path), (), itertools.count()) if path else {}
-    return check_config(apply_overrides(raw, overrides), path or "the configuration")
+    where = f"{path}{', with what is given beside it' if overrides else ''}" if path else "the configuration"
+    return check_config(apply_overrides(raw, overrides), where)
 
 
 def override_config(config: BaseConfig | Mapping[str, Any], overrides: Mapping[str, Any]) -> BaseConfig:
@@ -51,6 +52,8 @@ def override_config(config: BaseConfig | Mapping[str, Any], overrides: Mapping[s
         ConfigError: it has mistakes.
     """
     raw = config.to_dict() if isinstance(config, BaseConfig) else config
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"the configuration: expected a file's path, or plain types in a mapping, found {show(raw)}")
     return check_config(apply_overrides(raw, overrides), "the configuration")
 
 
@@ -90,7 +93,7 @@ def check_config(raw: Mapping[str, Any], where: object) -> BaseConfig:
     except ConfigError as e:
         mistakes = list(e.lines)
     except ValidationError as e:
-        mistakes = [_describe(error, kind) for error in e.errors()]
+        mistakes = _describe_all(e.errors(), kind)
     except ValueError as e:  # pydantic lets Python's own through: it writes no number of more than 4300 digits as text
         mistakes = [str(e)]
     raise_mistakes(where, mistakes or (config.conflicts() if config else []))
@@ -195,6 +198,21 @@ def _check_key(key: str, word: str) -> None:
         raise ConfigError(f"'{cut(word)}': not a key; expected words with dots between, for example optim.base_lr")
 
 
+def _describe_all(errors: Sequence[Any], kind: type[BaseConfig]) -> list[str]:
+    """Returns a line for each mistake; a key that is missing because its name is misspelt is the misspelling alone."""
+    lines = [_describe(error, kind) for error in errors]
+    unknown = [line for line, error in zip(lines, errors, strict=True) if error["type"] == "extra_forbidden"]
+
+    def is_meant(error: Any) -> bool:
+        if error["type"] != "missing":
+            return False
+        *section, name = map(str, _location(error))
+        prefix, meant = ".".join([*section, ""]), f"(did you mean '{name}'?)"
+        return any(line.startswith(prefix) and line.endswith(meant) for line in unknown)
+
+    return [line for line, error in zip(lines, errors, strict=True) if not is_meant(error)]
+
+
 def _valid_keys(location: Sequence[str | int], kind: type[BaseConfig]) -> list[str]:
     """Returns the keys of the section that holds the last word of `location`."""
     section: type[BaseModel] = kind
@@ -205,8 +223,13 @@ def _valid_keys(location: Sequence[str | int], kind: type[BaseConfig]) -> list[s
     return list(section.model_fields)
 
 
+def _location(error: Any) -> list[str | int]:
+    """Returns the words of a mistake's key."""
+    return [word for word in error["loc"] if word not in FORMS]
+
+
 def _describe(error: Any, kind: type[BaseConfig]) -> str:
-    location = [word for word in error["loc"] if word not in FORMS]
+    location = _location(error)
     dotted = cut(".".join(str(word) for word in location))
     if error["type"] == "extra_forbidden":
         keys = _valid_keys(location, kind)
@@ -215,8 +238,13 @@ def _describe(error: Any, kind: type[BaseConfig]) -> str:
         hint = hint or (f" (did you mean '{meant}'?)" if meant else closest(location[-1], keys))
         return f"{dotted}: unknown key{hint or '; valid: ' + ', '.join(keys)}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if dotted in kind.auto_keys:
+        message += f", or '{AUTO}'"
     example = suggest_key(dotted, kind=kind) if dotted in kind.model_fields else ""
     hint = f"; its keys are set one by one, such as {example}" if example else ""
+    if location and not example and error["type"] in ("model_type", "model_attributes_type"):
+        keys = [f"{dotted}.{key}" for key in _valid_keys([*location, ""], kind)]
+        return f"{dotted}: a section, found {show(error['input'])}; its keys are set one by one: {shorten(keys, 5)}"
     if is_auto(error["input"]) and not example:
         allowed = ", ".join(kind.auto_keys)
         hint = f"; what can be {AUTO}: {allowed}" if allowed else f"; this task has no key that can be {AUTO}"

@@ -160,7 +160,7 @@ def too_large(what: str, needed: str, room: int) -> DataError:
     """Returns the error of images for which there is too little memory."""
     return DataError(
         f"data.cache: {what} take {needed} as pixels, and there is room for {bytes_text(room)} "
-        f"({SHARE:.0%} of the free memory); leave data.cache out, so that images are read whenever they are needed"
+        f"({SHARE:.0%} of the free memory); set data.cache=none, so that images are read whenever they are needed"
     )
 
 
@@ -243,5 +243,6 @@ def _append(memory: SharedBytes, content: Any) -> None:
         memory.append(content)
     except OSError as e:
         raise DataError(
-            f"data.cache: the memory is full after {bytes_text(memory.size)} of pixels ({e.strerror}); leave it out"
+            f"data.cache: the memory is full after {bytes_text(memory.size)} of pixels ({e.strerror}); set "
+            "data.cache=none"
         ) from None

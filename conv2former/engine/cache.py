@@ -65,7 +65,7 @@ class _Reading:
     def _read(self) -> Iterator[int]:
         data, sources = self._data, self._sources
         if not hasattr(os, "memfd_create"):
-            raise ConfigError("data.cache: ram needs Linux; leave it out")
+            raise ConfigError("data.cache: ram needs Linux; set data.cache=none")
         expected = [estimate_bytes(source, data) for source in sources]
         free = free_memory()
         room = None if free is None else int(SHARE * free)
@@ -126,7 +126,7 @@ def _opened(reader: int, places: Sequence[CachePlace]) -> list[CachedImages]:
     except OSError as e:
         raise ConfigError(
             f"data.cache: the memory of rank {reader} cannot be opened by another process of the same machine "
-            f"({e.strerror}); leave data.cache out"
+            f"({e.strerror}); set data.cache=none"
         ) from None
 
 

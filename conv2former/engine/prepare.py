@@ -15,7 +15,7 @@ from torch import nn
 
 from .._preprocessing import FIELDS
 from .._yaml import dump_yaml
-from ..config import BaseConfig, Plan, apply_overrides, check_config, differences, fit_batch, load_config, make_plan
+from ..config import BaseConfig, Plan, differences, fit_batch, load_config, make_plan, override_config
 from ..config.auto import is_auto, value_at, with_values
 from ..config.registry import config_class
 from ..config.resolve import fit_auto, is_noted
@@ -121,9 +121,7 @@ def as_config(config: BaseConfig | Mapping[str, Any] | str | Path) -> BaseConfig
     """
     if isinstance(config, BaseConfig):
         return config
-    if isinstance(config, Mapping):
-        return check_config(apply_overrides(config, ()), "the configuration")
-    return load_config(config)
+    return load_config(config) if isinstance(config, (str, os.PathLike)) else override_config(config, {})
 
 
 def prepare(config: BaseConfig, output: Path, resume: str, world: World) -> Job:

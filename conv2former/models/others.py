@@ -20,7 +20,7 @@ __all__ = ["build_other", "check_size", "classifiers", "load_other", "overwritin
 
 MOST_MISSING = 10  # times as many weights as a file has, in the network that its note tells of
 _UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
-_KEYS = {key: f"model.{key}" for key in ("drop_rate", "drop_path_rate", "in_chans")} | {"img_size": "data.img_size"}
+_KEYS = {key: f"model.{key}" for key in ("drop_rate", "drop_path_rate", "in_chans")}
 
 
 def build_other(network: OtherNetwork, num_classes: int, pretrained: bool = False, **options: Any) -> Any:
@@ -48,11 +48,14 @@ def build_other(network: OtherNetwork, num_classes: int, pretrained: bool = Fals
             raise
         error = e
     if found := _UNKNOWN.search(str(error)):
-        key = _KEYS.get(found[1], f"model.args.{found[1]}")
+        is_images = found[1] == "img_size" and network.has_fixed_size  # which `sized` has put there
+        key = "data.img_size" if is_images else _KEYS.get(found[1], f"model.args.{found[1]}")
         raise ConfigError(f"{key}: {network.name} takes no {found[1]}; leave it out") from None
     if pretrained and "pretrained_cfg_overlay" not in options:
         raise _not_fetched(network, error)
-    raise ConfigError(f"model.args: timm cannot build {network}: {first_line(error)}") from None
+    sizes = ["data.img_size"] if network.has_fixed_size and "img_size" in network.args else []
+    keys = sizes + ["model.args"] * (len(network.args) > len(sizes) or not sizes)
+    raise ConfigError(f"{' or '.join(keys)}: timm cannot build {network}: {first_line(error)}") from None
 
 
 def _not_fetched(network: OtherNetwork, error: Exception) -> CheckpointError:

@@ -7,7 +7,7 @@ import yaml
 
 from conv2former import ConfigError, DataError
 from conv2former._yaml import dump_yaml
-from conv2former.config import Config, check_config, differences, fit_batch, load_config, make_plan
+from conv2former.config import Config, check_config, differences, fit_batch, load_config, make_plan, override_config
 from conv2former.errors import counted
 
 from ..conftest import ROOT
@@ -277,3 +277,39 @@ def test_the_imagenet_recipe_is_the_authors():
         assert (augment.auto_augment, augment.scale, augment.hflip) == ("rand-m9-mstd0.5-inc1", (0.08, 1.0), 0.5)
         assert (augment.interpolation, config.ema.decay, optim.clip_grad) == ("random", None, None)
         assert augment.ratio == pytest.approx((3 / 4, 4 / 3))
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("train.early_stop.patiense=3", "train.early_stop.patiense: unknown key (did you mean 'patience'?)"),
+        (
+            "train.early_stop=3",
+            "train.early_stop: a section, found 3; its keys are set one by one: train.early_stop.patience, "
+            "train.early_stop.metric, train.early_stop.min_delta",
+        ),
+        (
+            "schedule.epochs=many",
+            "schedule.epochs: input should be a valid integer, unable to parse string as an integer, or 'auto', "
+            "found 'many'",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, word, expected):
+    """Which does not say that it is in the file."""
+    path = tmp_path / "x.yaml"
+    path.write_text("data: {root: x}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [word])
+    assert list(error.value.lines) == [f"{path}, with what is given beside it: 1 mistake:", f"  - {expected}"]
+
+
+def test_a_key_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)2 mistakes:.*train.early_stop.patience: .*early_stop.min_dilta: unkn"):
+        check_config({"data": {"root": "x"}, "train": {"early_stop": {"min_dilta": 1}}}, "test")
+
+
+@pytest.mark.parametrize("config", [None, 3, ["data.root=x"]])
+def test_what_is_no_configuration_is_said_to_be_none(config):
+    with pytest.raises(ConfigError, match="the configuration: expected a file's path, or plain types in a mapping"):
+        override_config(config, {})

@@ -170,7 +170,7 @@ def test_a_wrong_sample_stops_the_reading(folder):
 
 def test_more_images_than_there_is_memory_for(folder):
     run = config(folder)
-    with pytest.raises(DataError, match=r"take more than 0.0 MiB as pixels, .* leave data.cache out"):
+    with pytest.raises(DataError, match=r"take more than 0.0 MiB as pixels, .* set data.cache=none"):
         cached(opened(run), run, room=20_000)
 
 

@@ -88,7 +88,7 @@ def test_an_error_of_the_process_that_reads_ends_all(raw_config, tmp_path, monke
 
 def test_too_many_images_for_the_memory(raw_config, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
-    expected = r"the 51 images of .* and .* take about 0.2 MiB as pixels, .* room for 0.1 MiB .*; leave data.cache out"
+    expected = r"the 51 images of .* and .* take about 0.2 MiB as pixels, .* room for 0.1 MiB .*; set data.cache=none"
     with pytest.raises(DataError, match=expected):
         train(configure(raw_config, data__cache="ram"), tmp_path / "run")
     monkeypatch.setattr(cache, "free_memory", lambda: None)  # nobody knows: it is tried

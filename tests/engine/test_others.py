@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
+import sys
 
 import huggingface_hub
 import pytest
@@ -244,6 +247,7 @@ MISTAKES = [
     ({"name": "timm/convnext_tiny.foo"}, r"model\.name: timm's convnext_tiny has no weights 'foo'; it has: .*in12k"),
     ({**CONVNEXT, "args": {"dephts": [1]}}, r"model\.args\.dephts: .* takes no dephts; leave it out"),
     ({**CONVNEXT, "args": {"depths": [1]}}, r"model\.args: timm cannot build timm/convnext_tiny\("),
+    ({**CONVNEXT, "args": {"img_size": 48}}, r"model\.args\.img_size: .* takes no img_size; leave it out"),
     ({**CONVNEXT, "args": {"drop_rate": 0.1}}, r"model\.args\.drop_rate: set model\.drop_rate"),
     ({**CONVNEXT, "args": {**ARGS, "global_pool": ""}}, r"model\.args: .* not with a logit for each"),
     ({**CONVNEXT, "pretrained": True, "checkpoint": "x"}, r"model\.pretrained: and model\.checkpoint are two starts"),
@@ -261,6 +265,13 @@ MISTAKES = [
 def test_mistakes_are_one_sentence(raw_config, model, message):
     with pytest.raises(ConfigError, match=message):
         build_model(configure({**raw_config, "model": model}), 3)
+
+
+@pytest.mark.parametrize(("args", "keys"), [({}, "data.img_size"), ({"depth": 1}, "data.img_size or model.args")])
+def test_a_size_that_a_constructor_refuses(raw_config, args, keys):
+    model = {"name": "timm/xcit_nano_12_p16_224", "args": args}
+    with pytest.raises(ConfigError, match=rf"^{re.escape(keys)}: timm cannot build .*.patch_size. should divide"):
+        build_model(configure({**raw_config, "model": model}, data__img_size=40), 3)
 
 
 def test_timm_conv2former_is_this_projects_own(raw_config):
@@ -346,13 +357,18 @@ def test_a_compiled_run(raw_other, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_refusals_of_torch_are_one_sentence(raw_other, tmp_path, monkeypatch):
+def test_refusals_of_torch_are_one_sentence(raw_other, tmp_path, monkeypatch, capsys):
     report = train(configure(raw_other, **SHORT), tmp_path / "run")
+    capsys.readouterr()
 
     def refuse(*args, **options):
+        print("def forward(self, x):")
+        print("def forward(self, x):", file=sys.stderr)
+        logging.getLogger("torch.export").error("def forward(self, x):")
         raise NotImplementedError("no such layer\nin line 3")
 
     monkeypatch.setattr(torch.export, "export", refuse)
     with pytest.raises(OutputError, match=r"torch cannot write timm/convnext_tiny so \(no such layer\): --fixed"):
         export(report["checkpoint"], tmp_path / "model.pt2", Options(), lambda text: None)
     assert not (tmp_path / "model.pt2").exists()
+    assert capsys.readouterr() == ("", "")  # without the pages of torch's graph

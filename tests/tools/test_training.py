@@ -58,7 +58,7 @@ def test_overrides_from_python(tmp_path):
         ({"optim.base_rl": 1}, "optim.base_rl: unknown key (did you mean 'base_lr'?)"),
         ({"optim": {"base_rl": 1}}, "optim.base_rl: unknown key (did you mean 'base_lr'?)"),
         ({"lr": 1}, "lr: unknown key (did you mean 'optim.base_lr'?)"),
-        ({"optim.base_lr": object()}, "optim.base_lr: input should be a valid number, found <object"),
+        ({"optim.base_lr": object()}, "optim.base_lr: input should be a valid number, or 'auto', found <object"),
         ({"optim.base_lr": np.zeros(2)}, "optim.base_lr: input should be a valid number"),
         ({"optim..base_lr": 1}, "'optim..base_lr': not a key"),
         ({3: 1}, "3: unknown key"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from ...errors import OutputError, first_line
 from .options import format_of
 
-__all__ = ["Run", "open_file", "open_onnx", "open_session", "quiet", "read_metadata"]
+__all__ = ["Run", "open_file", "open_onnx", "open_session", "quiet", "read_metadata", "silent"]
 
 METADATA = (
     "preprocessing", "class_names", "display_names", "variant", "weights", "source", "source_sha256",
@@ -85,6 +86,18 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keeps back the pages of graphs that torch prints and logs where it cannot write a network."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(previous)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +21,7 @@ from ...tasks.segmentation.restore import restore_network
 from ...text import clipped
 from ..prediction.segmentation import settings_from
 from .export import describe
+from .opening import silent
 from .options import MIN_SIZE, Options
 from .subject import LOGITS, Case
 from .writing import any_shape, without_paths, write_checked
@@ -100,7 +99,7 @@ class MaskSubject:
         example = torch.zeros(shape or (2, channels, *EXAMPLE))
         dynamic = None if shape else any_shape(channels, "images")
         try:
-            with _exportable_pools(self.model), _silent():
+            with _exportable_pools(self.model), silent():
                 return without_paths(torch.export.export(self.model, (example,), dynamic_shapes=dynamic))
         except Exception as e:  # the compilers' errors have no common class
             reason = clipped(first_line(e), 100)
@@ -161,18 +160,6 @@ def _means(length: int, cells: int, like: Tensor) -> Tensor:
     last = torch.div((cell + 1) * length + (cells - 1), cells, rounding_mode="floor")  # rounded up; not in the cell
     inside = ((places >= first) & (places < last)).to(like.dtype)
     return inside / (last - first).to(like.dtype)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps back the pages of graphs that torch prints and logs where it cannot write a network."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(previous)
 
 
 @contextmanager

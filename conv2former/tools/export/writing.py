@@ -15,7 +15,7 @@ from ...errors import CheckpointError, ConfigError, OutputError, UserError, coun
 from ...models import CheckpointInfo
 from ...weights.description import OtherInfo
 from .comparing import compare
-from .opening import open_file, quiet
+from .opening import open_file, quiet, silent
 from .options import DEFAULT_OPSET, MIN_SIZE, Options
 from .subject import Case, Traceable
 
@@ -48,7 +48,7 @@ def write_checked(
             facts = []
         else:
             say("tracing the network")
-            with _refusals_of(info, "--fixed, for one input shape, may do, or .ts"):
+            with _refusals_of(info, "--fixed, for one input shape, may do, or .ts"), silent():
                 program = subject.trace(fixed)
             say(f"writing {kind}")
             if kind == "onnx":
