@@ -120,6 +120,7 @@ def official_content(official_file) -> dict:
 def run_script(monkeypatch, name: str, *words) -> int:
     """Runs a script of `scripts/` in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.setattr("conv2former.tools.cli._leave", sys.exit)  # this process is pytest's, whatever WORLD_SIZE says
     try:
         runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
     except SystemExit as stop:

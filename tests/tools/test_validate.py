@@ -450,7 +450,7 @@ def test_mistakes(lettered, imagenet, official_file, photos, tmp_path):
         (ConfigError, "train.seed: no effect on an evaluation", {**ok, "words": ["train.seed=1"]}),
         (ConfigError, "optim: no effect on an evaluation", {**ok, "words": ["optim.base_lr=1"]}),
         (ConfigError, "data: input should be a valid dictionary", {**ok, "words": ["data=3"]}),
-        (ConfigError, "train: input should be a valid dictionary", {**ok, "words": ["train=3"]}),
+        (ConfigError, "train: a section, found 3", {**ok, "words": ["train=3"]}),
         (ConfigError, "two ways to say the same", {**ok, "words": ["data.root=x"]}),
         (ConfigError, "preprocessing 'best': expected checkpoint, imagenet", {**ok, "preprocessing": "best"}),
         (ConfigError, "both are the same", {
