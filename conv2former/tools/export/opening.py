@@ -79,10 +79,10 @@ def open_session(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what the exporters say about themselves."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Silences what the exporters say about themselves: warnings, and what is logged up to `level`."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,10 +94,5 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def silent() -> Iterator[None]:
     """Keeps back the pages of graphs that torch prints and logs where it cannot write a network."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(previous)
+    with quiet(logging.CRITICAL), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
