@@ -69,11 +69,13 @@ def summary(report: dict, output: Path) -> list[str]:
     task = task_named(report["task"])
     result, about_result = task.summarise(report)
     last = task.last_text(report)
+    epoch = f"epoch {report['epoch']} of {report['epochs']}"
+    if not report["epoch"]:
+        epoch = f"a linear probe of the starting weights; none of {report['epochs']} epochs was better"
     early = f", stopped early after {report['epochs_done']}" if report["stopped_early"] else ""
     return [
         "",
-        f"{result} ({weights_text(report['weights'])}, epoch {report['epoch']} "
-        f"of {report['epochs']}{early}), trained in {minutes} min {seconds} s",
+        f"{result} ({weights_text(report['weights'])}, {epoch}{early}), trained in {minutes} min {seconds} s",
         *about_result,
         *([f"  skipped      {counted(report['skipped'], 'unreadable image')}"] if report["skipped"] else []),
         f"  checkpoint   {report['checkpoint']}",

@@ -120,6 +120,10 @@ class TrainConfig(BaseTrainConfig):
     early_stop: EarlyStopConfig | None = None
     # weight of a class in the training loss: by one over its images, or over their square root; 1 in the mean over them
     class_weight: Literal["none", "balanced", "sqrt"] = "none"
+    # before the first step, fit a linear classifier to the features of the starting weights. evaluate: measure it as
+    # epoch 0, and keep it as best.pt until something is better; start: also train from it, not from a fresh classifier.
+    # docs/finetune.md
+    linear_probe: Literal["none", "evaluate", "start"] = "none"
 
 
 class CheckpointConfig(BaseCheckpointConfig):

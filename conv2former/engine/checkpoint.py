@@ -76,7 +76,7 @@ class _Hashed:
         self.file.flush()
 
 
-def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: int) -> Path:
+def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: int, only_best: bool = False) -> Path:
     """Writes `folder/step_NNNNNNNN.pt`, `last.pt` and, if it is the best, `best.pt`; removes old step files.
 
     A file appears under its name only when it is complete and on the disk. Tensors are written one after the other, so
@@ -87,9 +87,10 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
         content: the checkpoint; see the top of this module.
         is_best: whether its metric is the best of the run.
         keep: how many of the newest files stay.
+        only_best: write `best.pt` alone, of weights that a run does not go on from.
 
     Returns:
-        The path of the new file.
+        The path of the step's file.
 
     Raises:
         OutputError: the file cannot be written; the files before it are untouched.
@@ -109,6 +110,11 @@ def save_checkpoint(folder: Path, content: dict[str, Any], is_best: bool, keep: 
             torch.save({**content, "format": FORMAT}, cast(Any, hashed))
             _to_disk(file)
         sha256 = hashed.sha256.hexdigest()
+        if only_best:
+            _replace(temporary, folder / "best.pt", sha256)
+            temporary.unlink()
+            _to_disk(folder)
+            return path
         _write_checksum(path, sha256)
         # before the rename: a kill between them is then made good by the repeated steps
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):

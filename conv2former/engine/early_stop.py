@@ -34,6 +34,7 @@ def stop_reason(config: BaseConfig, history: Sequence[Sequence[float]]) -> str:
         history: a row of `columns` for every evaluation, in order.
     """
     settings = config.train.early_stop
+    history = [row for row in history if row[0]]  # that of a linear probe, epoch 0, tells of no progress
     if settings is None or not history:
         return ""
     metrics = find_task(config).metrics_of(config)

@@ -48,7 +48,9 @@ def _is_row(row: Any) -> bool:
         return False
     counts = (row.get("step"), row.get("epoch", 1))
     is_whole = "loss" in row if row["kind"] == "train" else "epoch" in row and is_result(row)
-    return is_whole and all(type(count) is int and 0 < count < 2**53 for count in counts)
+    if not is_whole or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+        return False
+    return min(counts) > 0 or (row["kind"] == "eval" and max(counts) == 0)  # a linear probe, before the first step
 
 
 class RunLog:

@@ -25,7 +25,7 @@ def curves_figure(task: Task, rows: list[dict[str, Any]], best_epoch: int | None
     """
     evals = [row for row in rows if row["kind"] == "eval"]
     train = [row for row in rows if row["kind"] == "train"]
-    steps_per_epoch = max((row["step"] / row["epoch"] for row in evals), default=1)
+    steps_per_epoch = max((row["step"] / row["epoch"] for row in evals if row["epoch"]), default=1)
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
     headline, metric = task.headline, task.metrics[task.headline]
@@ -48,7 +48,8 @@ def curves_figure(task: Task, rows: list[dict[str, Any]], best_epoch: int | None
     key = f"ema_{headline}" if has_ema else headline
     for row in evals:
         if row["epoch"] == best_epoch and key in row:
-            label = f"best: epoch {best_epoch}, {metric.text(row[key])}"
+            name = f"epoch {best_epoch}" if best_epoch else "linear probe"
+            label = f"best: {name}, {metric.text(row[key])}"
             right.plot(best_epoch, row[key], "*", ms=13, color="black", zorder=3, label=label)
             left.axvline(best_epoch, color="black", lw=0.8, ls=":")
     left.set(ylabel="loss", title="Loss (training: mean since the last point, augmented images)")

@@ -46,6 +46,7 @@ _HARMLESS = (
     "train.cuda_graph",
     "train.early_stop",
     "train.fitted",
+    "train.linear_probe",
     "train.timeout_minutes",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -105,9 +106,26 @@ class TrainState:
         best = {f"{self.prefix}{task.headline}": self.best_metric, **(self.best_row or {})}
         if key not in best:  # of a version that did not count it: the best from here on
             return True
+        if best.get("epoch") == 0:
+            return self._beats_probe(row, best, key)
         if row[key] != best[key]:
             return task.metrics[metric].is_better(row[key], best[key])
         return loss in best and loss in row and row[loss] < best[loss]
+
+    def _beats_probe(self, row: Mapping[str, float], probe: Mapping[str, float], key: str) -> bool:
+        """Returns whether weights are better than the linear probe, which was evaluated once and they many times.
+
+        So the highest of their accuracies flatters. They are better if it is by more than a standard error, or if it is
+        within one and the loss is lower.
+        """
+        task, n = self.job.task, row["n"]
+        metric = task.metrics[self.job.config.checkpoint.metric]
+        error = 0.0
+        if metric.is_percent:
+            error = math.sqrt(sum(value * (100 - value) for value in (row[key], probe[key])) / n)
+        if metric.is_better(row[key], probe[key], error) or metric.is_better(probe[key], row[key], error):
+            return metric.is_better(row[key], probe[key])
+        return row[f"{self.prefix}loss"] < probe[f"{self.prefix}loss"]
 
     def checkpoint(self, losses: list[list[float]]) -> dict[str, Any]:
         """Returns the content of a checkpoint; see checkpoint.py for what is in it.

@@ -31,6 +31,7 @@ from .meter import peak_memory
 from .prepare import Job, as_config, prepare
 from .report import Curves, draw_first_batch, finish
 from .signals import StopSignal, ignore_stop_signals
+from .starting_probe import StartingProbe
 from .state import TrainState
 from .step import FiniteCheck, StepResult, train_step
 from .summary import describe_job
@@ -116,13 +117,14 @@ class Trainer:
             self.state.step,
             self.config.log.tensorboard,
             world.is_main,
-            self._misses_evaluation(),
+            self._misses_evaluation() or self._begins_with_probe(),
             self.task.hidden_metrics(len(job.class_names)),
             self.task.metrics_of(job.config),
         )
         if self.run.graphs:
             self.run.graphs.say = self.log.say
         self.curves = Curves(self.state, self.log)
+        self._is_best = False  # of the last evaluation
         self.sampler, self.loader = self.task.train_loader(self.config, job.train_source, world, ignore_stop_signals)
         self.val_loader = self.task.eval_loader(self.config, job.val_source, world, ignore_stop_signals)
 
@@ -134,6 +136,8 @@ class Trainer:
         is_done = False
         try:
             self.log.begin(self.config.to_dict(), self.config.log.trackers, self.config.log.project)
+            if self._begins_with_probe():
+                self._evaluate_probe()
             if self._misses_evaluation():
                 self._evaluate_and_save()
             for epoch in range(self.state.epochs, self.plan.epochs):
@@ -256,26 +260,67 @@ class Trainer:
             self.log.say(f"stopped early after epoch {state.epochs} of {self.plan.epochs}: {why}{hint}")
         return bool(why)
 
+    def _begins_with_probe(self) -> bool:
+        """Returns whether a linear probe is evaluated before the next step, which is then the run's first."""
+        return self.task.has_linear_probe(self.config) and not self.state.step and not self.state.history
+
+    def _evaluate_probe(self) -> None:
+        """Evaluates a linear probe of the starting weights as epoch 0, which is best.pt until one is better.
+
+        Only best.pt is saved: a run that is stopped before its first step begins anew.
+        """
+        probe = StartingProbe(self.job, self.run, self.world)
+        problem = probe.fit(self.signal, self.state.skipped)
+        if problem is None:
+            self._save_and_stop()
+        if problem:
+            self.log.say(problem)
+            return
+        metric = self._evaluate_weights()
+        if metric is not None:
+            self._save(metric, True, only_best=True)
+        if metric is None or not probe.stays:
+            probe.undo()
+            self.state.metric = None
+        if metric is None:
+            self._save_and_stop()
+
     def _evaluate_and_save(self) -> None:
-        """Evaluates the weights, and their average if there is one, and saves the run with the metrics."""
-        state = self.state
-        result = self._evaluate(self.run.model)
-        row = result.row(self.job.class_names)
-        if self.run.ema:
-            result = self._evaluate(self.run.ema.module)
-            row |= {f"ema_{key}": value for key, value in result.row(self.job.class_names).items() if key != "n"}
-        self._exchange_skipped(int(row["n"]))
-        self._check_evaluation(row)
-        is_best = state.note_evaluation(row, result)
-        self.log.evaluation(state.step, state.epochs, row, state.prefix if is_best else None)
-        self.log.say(self._evaluation_line(row))
-        if len(state.history) == 1 and (lines := self.task.about_first_evaluation(result, self.job.class_names)):
-            self.log.say(*lines)
-        self._save(row[f"{state.prefix}{self.task.headline}"], is_best)
+        """Evaluates the weights and saves the run with the metrics."""
+        metric = self._evaluate_weights()
+        if metric is None:  # saved without one: the evaluation is made up for when the run goes on
+            self._save_and_stop()
+        self._save(metric, self._is_best)
         if self.world.is_main and self.curves.are_due:
             self.curves.draw(False)
 
-    def _evaluate(self, model: torch.nn.Module) -> Evaluation:
+    def _evaluate_weights(self) -> float | None:
+        """Evaluates the weights, and their average if there is one, and notes and logs the metrics.
+
+        Returns:
+            The headline metric; None if a signal came first.
+        """
+        state = self.state
+        result = self._evaluate(self.run.model)
+        if result is None:
+            return None
+        row = result.row(self.job.class_names)
+        if self.run.ema:
+            result = self._evaluate(self.run.ema.module)
+            if result is None:
+                return None
+            row |= {f"ema_{key}": value for key, value in result.row(self.job.class_names).items() if key != "n"}
+        self._exchange_skipped(int(row["n"]))
+        self._check_evaluation(row)
+        self._is_best = state.note_evaluation(row, result)
+        self.log.evaluation(state.step, state.epochs, row, state.prefix if self._is_best else None)
+        self.log.say(self._evaluation_line(row))
+        if len(state.history) == 1 and (lines := self.task.about_first_evaluation(result, self.job.class_names)):
+            self.log.say(*lines)
+        return row[f"{state.prefix}{self.task.headline}"]
+
+    def _evaluate(self, model: torch.nn.Module) -> Evaluation | None:
+        """Returns what an evaluation finds; None if a signal came first."""
         self.world.at("an evaluation")
         if self.run.graphs:
             self.run.graphs.make_room()
@@ -289,9 +334,8 @@ class Trainer:
             lambda: self.signal.name is not None,
             self.config.train.cuda_graph != "off" and not self.task.no_graph,
         )
-        if result is None:  # saved without a metric: the evaluation is made up for when the run goes on
-            self._save_and_stop()
-        self.state.skipped.note("validation", result.skipped)
+        if result is not None:
+            self.state.skipped.note("validation", result.skipped)
         return result
 
     def _check_evaluation(self, row: Mapping[str, float]) -> None:
@@ -307,7 +351,8 @@ class Trainer:
 
     def _evaluation_line(self, row: Mapping[str, float]) -> str:
         found = self.task.result_line(row, self.run.ema is not None, len(self.job.class_names))
-        return f"epoch {self.state.epochs}/{self.plan.epochs}  {found}  ({counted(int(row['n']), 'image')})"
+        epoch = f"epoch {self.state.epochs}/{self.plan.epochs}" if self.state.step else "linear probe"
+        return f"{epoch}  {found}  ({counted(int(row['n']), 'image')})"
 
     def _exchange_skipped(self, evaluated: int = 0) -> None:
         """Tells all processes which images could not be read, logs them and checks their number.
@@ -327,12 +372,13 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return every is not None and self.state.step % every == 0
 
-    def _save(self, metric: float | None, is_best: bool = False) -> None:
+    def _save(self, metric: float | None, is_best: bool = False, only_best: bool = False) -> None:
         """Saves the run; every process calls it, and all fail if the main one does.
 
         Args:
             metric: the task's headline metric of these weights; None if they were not evaluated.
             is_best: whether they become best.pt.
+            only_best: whether nothing else is written, so that no run goes on from them.
         """
         state = self.state
         self.check.read()
@@ -341,7 +387,7 @@ class Trainer:
         self.world.at(f"saving step {state.step}")
         losses = state.losses.state()
         folder, keep = self.job.output / "checkpoints", self.config.checkpoint.keep
-        self.world.on_main(lambda: save_checkpoint(folder, state.checkpoint(losses), is_best, keep))
+        self.world.on_main(lambda: save_checkpoint(folder, state.checkpoint(losses), is_best, keep, only_best))
 
     def _save_and_stop(self) -> NoReturn:
         """Ends the run after a signal."""

@@ -52,6 +52,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -70,7 +71,7 @@ from . import network
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AnyBatch", "Evaluation", "Evaluator", "Metric", "Objective", "Processes", "Split", "Task"]
+__all__ = ["AnyBatch", "Evaluation", "Evaluator", "LinearProbe", "Metric", "Objective", "Processes", "Split", "Task"]
 
 
 class Processes(Protocol):
@@ -174,6 +175,35 @@ class Evaluator(Protocol):
 
     def total(self, world: Processes, skipped: list[Skipped]) -> Any:
         """Returns the `Evaluation` over all processes; every one calls it, also one that had no image."""
+
+
+class LinearProbe(Protocol):
+    """Fits a network's classifier to the features that it has of images; `stays` is whether training starts from it."""
+
+    @property
+    def stays(self) -> bool: ...
+
+    def problem(self, source: Any) -> str:
+        """Returns why there is none for a training split, as a part of a sentence; '' if there is one."""
+
+    def share_for(self, world: Processes, images: int) -> tuple[Any, int]:
+        """Returns which of a training set's images this process looks at, and how many all of them do.
+
+        The first is as the processes that `Task.eval_loader` takes.
+        """
+
+    def update(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> None:
+        """Takes the features of a batch."""
+
+    def fit(self, world: Processes, classes: int) -> bool:
+        """Gives the classifier the weights that fit best; every process calls it, and gets the same.
+
+        Returns:
+            Whether the features tell the images apart; if not, nothing has changed.
+        """
+
+    def undo(self) -> None:
+        """Gives the classifier the weights that it had."""
 
 
 class Objective(Protocol):
@@ -293,6 +323,15 @@ class Task(Protocol):
     def freeze(self, model: nn.Module, until: str) -> None:
         """Freezes what `model.freeze` says, and puts it into evaluation mode; called again after `model.train()`."""
         network.freeze(model, until)
+
+    def has_linear_probe(self, config: Any) -> bool:
+        """Returns whether a run begins with a linear probe of its starting weights, see `linear_probe`."""
+        return False
+
+    def linear_probe(self, config: Any, model: nn.Module, device: torch.device) -> LinearProbe:
+        """Returns what fits the network's classifier to features as they are, where `has_linear_probe`."""
+        message = f"{self.name} has no linear probe"
+        raise NotImplementedError(message)
 
     def compile_model(self, model: nn.Module) -> nn.Module:
         """Returns what to train the network through so that torch.compile computes it."""

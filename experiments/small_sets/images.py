@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from conv2former.data.tables import write_table
 from conv2former.errors import ConfigError, counted
 from conv2former.tools.output import replacing
 
-__all__ = ["Pool", "cells", "choose", "digits", "photos", "write_choice"]
+__all__ = ["Pool", "cells", "choose", "digits", "known", "photos", "write_choice"]
 
 Pool = Mapping[str, Mapping[str, list[str]]]  # split, class: paths of images below a folder, sorted
 
@@ -36,6 +36,15 @@ def photos(folder: Path) -> Pool:
         if not pool[split]:
             raise ConfigError(f"{folder / split}: no folders with images; give the folder that has train/CLASS/*.jpg")
     return pool
+
+
+def known(pool: Pool, classes: Sequence[str]) -> Pool:
+    """Returns validation photos of some classes, on which no network here was trained, as two halves."""
+    found: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
+    for name in classes:
+        paths = pool["val"].get(name, [])
+        found["train"][name], found["val"][name] = paths[::2], paths[1::2]
+    return found
 
 
 def digits(folder: Path) -> Pool:

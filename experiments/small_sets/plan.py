@@ -25,8 +25,9 @@ class SmallSet:
     Attributes:
         name: of its folders.
         label: in tables.
-        images: of which kind: photos, digits or cells.
+        images: of which kind: photos, digits, cells, or known, photos of classes that `start` knows and has not seen.
         per_class: training images of each class.
+        start: the weights to fine-tune; None for those of the pre-training.
         settings: names of those that it is trained with.
         overrides: of its runs, by dotted keys.
     """
@@ -35,6 +36,7 @@ class SmallSet:
     label: str
     images: str
     per_class: int
+    start: str | None
     settings: tuple[str, ...]
     overrides: Mapping[str, Any]
 
@@ -78,6 +80,7 @@ class Study:
         sets, settings: those that are trained, by name.
         seeds: how many, from 0 on.
         classes: of the photos, that the network is pre-trained on; the others are the small sets'.
+        known: of the photos, the classes of sets of known ones.
         pretraining: the recipe.
         held: validation images of each class, by kind of images.
         common: what all runs on small sets have in common, by dotted keys.
@@ -89,6 +92,7 @@ class Study:
     settings: Mapping[str, Setting]
     seeds: int
     classes: tuple[str, ...]
+    known: tuple[str, ...]
     pretraining: Path
     held: Mapping[str, int]
     common: Mapping[str, Any]
@@ -120,7 +124,7 @@ class Study:
     def root(self, run: Run) -> Path:
         """Returns the folder that the paths in this table are relative to."""
         images = "photos" if run == PRETRAINING else self.sets[run.set].images
-        return self.photos if images == "photos" else self.output / "images" / images
+        return self.photos if images in ("photos", "known") else self.output / "images" / images
 
     def config(self, run: Run) -> Config:
         """Returns the configuration of a run."""
@@ -128,7 +132,8 @@ class Study:
         if run == PRETRAINING:
             return as_classification(load_config(self.pretraining, own))
         one, setting = self.sets[run.set], self.settings[run.setting]
-        own |= {"model.checkpoint": self.folder(PRETRAINING) / "checkpoints" / "best.pt", "train.seed": run.seed}
+        start = one.start or self.folder(PRETRAINING) / "checkpoints" / "best.pt"
+        own |= {"model.checkpoint": start, "train.seed": run.seed}
         values = {**self.common, **setting.overrides, **one.overrides, **own}
         return as_classification(load_config(find_config(setting.recipe), values))
 
@@ -158,7 +163,7 @@ def read_study(
         columns = {name: Setting(name, one["label"], one["recipe"], one.get("overrides", {}), bool(one.get("extra")))
                    for name, one in raw["settings"].items()}  # fmt: skip
         rows = {
-            name: SmallSet(name, one["label"], one["images"], int(one["per_class"]),
+            name: SmallSet(name, one["label"], one["images"], int(one["per_class"]), one.get("start"),
                            tuple(one.get("settings", columns)), one.get("overrides", {}))
             for name, one in raw["sets"].items()
         }  # fmt: skip
@@ -167,8 +172,8 @@ def read_study(
              if name in (sets or rows) and (row.images != "cells" or cells is not None or sets)},
             {name: column for name, column in columns.items()
              if (name in settings if settings else not column.is_extra)},
-            seeds, tuple(raw["pretraining"]["classes"]), path.parent / raw["pretraining"]["recipe"],
-            raw["validation"], raw["common"], photos, cells, output,
+            seeds, tuple(raw["pretraining"]["classes"]), tuple(raw["known"]),
+            path.parent / raw["pretraining"]["recipe"], raw["validation"], raw["common"], photos, cells, output,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path}: not a study ({type(e).__name__}: {e}); experiments/small_sets/ has one") from None

@@ -12,7 +12,7 @@ from conv2former.config import Config, fit_auto, fit_batch, make_plan
 from conv2former.tools.output import check_writable
 
 from ..study import Say, check_alone, final_row, holds_run, is_finished, top1_of, train_quietly
-from .images import Pool, cells, digits, photos, write_choice
+from .images import Pool, cells, digits, known, photos, write_choice
 from .plan import PRETRAINING, Run, Study
 
 __all__ = ["Outcome", "Results", "find_results", "passes", "run_study", "seconds_of", "settled_config", "write_tables"]
@@ -26,7 +26,7 @@ class Outcome:
     """What a run came to.
 
     Attributes:
-        top1: accuracy after the last epoch, percent.
+        top1: accuracy of the run's best weights, percent: those of its end, or the linear probe that it begins with.
         images: that it was measured on.
         epochs, steps: of the training.
         seconds: of the training, by the run's own meter.
@@ -51,6 +51,7 @@ def write_tables(study: Study) -> dict[Run, int]:
         ConfigError: images are missing.
     """
     pools: dict[str, Pool] = {"photos": photos(study.photos)}
+    pools["known"] = known(pools["photos"], study.known)
     kinds = {one.images for one in study.sets.values()}
     if "digits" in kinds:
         pools["digits"] = digits(study.output / "images" / "digits")
@@ -118,7 +119,8 @@ def _outcome(study: Study, run: Run, images: int) -> Outcome | None:
     if not (holds_run(folder, config, "remove it, give another --output") and is_finished(folder, config)):
         return None
     row, report = final_row(folder), json.loads((folder / "report.json").read_text())
-    return Outcome(top1_of(row), row["n"], row["epoch"], row["step"], report["seconds"], str(folder))
+    top1 = report["top1"] if run != PRETRAINING else top1_of(row)
+    return Outcome(top1, row["n"], row["epoch"], row["step"], report["seconds"], str(folder))
 
 
 def run_study(study: Study, say: Say, note: Callable[[Results], None], part: tuple[int, int] = (1, 1)) -> Results:

@@ -457,7 +457,7 @@ def test_a_run_whose_classes_were_in_another_order(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("10\n2\n")
     allowed = ("checkpoint.allow_changes=[data.class_names]", f"data.class_names={tmp_path / 'names.txt'}")
     words = ("schedule.epochs=1", "schedule.warmup_epochs=0", *allowed)
-    assert train(recipe(tmp_path / "photos", *words), tmp_path / "run")["epoch"] == 1
+    assert train(recipe(tmp_path / "photos", *words), tmp_path / "run")["epochs_done"] == 1
 
 
 def test_weights_that_do_not_name_numbers(tmp_path, caplog):

@@ -141,15 +141,17 @@ def test_the_picture_of_the_first_batch_leaves_it_as_it_was(
 def test_rows_that_no_run_has_written_are_left_out(tmp_path):
     train_row = {"step": 1, "kind": "train", "loss": 1.0, "lr": 0.1}
     eval_row = {"step": 2, "kind": "eval", "epoch": 1, "loss": 1.0, "top1": 50.0}
+    probe_row = {**eval_row, "step": 0, "epoch": 0}
     foreign = [
         "5", "{}", "null", "[" * 100_000, '"x"', "9" * 5000, json.dumps(train_row)[:-5], "NaN", "\x1b[31m",
         json.dumps({**train_row, "step": "1"}), json.dumps({**train_row, "loss": math.nan}),
-        json.dumps({**eval_row, "epoch": 0}),
+        json.dumps({**eval_row, "epoch": 0}), json.dumps({**eval_row, "step": 0}), json.dumps({**train_row, "step": 0}),
         json.dumps({**train_row, "kind": "x"}), json.dumps({k: v for k, v in eval_row.items() if k != "top1"}),
     ]  # fmt: skip
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes("\n".join([json.dumps(train_row), *foreign, json.dumps(eval_row)]).encode() + b"\n\xff\xfe\0\n")
-    assert read_metrics(path) == [train_row, eval_row]
+    own = [json.dumps(row) for row in (probe_row, train_row, eval_row)]
+    path.write_bytes("\n".join([own[0], own[1], *foreign, own[2]]).encode() + b"\n\xff\xfe\0\n")
+    assert read_metrics(path) == [probe_row, train_row, eval_row]
 
 
 @pytest.mark.parametrize("where", ["its thread", "at the end", "at the start"])

@@ -33,6 +33,7 @@ STUDY = ROOT / "experiments" / "small_sets" / "study.yaml"
 SHAPE = ", ".join(TINY_YAML.splitlines())
 TINY = """
 pretraining: {recipe: pretrain.yaml, classes: [ant, bee]}
+known: [ant, cat]
 common:
   model.fused: false
   data.workers: 0
@@ -40,10 +41,11 @@ common:
   train.batch_size: 4
   train.eval_every: 1000
   log.tensorboard: false
-validation: {photos: 2, digits: 3, cells: 1}
+validation: {photos: 2, known: 1, digits: 3, cells: 1}
 sets:
   p4: {label: 4 photos, images: photos, per_class: 2}
   p8: {label: 8 photos, images: photos, per_class: 4, settings: [before, probe, auto]}
+  k2: {label: 2 photos, images: known, per_class: 1, start: conv2former_cifar10, settings: [extra]}
   c2: {label: 2 cells, images: cells, per_class: 1, settings: [auto], overrides: {augment.hflip: 0.0}}
 settings:
   before: {label: before, recipe: finetune/csv, overrides: {schedule.epochs: 2, optim.base_lr: 1.0e-4}}
@@ -107,7 +109,7 @@ def test_the_whole_study(tmp_path):
     study = read_study(STUDY, tmp_path, tmp_path, Path("out"))
     plan = study.plan()
     extra = read_study(STUDY, tmp_path, tmp_path, Path("out"), settings=["frozen", "average"])
-    assert len(extra.plan()) == 1 + 2 * 8 * 3
+    assert len(extra.plan()) == 1 + 2 * 10 * 3
     assert plan[0] == PRETRAINING
     assert len({study.folder(run) for run in plan}) == len(plan)
     for one in study.sets.values():
@@ -116,7 +118,8 @@ def test_the_whole_study(tmp_path):
         assert config.auto == ()  # the recipe as it was: nothing of it follows this version's table
         assert study.config(Run(one.name, "auto", 2)).auto == tuple(k for k in AUTO_KEYS if k != "train.eval_every")
         assert study.config(Run(one.name, "probe", 1)).model.freeze == "backbone"
-        assert config.train.eval_every > config.schedule.epochs  # what is held out chooses nothing
+        assert config.train.eval_every > config.schedule.epochs  # what is held out chooses no epoch
+        assert config.train.linear_probe == "none"  # which it had not
     first, second = (study.config(Run("photos_40", "auto", seed)) for seed in (0, 1))
     assert (first.train.seed, second.train.seed) == (0, 1)
     assert first.data.csv != second.data.csv  # other images
@@ -127,7 +130,7 @@ def test_a_part_of_the_study(tiny):
     assert tiny(sets=["p8"], settings=["auto"], seeds=1).plan() == [PRETRAINING, Run("p8", "auto", 0)]
     assert Run("p4", "extra", 1) in tiny(settings=["extra"]).plan()  # where it is asked for, alone
     for changes, message in (
-        ({"sets": ["p5"]}, r"--sets: no 'p5': p4, p8, c2"),
+        ({"sets": ["p5"]}, r"--sets: no 'p5': p4, p8, k2, c2"),
         ({"settings": ["autp"]}, r"--settings: no 'autp' \(did you mean 'auto'\?\)"),
         ({"seeds": 0}, "--seeds 0: give at least one"),
         ({"sets": ["c2"], "cells": None}, "give its folder, --cells"),
@@ -180,6 +183,15 @@ def test_cells_are_cut_out(data, tmp_path):
     (data / "cells" / "old.json").replace(data / "cells" / "val.json")
 
 
+def test_photos_of_known_classes(tiny, data):
+    """Of those that no network here is trained on, apart from what they are evaluated on."""
+    pool = images.known(images.photos(data / "photos"), ["ant", "cat"])
+    assert pool["train"]["cat"] == ["val/cat/0.png", "val/cat/2.png"]
+    assert pool["val"] == {"ant": ["val/ant/1.png"], "cat": ["val/cat/1.png"]}
+    config = tiny(sets=["k2"]).config(Run("k2", "auto", 0))
+    assert (config.model.checkpoint, config.data.root) == ("conv2former_cifar10", str(data / "photos"))
+
+
 def test_what_is_missing(data, tmp_path):
     with pytest.raises(ConfigError, match=r"train: no folders with images; give the folder that has train/CLASS"):
         images.photos(tmp_path)
@@ -220,7 +232,7 @@ class Played:
         top1 = TOP1.get(folder.parts[-2], 80.0) + config.train.seed
         row = {"kind": "eval", "step": 6, "epoch": 1, "top1": top1, "loss": 1.0, "n": 40}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        (folder / "report.json").write_text(json.dumps({"seconds": 2.0}))
+        (folder / "report.json").write_text(json.dumps({"seconds": 2.0, "top1": top1}))
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ from .evaluation import (
     with_error,
 )
 from .loss import ClassificationObjective
+from .probe import LinearProbe
 from .saved import is_confusion, is_per_class
 
 if TYPE_CHECKING:
@@ -144,6 +145,12 @@ class Classification(Task):
             size = (first, first) if isinstance(first, int) else first
             check_size(model, network.name, size, network.in_chans, "augment.first_img_size")
         return model
+
+    def has_linear_probe(self, config: Config) -> bool:
+        return config.train.linear_probe != "none"
+
+    def linear_probe(self, config: Config, model: nn.Module, device: torch.device) -> LinearProbe:
+        return LinearProbe(model, device, config.train.channels_last, config.train.linear_probe == "start")
 
     def statistics(self, config: Config, train: Source) -> np.ndarray | None:
         """Returns the training images of each class, (classes,), where they weigh."""

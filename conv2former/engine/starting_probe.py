@@ -1,0 +1,72 @@
+"""A linear probe of the weights that a run starts from, fitted before its first step."""
+
+from __future__ import annotations
+
+from ..data import batches, running_workers
+from .build import Run
+from .distributed import World
+from .evaluate import shown
+from .prepare import Job
+from .signals import StopSignal, ignore_stop_signals
+from .skipped import SkippedImages
+
+__all__ = ["StartingProbe"]
+
+
+class StartingProbe:
+    """Gives the network's classifier, and that of the average, the weights of a linear probe, and takes them back.
+
+    Args:
+        job: the run, whose task has one; see `Task.linear_probe`.
+        run: what it trains.
+        world: the processes, which all do the same.
+    """
+
+    def __init__(self, job: Job, run: Run, world: World) -> None:
+        self.job, self.run, self.world = job, run, world
+        self.probe = job.task.linear_probe(job.config, run.model, world.device)
+
+    def fit(self, signal: StopSignal, skipped: SkippedImages) -> str | None:
+        """Fits it to the training images, not augmented.
+
+        Args:
+            signal: which ends this early.
+            skipped: where it is noted what cannot be read.
+
+        Returns:
+            Why there is no probe, as a line; '' if there is one; None after a signal. Without one nothing has changed.
+        """
+        if problem := self.probe.problem(self.job.train_source):
+            return f"no linear probe: {problem}"
+        self.world.at("the features of a linear probe")
+        task, source = self.job.task, self.job.train_source
+        share, images = self.probe.share_for(self.world, len(source))
+        loader = task.eval_loader(self.job.config, source, share, ignore_stop_signals)
+        stops = False
+        with running_workers(loader):
+            for batch in shown(batches(loader), images, "linear probe", self.world.size, leave=False):
+                skipped.note("training", batch.skipped)
+                self.probe.update(batch, self.run.autocast)
+                if stops := signal.name is not None:
+                    break
+        if any(self.world.gather(stops)):
+            return None
+        self.world.at("the fit of a linear probe")
+        if not self.probe.fit(self.world, len(self.job.class_names)):
+            return "no linear probe: the features do not tell the training images apart"
+        self._copy_to_average()
+        return ""
+
+    @property
+    def stays(self) -> bool:
+        """Whether training starts from it."""
+        return self.probe.stays
+
+    def undo(self) -> None:
+        """Gives the classifier the weights that it had."""
+        self.probe.undo()
+        self._copy_to_average()
+
+    def _copy_to_average(self) -> None:
+        if self.run.ema:  # before the first step it is the network itself
+            self.run.ema.module.load_state_dict(self.run.model.state_dict())
