@@ -122,7 +122,7 @@ def _existing(name: str | Path) -> Path:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...], count: Iterator[int]) -> dict[str, Any]:
-    """Reads a file over its bases. Mappings are merged, everything else, lists too, is replaced."""
+    """Reads a file over its bases. Mappings are merged; all else is replaced, lists and the file of a variant too."""
     raw = read_yaml(path)  # first: what it reads can be resolved
     resolved = path.resolve()
     if resolved in chain:
@@ -139,10 +139,14 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], count: Iterator[int]) 
     return functools.reduce(_merge, [*layers, raw], {})
 
 
+class _Whole(dict[str, Any]):
+    """The content of a variant's file: a whole definition, of which nothing is taken from a base's."""
+
+
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = dict(old)
     for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        both = isinstance(value, dict) and isinstance(old.get(key), dict) and not isinstance(value, _Whole)
         merged[key] = _merge(old[key], value) if both else value
     return merged
 
@@ -152,7 +156,7 @@ def _read_variant_file(raw: dict[str, Any], folder: Path) -> None:
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("variant"), str):
         path = folder / model["variant"]
-        raw["model"] = {**model, "variant": {"name": path.stem, **read_yaml(path)}}
+        raw["model"] = {**model, "variant": _Whole({"name": path.stem, **read_yaml(path)})}
 
 
 def _split_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:

@@ -105,6 +105,19 @@ def test_a_variant_file_is_read_where_it_is_named(tmp_path, monkeypatch):
     assert load_config(None, ["data.root=x", "model.variant=deep/mine.yaml"]).model.variant == expected
 
 
+def test_a_variant_file_is_whole(tmp_path):
+    """Of a base's variant nothing stays; a mapping changes single keys of it."""
+    write(tmp_path, "first.yaml", "dims: [8, 8, 8, 8]\nnorm_layer: batchnorm2d")
+    write(tmp_path, "second.yaml", "dims: [16, 16, 16, 16]")
+    write(tmp_path, "base.yaml", "data: {root: x}\nmodel: {variant: first.yaml}")
+    file = write(tmp_path, "file.yaml", "base: base.yaml\nmodel: {variant: second.yaml}")
+    mapping = write(tmp_path, "mapping.yaml", "base: file.yaml\nmodel: {variant: {mlp_ratio: 2}}")
+    second = {"name": "second", "dims": [16, 16, 16, 16]}
+    assert load_config(file).model.variant == second
+    assert load_config(mapping).model.variant == {**second, "mlp_ratio": 2}
+    assert dump_yaml(load_config(file).to_dict())  # plain types
+
+
 def test_a_saved_configuration_loads_again(tmp_path):
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     path = write(tmp_path, "saved.yaml", yaml.safe_dump(config.to_dict()))
