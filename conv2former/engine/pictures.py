@@ -39,7 +39,11 @@ def curves_figure(task: Task, rows: list[dict[str, Any]], best_epoch: int | None
         (right, headline, metric.label),
         (right, f"ema_{headline}", f"{metric.label}{averaged}"),
     ):
-        lines.append((axes, label, [(row["epoch"], row[key]) for row in evals if key in row], 1.5))
+        points = [(row["epoch"], row[key]) for row in evals if key in row]
+        lines.append((axes, label, [point for point in points if point[0]], 1.5))
+        for point in points:
+            if not point[0] and not key.startswith("ema_"):  # the training does not begin there
+                axes.plot(*point, "D", ms=6, color="tab:green", label="linear probe", zorder=2.5)
     for axes, label, points, width in lines:
         if points:
             marker = "." if len(points) <= FEW_POINTS else ""

@@ -34,6 +34,18 @@ def test_the_curves():
     assert raw == {"top-1", "best: epoch 2, 92.00 %"}
 
 
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_a_linear_probe_is_a_point_apart(has_ema):
+    probe = {"kind": "eval", "step": 0, "epoch": 0, "loss": 0.4, "top1": 97.0, "ema_top1": 97.0, "ema_loss": 0.4}
+    first = probe if has_ema else {key: value for key, value in probe.items() if not key.startswith("ema_")}
+    for axes, value in zip(curves_figure([first, *rows(3, has_ema)], 0).axes, (0.4, 97.0), strict=True):
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        assert lines["linear probe"] == ([0], [value])
+        assert all(min(xs) > 0 for label, (xs, _) in lines.items() if label in ("top-1", "validation", "training"))
+    assert lines["best: linear probe, 97.00 %"] == ([0], [97.0])
+    assert curves_figure([first], 0).axes[1].get_xlim()[1] > 0
+
+
 @pytest.mark.parametrize(
     ("epochs", "kinds"), [(0, ()), (1, ("eval",)), (1, ("train", "eval")), (400, ("train", "eval"))]
 )
