@@ -71,7 +71,7 @@ def summary(report: dict, output: Path) -> list[str]:
     last = task.last_text(report)
     epoch = f"epoch {report['epoch']} of {report['epochs']}"
     if not report["epoch"]:
-        epoch = f"a linear probe of the starting weights; none of {report['epochs']} epochs was better"
+        epoch = "a linear probe of the starting weights; nothing that was trained was better"
     early = f", stopped early after {report['epochs_done']}" if report["stopped_early"] else ""
     return [
         "",

@@ -177,7 +177,7 @@ def take_best(folder: Path, step: int) -> str:
 
     Args:
         folder: of the checkpoints.
-        step: of the best so far.
+        step: of the best so far; 0 for a linear probe, which no step file has.
 
     Returns:
         Nothing if it is there; else why those weights are lost. What was found in their place is then called
@@ -190,7 +190,8 @@ def take_best(folder: Path, step: int) -> str:
     best = folder / "best.pt"
     try:
         # a run that was killed while it saved a better one has that one, and comes to it again
-        if read_training_checkpoint(best)["step"] >= step:
+        content = read_training_checkpoint(best)
+        if content["step"] >= step and content.get("best_row"):
             return ""
         why = f"{best} is that of another step"
     except CheckpointError as e:
@@ -199,7 +200,7 @@ def take_best(folder: Path, step: int) -> str:
         why = str(e)
     source = folder / _name(step)
     try:
-        if source.is_file() and not (best.exists() and best.samefile(source)):
+        if step and source.is_file() and not (best.exists() and best.samefile(source)):
             with contextlib.suppress(CheckpointError):
                 read_training_checkpoint(source)
                 _replace(source, best, _sha256_of(source))

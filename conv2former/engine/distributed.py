@@ -38,6 +38,7 @@ class World:
     device: torch.device
     control: Any = None  # a group on the CPU, for messages that must not wait for the GPU
     at: Callable[[str], None] = field(default=lambda where: None)  # tells the others where this process is
+    works: Callable[[], None] = field(default=lambda: None)  # and that it is at work there, as often as one likes
 
     @classmethod
     def from_environment(cls) -> World:
@@ -128,7 +129,9 @@ def join_world(world: World, timeout_minutes: float = 10.0) -> Iterator[World]:
         )
     watch = Watch(watched, world.rank, world.size, timeout_minutes * 60) if watched else None
     control = dist.new_group(backend="gloo", timeout=timeout)
-    joined = replace(world, control=control, at=watch.at if watch else world.at)
+    joined = replace(world, control=control)
+    if watch:
+        joined = replace(joined, at=watch.at, works=watch.works)
     if is_mine and not hasattr(dist.Store, "clone"):
         _kept.append((control, dist.group.WORLD))
     try:

@@ -67,6 +67,7 @@ def evaluate(
             skipped += batch.skipped
             if len(batch.images):
                 evaluator.update(answer, batch)
+            world.works()
             if stops := interrupted():
                 break
     world.at("the end of an evaluation")

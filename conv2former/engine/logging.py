@@ -119,6 +119,14 @@ class RunLog:
         if trackers:
             self._trackers = Trackers(trackers, self.folder, project, settings, self.say)
 
+    def start_clock(self) -> None:
+        """Counts the time of the steps from here on, of which the time that is left follows."""
+        self._start = time.perf_counter()
+        if self.is_main:
+            self._plain.start_clock()
+            if self._bar is not None:
+                self._bar.unpause()
+
     def say(self, *lines: str) -> None:
         """Prints lines, above the bar if there is one, and writes each to `train.log` with the time; see `say`."""
         if not self.is_main:

@@ -46,7 +46,6 @@ _HARMLESS = (
     "train.cuda_graph",
     "train.early_stop",
     "train.fitted",
-    "train.linear_probe",
     "train.timeout_minutes",
 )
 
@@ -259,7 +258,8 @@ def _check_continuation(
         DataError: the classes differ.
     """
     now, noted = config.to_dict(), saved["config"]
-    changed = changed_keys(noted, now, config.checkpoint.allow_changes)
+    # a run that goes on is past the probe, and earlier versions had none
+    changed = changed_keys(noted, now, ("train.linear_probe", *config.checkpoint.allow_changes))
     if changed:
         raise ConfigError(
             "this run was started with another configuration; start a new one with another --output, undo the change, "

@@ -39,21 +39,21 @@ class StartingProbe:
         if problem := self.probe.problem(self.job.train_source):
             return f"no linear probe: {problem}"
         self.world.at("the features of a linear probe")
-        task, source = self.job.task, self.job.train_source
-        share, images = self.probe.share_for(self.world, len(source))
-        loader = task.eval_loader(self.job.config, source, share, ignore_stop_signals)
+        some = self.probe.some_of(self.job.train_source)
+        loader = self.job.task.eval_loader(self.job.config, some, self.world, ignore_stop_signals)
         stops = False
         with running_workers(loader):
-            for batch in shown(batches(loader), images, "linear probe", self.world.size, leave=False):
+            for batch in shown(batches(loader), len(some), "linear probe", self.world.size, leave=False):
                 skipped.note("training", batch.skipped)
                 self.probe.update(batch, self.run.autocast)
+                self.world.works()
                 if stops := signal.name is not None:
                     break
+        self.world.at("the fit of a linear probe")
         if any(self.world.gather(stops)):
             return None
-        self.world.at("the fit of a linear probe")
-        if not self.probe.fit(self.world, len(self.job.class_names)):
-            return "no linear probe: the features do not tell the training images apart"
+        if problem := self.probe.fit(self.world, len(self.job.class_names)):
+            return f"no linear probe: {problem}"
         self._copy_to_average()
         return ""
 

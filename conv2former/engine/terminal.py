@@ -124,6 +124,10 @@ class PlainProgress:
             say(str(self), file=self.file)
             self.rest()
 
+    def start_clock(self) -> None:
+        """Counts the time from here on."""
+        self._start = self._time = time.perf_counter()
+
     def rest(self) -> None:
         """Begins to wait anew, after another line has said how far it is."""
         self._said, self._time = self.done, time.perf_counter()

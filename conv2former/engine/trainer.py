@@ -135,9 +135,10 @@ class Trainer:
             self.log.say(*lines, *filter(None, [self.run.about_graphs]))
         is_done = False
         try:
+            probe = self._fit_probe()  # before threads of trackers are there, as it forks workers
             self.log.begin(self.config.to_dict(), self.config.log.trackers, self.config.log.project)
-            if self._begins_with_probe():
-                self._evaluate_probe()
+            if probe:
+                self._evaluate_probe(probe)
             if self._misses_evaluation():
                 self._evaluate_and_save()
             for epoch in range(self.state.epochs, self.plan.epochs):
@@ -264,18 +265,23 @@ class Trainer:
         """Returns whether a linear probe is evaluated before the next step, which is then the run's first."""
         return self.task.has_linear_probe(self.config) and not self.state.step and not self.state.history
 
-    def _evaluate_probe(self) -> None:
-        """Evaluates a linear probe of the starting weights as epoch 0, which is best.pt until one is better.
-
-        Only best.pt is saved: a run that is stopped before its first step begins anew.
-        """
+    def _fit_probe(self) -> StartingProbe | None:
+        """Returns the linear probe with which the run begins, fitted; None if there is none."""
+        if not self._begins_with_probe():
+            return None
         probe = StartingProbe(self.job, self.run, self.world)
         problem = probe.fit(self.signal, self.state.skipped)
         if problem is None:
             self._save_and_stop()
         if problem:
             self.log.say(problem)
-            return
+        return None if problem else probe
+
+    def _evaluate_probe(self, probe: StartingProbe) -> None:
+        """Evaluates a linear probe of the starting weights as epoch 0, which is best.pt until weights are better.
+
+        Only best.pt is saved: a run that is stopped before its first step begins anew.
+        """
         metric = self._evaluate_weights()
         if metric is not None:
             self._save(metric, True, only_best=True)
@@ -284,6 +290,7 @@ class Trainer:
             self.state.metric = None
         if metric is None:
             self._save_and_stop()
+        self.log.start_clock()
 
     def _evaluate_and_save(self) -> None:
         """Evaluates the weights and saves the run with the metrics."""

@@ -47,6 +47,10 @@ class Watch(threading.Thread):
         """Says that this process has come to `place`."""
         self._place, self._count, self._since = place, self._count + 1, time.monotonic()
 
+    def works(self) -> None:
+        """Says that this process is at work where it is, and waits for nobody."""
+        self._since = time.monotonic()
+
     def stop(self) -> None:
         """Ends the watch, and waits until the thread has ended or the store has not answered for two seconds.
 

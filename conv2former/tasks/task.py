@@ -186,20 +186,17 @@ class LinearProbe(Protocol):
     def problem(self, source: Any) -> str:
         """Returns why there is none for a training split, as a part of a sentence; '' if there is one."""
 
-    def share_for(self, world: Processes, images: int) -> tuple[Any, int]:
-        """Returns which of a training set's images this process looks at, and how many all of them do.
-
-        The first is as the processes that `Task.eval_loader` takes.
-        """
+    def some_of(self, source: Any) -> Any:
+        """Returns the images of a training split that it looks at, as a split."""
 
     def update(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> None:
         """Takes the features of a batch."""
 
-    def fit(self, world: Processes, classes: int) -> bool:
+    def fit(self, world: Processes, classes: int) -> str:
         """Gives the classifier the weights that fit best; every process calls it, and gets the same.
 
         Returns:
-            Whether the features tell the images apart; if not, nothing has changed.
+            Why that cannot be, as a part of a sentence, and nothing has changed; '' if it could.
         """
 
     def undo(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -13,9 +15,10 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from conv2former.commands.train import summary
 from conv2former.config import load_config
-from conv2former.engine import train, trainer
+from conv2former.engine import logging, train, trainer
 from conv2former.engine.distributed import World
 from conv2former.engine.early_stop import stop_reason
+from conv2former.engine.prepare import changed_keys
 from conv2former.engine.state import TrainState
 from conv2former.errors import RunStopped
 from conv2former.tasks.classification import probe as probes
@@ -148,6 +151,11 @@ class Net(nn.Module):
         return sum(head(x).flatten(1) if self.pool else head(x).mean((1, 2)) for head in self.heads)
 
 
+def source_of(root):
+    words = [f"data.root={root}", "model.name=conv2former_n", "model.checkpoint=null"]
+    return Classification().open_data(load_config("finetune/hf", words))[0]
+
+
 def batch_of(labels: torch.Tensor):
     images = torch.randn(len(labels), 3, 4, 4, generator=torch.Generator().manual_seed(1))
     images += one_hot(labels, 3)[:, :, None, None] * 3.0
@@ -172,7 +180,7 @@ def test_kinds_of_classifiers(heads):
     images = batch_of(labels).images
     for some, own in zip(images.split(5), labels.split(5), strict=True):
         probe.update(probes.Batch(some, own, []), torch.no_grad)
-    assert probe.fit(ALONE, 3)
+    assert probe.fit(ALONE, 3) == ""
     assert (model(images).argmax(1) == labels).all()
     probe.undo()
     assert_equal(dict(model.state_dict()), before)
@@ -183,27 +191,42 @@ def test_kinds_of_classifiers(heads):
 )
 def test_what_is_not_one_linear_layer(model, small_data):
     probe = LinearProbe(model, torch.device("cpu"))
-    train_source, _ = Classification().open_data(
-        load_config("finetune/hf", [f"data.root={small_data}", "model.name=conv2former_n", "model.checkpoint=null"])
-    )
-    assert probe.problem(train_source) == "the network's classifier is not one linear layer"
+    assert probe.problem(source_of(small_data)) == "the network's classifier is not one linear layer"
 
 
 def test_a_classifier_before_the_pooling():
     """Its features are of places, not of images."""
     probe = LinearProbe(Net(nn.Linear(3, 3), pool=False), torch.device("cpu"))
     probe.update(batch_of(torch.arange(12) % 3), torch.no_grad)
+    assert probe.fit(ALONE, 3) == "the classifier is not given one vector of features for each image"
+
+
+def test_a_large_set_is_looked_at_in_part(monkeypatch, small_data):
+    """Drawn: where classes take turns in a table, every other image would be of half of them."""
+    monkeypatch.setattr(probes, "MOST_IMAGES", 20)
+    probe, source = LinearProbe(Net(nn.Linear(3, 3)), torch.device("cpu")), source_of(small_data)
+    some = probe.some_of(source)
+    assert (len(source), len(some)) == (44, 20)
+    assert set(some.images.labels) == {0, 1, 2}
+    names = [some.images.name(i) for i in range(20)]
+    assert len(set(names)) == 20
+    assert names == [probe.some_of(source).images.name(i) for i in range(20)]
+    monkeypatch.setattr(probes, "MOST_IMAGES", 44)
+    assert probe.some_of(source) is source
+
+
+def test_a_classifier_that_fits_better_stays():
+    """That of a file for the same classes, which has seen more images."""
+    model, labels = Net(nn.Linear(3, 3)), torch.arange(12) % 3
+    with torch.no_grad():
+        model.heads[0].weight.copy_(20 * torch.eye(3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    probe = LinearProbe(model, torch.device("cpu"))
+    probe.update(batch_of(labels), torch.no_grad)
     assert not probe.fit(ALONE, 3)
-
-
-def test_a_large_set_is_looked_at_in_part(monkeypatch):
-    probe = LinearProbe(Net(nn.Linear(3, 3)), torch.device("cpu"))
-    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
-    assert probe.share_for(worlds[1], 20_000) == (probes.Share(1, 2, torch.device("cpu")), 20_000)
-    shares = [probe.share_for(world, 50_001) for world in worlds]
-    looked_at = [set(range(share.rank, 50_001, share.size)) for share, _ in shares]
-    assert len(looked_at[0] | looked_at[1]) == shares[0][1] == 16_667
-    assert not looked_at[0] & looked_at[1]
+    assert_equal(dict(model.state_dict()), before)
+    probe.undo()
+    assert_equal(dict(model.state_dict()), before)
 
 
 # ----------------------------------------------------------------------------------------------------------- in a run
@@ -229,7 +252,9 @@ def test_the_probe_is_best_until_something_is_better(raw_config, tmp_path, capsy
     assert first["top1"] == first["ema_top1"] == report["top1"] > final(tmp_path / "probe")["metric"]
     assert (report["epoch"], report["epochs_done"]) == (0, 4)
     assert "linear probe  top-1 100.00 %" in out.replace("averaged weights 100.00 %  ", "")
-    assert "a linear probe of the starting weights; none of 4 epochs was better" in summary(report, tmp_path)[1]
+    assert (
+        "a linear probe of the starting weights; nothing that was trained was better)" in summary(report, tmp_path)[1]
+    )
     best = torch.load(tmp_path / "probe" / "checkpoints" / "best.pt")
     assert best["step"] == best["epoch"] == 0
     assert_equal(best["model"], best["model_ema"])
@@ -238,7 +263,7 @@ def test_the_probe_is_best_until_something_is_better(raw_config, tmp_path, capsy
 
 
 def test_training_that_is_better_takes_its_place(raw_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(LinearProbe, "fit", lambda self, *args: True)  # the fresh classifier, which knows nothing
+    monkeypatch.setattr(LinearProbe, "fit", lambda self, *args: "")  # the fresh classifier, which knows nothing
     report = train(configure(raw_config, train__linear_probe="evaluate", optim__base_lr=3e-3, **SHORT), tmp_path)
     rows = [row for row in metrics_of(tmp_path) if row["kind"] == "eval"]
     assert report["epoch"] > 0
@@ -288,9 +313,9 @@ def test_a_signal_before_the_first_step(raw_config, tmp_path, monkeypatch):
     signals = []
     real = trainer.Trainer.__init__
 
-    def noted(self, job, world, signal):
-        signals.append(signal)
-        real(self, job, world, signal)
+    def noted(self, job, world, stop):
+        signals.append(stop)
+        real(self, job, world, stop)
 
     for name in ("update", "fit"):  # while features are collected, while the probe is evaluated
         found = getattr(LinearProbe, name)
@@ -307,6 +332,60 @@ def test_a_signal_before_the_first_step(raw_config, tmp_path, monkeypatch):
         assert_same_run(tmp_path / "whole", tmp_path / name)
 
 
+def test_a_probe_that_is_lost(raw_config, tmp_path, monkeypatch, capsys):
+    """The file of step 0, which a signal leaves, holds the start without the probe and does not take its place."""
+    config = configure(raw_config, train__linear_probe="evaluate", **SHORT)
+    real = LinearProbe.update
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        patch.setattr(
+            LinearProbe, "update", lambda self, *args: os.kill(os.getpid(), signal.SIGTERM) or real(self, *args)
+        )
+        train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "step_00000000.pt").exists()
+    with killed_after(7):
+        train(config, tmp_path)
+    best = tmp_path / "checkpoints" / "best.pt"
+    for lost in ("missing", "another"):
+        best.unlink(missing_ok=True)
+        if lost == "another":
+            best.write_bytes((tmp_path / "checkpoints" / "step_00000000.pt").read_bytes())
+            best.with_name("best.pt.sha256").unlink(missing_ok=True)
+        capsys.readouterr()
+        with killed_after(0):
+            train(config, tmp_path)
+        assert "The best weights so far, of epoch 0, are lost" in capsys.readouterr().out
+    report = train(config, tmp_path)
+    assert report["epoch"] > 0
+    assert torch.load(best)["best_row"]["epoch"] == report["epoch"]
+
+
+def test_workers_are_forked_before_trackers_have_threads(raw_config, tmp_path, monkeypatch):
+    order = []
+    for of, name in ((LinearProbe, "update"), (logging.RunLog, "begin"), (logging.RunLog, "evaluation")):
+        real = getattr(of, name)
+
+        def noted(self, *args, real=real, name=name):
+            order.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(of, name, noted)
+    train(configure(raw_config, train__linear_probe="evaluate", **SHORT), tmp_path)
+    assert [name for i, name in enumerate(order) if name not in order[:i]] == ["update", "begin", "evaluation"]
+
+
+def test_the_time_of_the_probe_is_none_of_the_steps(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    log = logging.RunLog(tmp_path, 10, 0, False, True)
+    now[0] = 100.0
+    log.start_clock()
+    now[0] = 102.0
+    log.advance()
+    assert str(log._plain).endswith("0:18 left")
+    log.step(1, 1, dict.fromkeys(("loss", "lr", "images_per_second", "data_wait"), 1.0))
+    assert "0:18 left" in (tmp_path / "train.log").read_text()
+
+
 def test_no_probe_of_a_stream(raw_config, tmp_path, capsys):
     stream = {"data__streaming": True, "data__epoch_images": 16, **SHORT}
     train(configure(raw_config, train__linear_probe="evaluate", **stream), tmp_path)
@@ -318,7 +397,11 @@ def test_a_continued_run_may_differ_in_it(raw_config, tmp_path):
     """A recipe has had it only since a version."""
     with killed_after(6):
         train(configure(raw_config, **SHORT), tmp_path)
-    train(configure(raw_config, train__linear_probe="evaluate", **SHORT), tmp_path)
+    now = configure(raw_config, train__linear_probe="evaluate", **SHORT)
+    assert changed_keys(configure(raw_config, **SHORT).to_dict(), now.to_dict()) == [
+        "train.linear_probe: 'none' -> 'evaluate'"  # what a study takes for another run
+    ]
+    train(now, tmp_path)
     assert metrics_of(tmp_path)[0]["kind"] == "train"
 
 

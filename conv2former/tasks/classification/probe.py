@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...data import Batch, DataSource
+from ...data.holdout import Part
 from ...data.sources import Source
 from ...models.others import classifiers
 from ..task import Processes
@@ -31,20 +33,12 @@ LEAST_LEFT = 1e-6  # of an image's weight on its own answer, below 1
 
 
 @dataclass(frozen=True)
-class Share:
-    """The images that a process looks at, as a loader takes them: every `size`-th, from `rank` on."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class _Fit:
-    """A layer's weight, (classes, features), and bias, (classes,), float32."""
+    """A layer's weight, (classes, features), and bias, (classes,), float32, and its loss, summed over the images."""
 
     weight: Tensor
     bias: Tensor
+    loss: float
 
 
 class LinearProbe:
@@ -63,6 +57,7 @@ class LinearProbe:
         self.layers = [_linear_in(part) for part in classifiers(model)]
         self._features: list[list[Tensor]] = [[] for _ in self.layers]
         self._labels: list[Tensor] = []
+        self._loss = torch.zeros((), dtype=torch.float64)  # of the classifier as it is
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def problem(self, source: Source) -> str:
@@ -71,10 +66,12 @@ class LinearProbe:
             return "the training images come in a stream"
         return "" if self.layers and None not in self.layers else "the network's classifier is not one linear layer"
 
-    def share_for(self, world: Processes, images: int) -> tuple[Share, int]:
-        """Returns which images this process looks at, and how many all of them do: `MOST_IMAGES` at most."""
-        apart = -(-images // MOST_IMAGES)
-        return Share(world.rank * apart, world.size * apart, world.device), -(-images // apart)
+    def some_of(self, source: DataSource) -> DataSource:
+        """Returns the images of a training split that it looks at: `MOST_IMAGES` at most, drawn, always the same."""
+        if len(source) <= MOST_IMAGES:
+            return source
+        drawn = np.random.default_rng(0).permutation(len(source))[:MOST_IMAGES]
+        return replace(source, images=Part(source.images, np.sort(drawn)))
 
     @torch.inference_mode()
     def update(self, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> None:
@@ -90,19 +87,22 @@ class LinearProbe:
                 )
                 hooks.callback(hook.remove)
             with autocast():
-                self.model(images)
+                logits = self.model(images)
         self._labels.append(batch.labels.cpu())
+        self._loss += functional.cross_entropy(logits.double().cpu(), batch.labels.cpu(), reduction="sum")
 
     @torch.no_grad()
-    def fit(self, world: Processes, classes: int) -> bool:
+    def fit(self, world: Processes, classes: int) -> str:
         """Gives the classifier of the network the weights that fit best; every process calls it.
+
+        Where that is the classifier that is there, as in a file for the same classes, it stays.
 
         Args:
             world: the processes, which all get the same weights.
             classes: how many there are.
 
         Returns:
-            Whether the features tell images apart; if not, the classifier is as before.
+            Why there are none, as a part of a sentence, and the classifier is as before; '' if there are.
         """
         labels = torch.cat(self._labels) if self._labels else torch.empty(0, dtype=torch.int64)
         fits = []
@@ -112,18 +112,21 @@ class LinearProbe:
             features = torch.cat(batches) if batches else torch.empty(0, width)
             is_fine = features.ndim == 2 and features.shape[1] == width and len(features) == len(labels)
             if not all(world.gather(is_fine)):
-                return False
+                return "the classifier is not given one vector of features for each image"
             fit = fit_ridge(features, labels, classes, world)
             found = world.gather(fit if world.rank == 0 else None)[0]
             if found is None:
-                return False
+                return "the features are the same for all images, or are not finite"
             fits.append(found)
+        (loss,) = _sum(world, self._loss)
+        if loss <= min(found.loss for found in fits):
+            return ""
         for layer, found in zip(self.layers, fits, strict=True):
             assert layer is not None
             self._set(layer.weight, found.weight)
             if layer.bias is not None:
                 self._set(layer.bias, found.bias)
-        return True
+        return ""
 
     def _set(self, parameter: Tensor, value: Tensor) -> None:
         self._before.append((parameter, parameter.clone()))
@@ -154,8 +157,8 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, world: Processes) 
         world: the processes; only sums over images are exchanged.
 
     Returns:
-        The classifier, the same on every process but for rounding; None where the features are the same for all images,
-        or are not finite.
+        The classifier, the same on every process but for rounding, and its loss with each image left out; None where
+        the features are the same for all images, or are not finite.
     """
     x, rows = features.double(), max(1, CHUNK // classes)
     count, sums, counts = _sum(
@@ -188,7 +191,7 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, world: Processes) 
     (losses,) = _sum(world, losses)
     i, j = divmod(int(losses.argmin()), len(SCALES))
     weight = SCALES[j] * (basis @ (cross / (variances + RIDGES[i] * variances.mean())[:, None])).T
-    return _Fit(weight.float(), (log_share - weight @ mean).float())
+    return _Fit(weight.float(), (log_share - weight @ mean).float(), float(losses[i, j]))
 
 
 def _left_out(x: Tensor, targets: Tensor, ridged: Tensor, cross: Tensor, n: float) -> Tensor:
