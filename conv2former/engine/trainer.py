@@ -124,7 +124,6 @@ class Trainer:
         if self.run.graphs:
             self.run.graphs.say = self.log.say
         self.curves = Curves(self.state, self.log)
-        self._is_best = False  # of the last evaluation
         self.sampler, self.loader = self.task.train_loader(self.config, job.train_source, world, ignore_stop_signals)
         self.val_loader = self.task.eval_loader(self.config, job.val_source, world, ignore_stop_signals)
 
@@ -282,30 +281,30 @@ class Trainer:
 
         Only best.pt is saved: a run that is stopped before its first step begins anew.
         """
-        metric = self._evaluate_weights()
-        if metric is not None:
-            self._save(metric, True, only_best=True)
-        if metric is None or not probe.stays:
+        found = self._evaluate_weights()
+        if found:
+            self._save(*found, only_best=True)
+        if not (found and probe.stays):
             probe.undo()
             self.state.metric = None
-        if metric is None:
+        if not found:
             self._save_and_stop()
         self.log.start_clock()
 
     def _evaluate_and_save(self) -> None:
         """Evaluates the weights and saves the run with the metrics."""
-        metric = self._evaluate_weights()
-        if metric is None:  # saved without one: the evaluation is made up for when the run goes on
+        found = self._evaluate_weights()
+        if not found:  # saved without a metric: the evaluation is made up for when the run goes on
             self._save_and_stop()
-        self._save(metric, self._is_best)
+        self._save(*found)
         if self.world.is_main and self.curves.are_due:
             self.curves.draw(False)
 
-    def _evaluate_weights(self) -> float | None:
+    def _evaluate_weights(self) -> tuple[float, bool] | None:
         """Evaluates the weights, and their average if there is one, and notes and logs the metrics.
 
         Returns:
-            The headline metric; None if a signal came first.
+            The headline metric, and whether they are the best so far; None if a signal came first.
         """
         state = self.state
         result = self._evaluate(self.run.model)
@@ -319,12 +318,12 @@ class Trainer:
             row |= {f"ema_{key}": value for key, value in result.row(self.job.class_names).items() if key != "n"}
         self._exchange_skipped(int(row["n"]))
         self._check_evaluation(row)
-        self._is_best = state.note_evaluation(row, result)
-        self.log.evaluation(state.step, state.epochs, row, state.prefix if self._is_best else None)
+        is_best = state.note_evaluation(row, result)
+        self.log.evaluation(state.step, state.epochs, row, state.prefix if is_best else None)
         self.log.say(self._evaluation_line(row))
         if len(state.history) == 1 and (lines := self.task.about_first_evaluation(result, self.job.class_names)):
             self.log.say(*lines)
-        return row[f"{state.prefix}{self.task.headline}"]
+        return row[f"{state.prefix}{self.task.headline}"], is_best
 
     def _evaluate(self, model: torch.nn.Module) -> Evaluation | None:
         """Returns what an evaluation finds; None if a signal came first."""

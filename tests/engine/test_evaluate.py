@@ -188,3 +188,12 @@ def test_confusions_of_many_classes_are_not_counted():
     assert evaluate(linear(51), loader, WORLD, nullcontext).confusion is None
     (result,) = evaluate_views(linear(51), loader, WORLD, nullcontext, [Score(CPU, max_confusion_classes=51)])
     assert int(result.confusion.sum()) == 6
+
+
+def test_a_long_evaluation_is_seen_to_be_at_work():
+    """So that what takes longer than the others may wait, with nobody waiting, does not end a run."""
+    seen = []
+    world = World(0, 1, CPU, at=seen.append, works=lambda: seen.append("works"))
+    batch = Batch(torch.randn(2, 3, 2, 2), torch.tensor([0, 1]), [])
+    evaluate(linear(), [batch] * 3, world, nullcontext)
+    assert seen == ["works"] * 3 + ["the end of an evaluation"]
