@@ -191,7 +191,7 @@ def take_best(folder: Path, step: int) -> str:
     try:
         # a run that was killed while it saved a better one has that one, and comes to it again
         content = read_training_checkpoint(best)
-        if content["step"] >= step and content.get("best_row"):
+        if content["step"] >= step and (step or content.get("best_row")):
             return ""
         why = f"{best} is that of another step"
     except CheckpointError as e:
