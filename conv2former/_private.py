@@ -56,6 +56,7 @@ __all__ = [
     "sees_operators",
     "stands_for_gpu",
     "version_of",
+    "worker_processes",
     "write_hub_config",
 ]
 
@@ -313,6 +314,11 @@ def end_workers(iterator: Any) -> None:
         feeder = getattr(queue, "_thread", None)  # which closes the files, and not before it runs again
         if feeder:
             feeder.join(5)
+
+
+def worker_processes(iterator: Any) -> list[Any]:
+    """Returns the worker processes of an iterator over a DataLoader; of anything else, none."""
+    return list(getattr(iterator, "_workers", ()))
 
 
 def hush_about_checkpoints() -> None:

@@ -30,7 +30,7 @@ from .seeding import Stream
 from .sources import DataSource
 from .streams import StreamBatches, StreamImages, StreamSource
 from .transforms import eval_transform, train_transforms
-from .workers import Sent, context, starting_workers, stop_workers, worker_errors
+from .workers import Sent, context, raise_lost_worker, starting_workers, stop_workers, worker_errors
 
 __all__ = [
     "EpochSampler",
@@ -266,7 +266,11 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
         with worker_errors():
             with starting_workers(loader.num_workers):
                 loaded = iter(loader)
-            yield from loaded
+            try:
+                yield from loaded
+            except (OSError, EOFError):  # of what the worker was about to hand over, or of a sample
+                raise_lost_worker(loaded)
+                raise
     except Exception as e:
         stop_workers(loader, loaded)
         if not isinstance(e, DataError):

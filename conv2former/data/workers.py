@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -19,11 +21,21 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from .._private import end_workers
+from .._private import end_workers, worker_processes
 from ..errors import WorkerError, is_lost_worker
 
-__all__ = ["Sent", "context", "portable_errors", "starting_workers", "stop_workers", "why_lost", "worker_errors"]
+__all__ = [
+    "Sent",
+    "context",
+    "portable_errors",
+    "raise_lost_worker",
+    "starting_workers",
+    "stop_workers",
+    "why_lost",
+    "worker_errors",
+]
 
+_PATIENCE = 2.0  # seconds until the end of a worker is known
 _FEWER = "set data.workers=0, or lower"
 
 
@@ -78,6 +90,23 @@ def starting_workers(count: int) -> Iterator[None]:
             f"{count} worker processes of a loader cannot be started ({e}): {_FEWER} data.workers, or raise the limits "
             "of processes, open files or shared memory (/dev/shm)"
         ) from None
+
+
+def raise_lost_worker(iterator: Any) -> None:
+    """Looks whether a worker of an iterator over a loader has ended by itself, or does so within two seconds.
+
+    Raises:
+        RuntimeError: in PyTorch's words, which may come from its signal handler, too.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    processes = worker_processes(iterator)
+    while processes and time.monotonic() < deadline:
+        for process in processes:
+            if process.exitcode is not None:
+                code = process.exitcode
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited with code {code}"
+                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}.")
+        time.sleep(0.05)
 
 
 class _Event:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.tv_tensors import Mask
 
 from conv2former.data import workers
@@ -59,6 +60,29 @@ def test_a_worker_that_ends_is_one_error(end, said):
     assert raised.value.exit_code == 3
     assert "\n" not in str(raised.value)
     assert set(multiprocessing.active_children()) <= others
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")])
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch(monkeypatch, error):
+    """Its batch cannot be fetched, which this process may see before the signal of its end comes."""
+
+    def fetch(self, *args):
+        os.kill(self._workers[0].pid, signal.SIGKILL)
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", fetch)
+    with pytest.raises(WorkerError, match=r"worker process \(pid \d+\) was killed, most likely by the system"):
+        load(lambda index: None)
+
+
+def test_an_error_of_the_system_without_a_dead_worker_stays_what_it_is(monkeypatch):
+    def fetch(self, *args):
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", fetch)
+    monkeypatch.setattr(workers, "_PATIENCE", 0.2)
+    with pytest.raises(PermissionError):
+        load(lambda index: None)
 
 
 @pytest.mark.timeout(60)
