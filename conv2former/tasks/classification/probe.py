@@ -25,7 +25,7 @@ from ..task import Processes
 
 __all__ = ["MOST_IMAGES", "LinearProbe", "fit_ridge"]
 
-MOST_IMAGES = 20_000  # that are looked at, spread over the training set
+MOST_IMAGES = 20_000  # that are looked at, drawn from the training set
 RIDGES = torch.logspace(-3, 3, 7, dtype=torch.float64)  # times the features' mean variance
 SCALES = torch.logspace(0, 2, 11, dtype=torch.float64)  # of least squares' answers, about 0 to 1, as logits
 CHUNK = 2**22  # answers that are in memory at a time
