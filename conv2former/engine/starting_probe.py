@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..data import batches, running_workers
+from ..tasks.task import LinearProbe
 from .build import Run
 from .distributed import World
-from .evaluate import shown
+from .evaluate import evaluate, shown
 from .prepare import Job
 from .signals import StopSignal, ignore_stop_signals
 from .skipped import SkippedImages
@@ -17,14 +18,14 @@ class StartingProbe:
     """Gives the network's classifier, and that of the average, the weights of a linear probe, and takes them back.
 
     Args:
-        job: the run, whose task has one; see `Task.linear_probe`.
+        job: the run.
         run: what it trains.
         world: the processes, which all do the same.
+        probe: of the run's task, for its network.
     """
 
-    def __init__(self, job: Job, run: Run, world: World) -> None:
-        self.job, self.run, self.world = job, run, world
-        self.probe = job.task.linear_probe(job.config, run.model, world.device)
+    def __init__(self, job: Job, run: Run, world: World, probe: LinearProbe) -> None:
+        self.job, self.run, self.world, self.probe = job, run, world, probe
 
     def fit(self, signal: StopSignal, skipped: SkippedImages) -> str | None:
         """Fits it to the training images, not augmented.
@@ -38,21 +39,24 @@ class StartingProbe:
         """
         if problem := self.probe.problem(self.job.train_source):
             return f"no linear probe: {problem}"
-        self.world.at("the features of a linear probe")
         some = self.probe.some_of(self.job.train_source)
         loader = self.job.task.eval_loader(self.job.config, some, self.world, ignore_stop_signals)
-        stops = False
+        self.world.at("the features of a linear probe")
         with running_workers(loader):
-            for batch in shown(batches(loader), len(some), "linear probe", self.world.size, leave=False):
-                skipped.note("training", batch.skipped)
-                self.probe.update(batch, self.run.autocast)
-                self.world.works()
-                if stops := signal.name is not None:
-                    break
-        self.world.at("the fit of a linear probe")
-        if any(self.world.gather(stops)):
+            found = evaluate(
+                self.run.model,
+                shown(batches(loader), len(some), "linear probe", self.world.size, leave=False),
+                self.world,
+                self.run.autocast,
+                self.probe,
+                lambda: signal.name is not None,
+                cuda_graph=False,  # in which the features would not be seen
+            )
+        if found is None:
             return None
-        if problem := self.probe.fit(self.world, len(self.job.class_names)):
+        problem, unreadable = found
+        skipped.note("training", unreadable)
+        if problem:
             return f"no linear probe: {problem}"
         self._copy_to_average()
         return ""

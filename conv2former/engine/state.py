@@ -84,7 +84,8 @@ class TrainState:
             evaluation: of the weights that loading a checkpoint takes.
 
         Returns:
-            Whether they are the best so far by `checkpoint.metric`, or as good and of the lower loss.
+            Whether they are the best so far by `checkpoint.metric`, or as good and of the lower loss; a linear probe is
+            as good within a standard error.
         """
         metrics = self.job.task.metrics_of(self.job.config)
         before = [
@@ -106,26 +107,14 @@ class TrainState:
         best = {f"{self.prefix}{task.headline}": self.best_metric, **(self.best_row or {})}
         if key not in best:  # of a version that did not count it: the best from here on
             return True
-        if best.get("epoch") == 0:
-            return self._beats_probe(row, best, key)
-        if row[key] != best[key]:
+        error = 0.0
+        if best.get("epoch") == 0 and task.metrics[metric].is_percent:
+            # A linear probe is evaluated once, what is trained many times, so that the highest of its accuracies
+            # flatters: within a standard error they are equal.
+            error = math.sqrt(sum(value * (100 - value) for value in (row[key], best[key])) / row["n"])
+        if abs(row[key] - best[key]) > error:
             return task.metrics[metric].is_better(row[key], best[key])
         return loss in best and loss in row and row[loss] < best[loss]
-
-    def _beats_probe(self, row: Mapping[str, float], probe: Mapping[str, float], key: str) -> bool:
-        """Returns whether weights are better than the linear probe, which was evaluated once and they many times.
-
-        So the highest of their accuracies flatters. They are better if it is by more than a standard error, or if it is
-        within one and the loss is lower.
-        """
-        task, n = self.job.task, row["n"]
-        metric = task.metrics[self.job.config.checkpoint.metric]
-        error = 0.0
-        if metric.is_percent:
-            error = math.sqrt(sum(value * (100 - value) for value in (row[key], probe[key])) / n)
-        if metric.is_better(row[key], probe[key], error) or metric.is_better(probe[key], row[key], error):
-            return metric.is_better(row[key], probe[key])
-        return row[f"{self.prefix}loss"] < probe[f"{self.prefix}loss"]
 
     def checkpoint(self, losses: list[list[float]]) -> dict[str, Any]:
         """Returns the content of a checkpoint; see checkpoint.py for what is in it.

@@ -111,13 +111,14 @@ class Trainer:
             self.state.restore(job.saved)
             job.saved = None  # its memory
         self._first_step = self.state.step
+        self._probe = self._starting_probe()
         self.log = RunLog(
             job.output,
             self.plan.total_steps,
             self.state.step,
             self.config.log.tensorboard,
             world.is_main,
-            self._misses_evaluation() or self._begins_with_probe(),
+            self._misses_evaluation() or self._probe is not None,
             self.task.hidden_metrics(len(job.class_names)),
             self.task.metrics_of(job.config),
         )
@@ -134,10 +135,10 @@ class Trainer:
             self.log.say(*lines, *filter(None, [self.run.about_graphs]))
         is_done = False
         try:
-            probe = self._fit_probe()  # before threads of trackers are there, as it forks workers
+            has_probe = self._fit_probe()  # before threads of trackers are there, as it forks workers
             self.log.begin(self.config.to_dict(), self.config.log.trackers, self.config.log.project)
-            if probe:
-                self._evaluate_probe(probe)
+            if has_probe:
+                self._evaluate_probe()
             if self._misses_evaluation():
                 self._evaluate_and_save()
             for epoch in range(self.state.epochs, self.plan.epochs):
@@ -260,32 +261,35 @@ class Trainer:
             self.log.say(f"stopped early after epoch {state.epochs} of {self.plan.epochs}: {why}{hint}")
         return bool(why)
 
-    def _begins_with_probe(self) -> bool:
-        """Returns whether a linear probe is evaluated before the next step, which is then the run's first."""
-        return self.task.has_linear_probe(self.config) and not self.state.step and not self.state.history
-
-    def _fit_probe(self) -> StartingProbe | None:
-        """Returns the linear probe with which the run begins, fitted; None if there is none."""
-        if not self._begins_with_probe():
+    def _starting_probe(self) -> StartingProbe | None:
+        """Returns the linear probe that is evaluated before the next step, if that is the run's first."""
+        if self.state.step or self.state.history:
             return None
-        probe = StartingProbe(self.job, self.run, self.world)
-        problem = probe.fit(self.signal, self.state.skipped)
+        probe = self.task.linear_probe(self.config, self.run.model, self.world.device)
+        return StartingProbe(self.job, self.run, self.world, probe) if probe else None
+
+    def _fit_probe(self) -> bool:
+        """Returns whether the run begins with a linear probe, which is then fitted."""
+        if not self._probe:
+            return False
+        problem = self._probe.fit(self.signal, self.state.skipped)
         if problem is None:
             self._save_and_stop()
         if problem:
             self.log.say(problem)
-        return None if problem else probe
+        return not problem
 
-    def _evaluate_probe(self, probe: StartingProbe) -> None:
-        """Evaluates a linear probe of the starting weights as epoch 0, which is best.pt until weights are better.
+    def _evaluate_probe(self) -> None:
+        """Evaluates the linear probe of the starting weights as epoch 0, which is best.pt until weights are better.
 
         Only best.pt is saved: a run that is stopped before its first step begins anew.
         """
+        assert self._probe
         found = self._evaluate_weights()
         if found:
             self._save(*found, only_best=True)
-        if not (found and probe.stays):
-            probe.undo()
+        if not (found and self._probe.stays):
+            self._probe.undo()
             self.state.metric = None
         if not found:
             self._save_and_stop()

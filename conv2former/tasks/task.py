@@ -52,7 +52,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -177,8 +176,13 @@ class Evaluator(Protocol):
         """Returns the `Evaluation` over all processes; every one calls it, also one that had no image."""
 
 
-class LinearProbe(Protocol):
-    """Fits a network's classifier to the features that it has of images; `stays` is whether training starts from it."""
+class LinearProbe(Evaluator, Protocol):
+    """Fits a network's classifier to the features that it has of images, as it is evaluated on them.
+
+    `stays` is whether training starts from it. `total` gives the classifier the weights that fit best, the same on
+    every process, and returns why that cannot be, as a part of a sentence, or '', and this process's unreadable images.
+    If it cannot be, nothing has changed.
+    """
 
     @property
     def stays(self) -> bool: ...
@@ -188,16 +192,6 @@ class LinearProbe(Protocol):
 
     def some_of(self, source: Any) -> Any:
         """Returns the images of a training split that it looks at, as a split."""
-
-    def update(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> None:
-        """Takes the features of a batch."""
-
-    def fit(self, world: Processes, classes: int) -> str:
-        """Gives the classifier the weights that fit best; every process calls it, and gets the same.
-
-        Returns:
-            Why that cannot be, as a part of a sentence, and nothing has changed; '' if it could.
-        """
 
     def undo(self) -> None:
         """Gives the classifier the weights that it had."""
@@ -321,14 +315,9 @@ class Task(Protocol):
         """Freezes what `model.freeze` says, and puts it into evaluation mode; called again after `model.train()`."""
         network.freeze(model, until)
 
-    def has_linear_probe(self, config: Any) -> bool:
-        """Returns whether a run begins with a linear probe of its starting weights, see `linear_probe`."""
-        return False
-
-    def linear_probe(self, config: Any, model: nn.Module, device: torch.device) -> LinearProbe:
-        """Returns what fits the network's classifier to features as they are, where `has_linear_probe`."""
-        message = f"{self.name} has no linear probe"
-        raise NotImplementedError(message)
+    def linear_probe(self, config: Any, model: nn.Module, device: torch.device) -> LinearProbe | None:
+        """Returns the linear probe of its starting weights with which a run begins; None for none."""
+        return None
 
     def compile_model(self, model: nn.Module) -> nn.Module:
         """Returns what to train the network through so that torch.compile computes it."""

@@ -174,13 +174,13 @@ def batch_of(labels: torch.Tensor):
     ids=["linear", "no bias", "convolution", "distilled", "with a norm"],
 )
 def test_kinds_of_classifiers(heads):
-    model, labels = Net(*heads), torch.arange(12) % 3
+    model, labels = Net(*heads).eval(), torch.arange(12) % 3
     before = {key: value.clone() for key, value in model.state_dict().items()}
     probe = LinearProbe(model, torch.device("cpu"))
     images = batch_of(labels).images
     for some, own in zip(images.split(5), labels.split(5), strict=True):
-        probe.update(probes.Batch(some, own, []), torch.no_grad)
-    assert probe.fit(ALONE, 3) == ""
+        probe.update(model, probes.Batch(some, own, []))
+    assert probe.fit(ALONE) == ""
     assert (model(images).argmax(1) == labels).all()
     probe.undo()
     assert_equal(dict(model.state_dict()), before)
@@ -196,9 +196,10 @@ def test_what_is_not_one_linear_layer(model, small_data):
 
 def test_a_classifier_before_the_pooling():
     """Its features are of places, not of images."""
-    probe = LinearProbe(Net(nn.Linear(3, 3), pool=False), torch.device("cpu"))
-    probe.update(batch_of(torch.arange(12) % 3), torch.no_grad)
-    assert probe.fit(ALONE, 3) == "the classifier is not given one vector of features for each image"
+    model = Net(nn.Linear(3, 3), pool=False)
+    probe = LinearProbe(model, torch.device("cpu"))
+    probe.update(model, batch_of(torch.arange(12) % 3))
+    assert probe.fit(ALONE) == "the classifier is not given one vector of features for each image"
 
 
 def test_a_large_set_is_looked_at_in_part(monkeypatch, small_data):
@@ -222,8 +223,8 @@ def test_a_classifier_that_fits_better_stays():
         model.heads[0].weight.copy_(20 * torch.eye(3))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     probe = LinearProbe(model, torch.device("cpu"))
-    probe.update(batch_of(labels), torch.no_grad)
-    assert not probe.fit(ALONE, 3)
+    probe.update(model, batch_of(labels))
+    assert not probe.fit(ALONE)
     assert_equal(dict(model.state_dict()), before)
     probe.undo()
     assert_equal(dict(model.state_dict()), before)

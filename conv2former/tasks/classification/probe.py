@@ -9,7 +9,7 @@ random, and there is no rate to choose.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...data import Batch, DataSource
+from ...data import Batch, DataSource, Skipped
 from ...data.holdout import Part
 from ...data.sources import Source
 from ...models.others import classifiers
@@ -42,17 +42,17 @@ class _Fit:
 
 
 class LinearProbe:
-    """Collects the features of images on this process, and fits the classifier to those of all processes.
+    """An evaluator that collects the features of images, and fits the classifier to those of all processes.
 
     Args:
-        model: a network of timm's; in evaluation mode from here on.
+        model: a network of timm's.
         device: of it.
         channels_last: memory format of the images.
         stays: whether training starts from it.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, channels_last: bool = True, stays: bool = False) -> None:
-        self.model, self.device, self.stays = model.eval(), device, stays
+        self.device, self.stays = device, stays
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.layers = [_linear_in(part) for part in classifiers(model)]
         self._features: list[list[Tensor]] = [[] for _ in self.layers]
@@ -73,11 +73,8 @@ class LinearProbe:
         drawn = np.random.default_rng(0).permutation(len(source))[:MOST_IMAGES]
         return replace(source, images=Part(source.images, np.sort(drawn)))
 
-    @torch.inference_mode()
-    def update(self, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> None:
-        """Takes the features of a batch."""
-        if not len(batch.images):
-            return
+    def update(self, answer: Callable[[Tensor], Tensor], batch: Batch) -> None:
+        """Takes the features of a batch that has images; see `tasks.task.Evaluator`."""
         images = batch.images.to(self.device, memory_format=self.memory_format, non_blocking=True)
         with ExitStack() as hooks:
             for layer, features in zip(self.layers, self._features, strict=True):
@@ -86,29 +83,32 @@ class LinearProbe:
                     lambda _, inputs, features=features: features.append(inputs[0].float().flatten(1).cpu())
                 )
                 hooks.callback(hook.remove)
-            with autocast():
-                logits = self.model(images)
+            logits = answer(images)
         self._labels.append(batch.labels.cpu())
         self._loss += functional.cross_entropy(logits.double().cpu(), batch.labels.cpu(), reduction="sum")
 
+    def total(self, world: Processes, skipped: list[Skipped]) -> tuple[str, list[Skipped]]:
+        """Returns what `fit` does, and this process's unreadable images."""
+        return self.fit(world), skipped
+
     @torch.no_grad()
-    def fit(self, world: Processes, classes: int) -> str:
+    def fit(self, world: Processes) -> str:
         """Gives the classifier of the network the weights that fit best; every process calls it.
 
         Where that is the classifier that is there, as in a file for the same classes, it stays.
 
         Args:
             world: the processes, which all get the same weights.
-            classes: how many there are.
 
         Returns:
             Why there are none, as a part of a sentence, and the classifier is as before; '' if there are.
         """
         labels = torch.cat(self._labels) if self._labels else torch.empty(0, dtype=torch.int64)
+        collected, self._features = self._features, []  # which are needed no more
         fits = []
-        for layer, batches in zip(self.layers, self._features, strict=True):
+        for layer, batches in zip(self.layers, collected, strict=True):
             assert layer is not None
-            width = layer.weight.shape[1]
+            classes, width = layer.weight.shape[:2]
             features = torch.cat(batches) if batches else torch.empty(0, width)
             is_fine = features.ndim == 2 and features.shape[1] == width and len(features) == len(labels)
             if not all(world.gather(is_fine)):

@@ -146,11 +146,9 @@ class Classification(Task):
             check_size(model, network.name, size, network.in_chans, "augment.first_img_size")
         return model
 
-    def has_linear_probe(self, config: Config) -> bool:
-        return config.train.linear_probe != "none"
-
-    def linear_probe(self, config: Config, model: nn.Module, device: torch.device) -> LinearProbe:
-        return LinearProbe(model, device, config.train.channels_last, config.train.linear_probe == "start")
+    def linear_probe(self, config: Config, model: nn.Module, device: torch.device) -> LinearProbe | None:
+        mode = config.train.linear_probe
+        return None if mode == "none" else LinearProbe(model, device, config.train.channels_last, mode == "start")
 
     def statistics(self, config: Config, train: Source) -> np.ndarray | None:
         """Returns the training images of each class, (classes,), where they weigh."""
